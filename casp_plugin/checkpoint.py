@@ -1,0 +1,102 @@
+"""Checkpoints on disk: what is written beside the weights, whole or not at all.
+
+A checkpoint is compressed-tensors' own format. Ours is a section ``casp`` inside
+``quantization_config`` of ``config.json``, which lists the factored layers, and the plan.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from casp_plugin.modules import LowRankLinear
+from casp_plugin.plan import PLAN_NAME, CompressionPlan
+
+__all__ = ["SECTION", "casp_section", "read_config", "save_with_plan", "whole_folder"]
+
+#: key inside ``quantization_config``
+SECTION = "casp"
+_SECTION_FORMAT = 1
+
+
+def casp_section(model: nn.Module) -> dict:
+    """The section for a model: the rank of every factored layer, by module name."""
+    factored = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {"format": _SECTION_FORMAT, "low_rank": factored}
+
+
+def read_config(folder: Path | str) -> dict:
+    """``config.json`` of a checkpoint folder.
+
+    :raises ValueError: if the folder holds no readable config
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
+
+
+def write_section(folder: Path, section: dict) -> None:
+    """Add our section to the ``quantization_config`` that compressed-tensors wrote."""
+    config = read_config(folder)
+    quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
+    quantization[SECTION] = section
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def whole_folder(target: Path | str) -> Iterator[Path]:
+    """A temporary folder beside ``target`` whose files move there once all are written.
+
+    On any failure the temporary folder goes away and ``target`` stays as it was. Files that
+    ``target`` already holds under other names are kept.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield partial
+        if not target.exists():
+            partial.chmod(0o777 & ~_umask())
+            partial.rename(target)
+        else:
+            for path in sorted(partial.iterdir()):
+                if (target / path.name).is_dir():
+                    shutil.rmtree(target / path.name)
+                os.replace(path, target / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_with_plan(model: PreTrainedModel, plan: CompressionPlan | None) -> None:
+    """Make ``model.save_pretrained`` write our section and the plan, and nothing half-way.
+
+    llm-compressor rebuilds ``config.json`` from the source checkpoint on every save, so the
+    section has to be added after it. The plan is kept as ``model.casp_plan``.
+    """
+    model.casp_plan = plan
+    save = model.save_pretrained
+
+    @wraps(save)  # keeps llm-compressor's mark that it has wrapped the method already
+    def save_pretrained(save_directory, *args, **kwargs):
+        with whole_folder(save_directory) as partial:
+            save(str(partial), *args, **kwargs)
+            write_section(partial, casp_section(model))
+            if plan is not None:
+                plan.save(partial / PLAN_NAME)
+
+    model.save_pretrained = save_pretrained
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,127 @@
+"""transformers loads our checkpoints: ``import casp_plugin`` is all it takes.
+
+The compressed-tensors quantizer and config of transformers are replaced by subclasses that
+know the ``casp`` section and do nothing else for checkpoints without it.
+"""
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import get_direct_state_dict
+from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import cached_file
+
+from casp_plugin.checkpoint import SECTION, save_with_plan
+from casp_plugin.modules import LowRankLinear
+from casp_plugin.plan import PLAN_NAME, CompressionPlan
+
+__all__ = ["CaspConfig", "CaspHfQuantizer", "register"]
+
+_METHOD = "compressed-tensors"
+
+
+class CaspConfig(CompressedTensorsConfig):
+    """compressed-tensors' config plus our section, which survives ``to_dict``.
+
+    :param casp: the section, None for checkpoints that are not ours
+    """
+
+    def __init__(self, *args, casp: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.casp = casp
+
+    def to_dict(self) -> dict:
+        config = super().to_dict()
+        if self.casp is not None:
+            config[SECTION] = self.casp
+            if self.is_quantized:  # what is saved is compressed, also after a forward pass
+                config["quantization_status"] = QuantizationStatus.COMPRESSED.value
+        return config
+
+
+class CaspHfQuantizer(CompressedTensorsHfQuantizer):
+    """Puts the factored layers in place before the weights load."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
+        self.section = getattr(self.quantization_config, SECTION, None)
+        if self.section is not None:
+            install_factored_layers(model, self.section)
+        if self.compressor.quantization_config is not None:
+            super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        super()._process_model_after_weight_loading(model, **kwargs)
+        if self.section is not None:
+            save_with_plan(model, _plan_of(model))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel):
+        """The compressed state, also where a forward pass has decompressed the weights."""
+        if getattr(self, "section", None) is None:
+            return super().get_state_dict_and_metadata(model)
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if (
+                is_module_quantized(module)
+                and module.quantization_status == QuantizationStatus.DECOMPRESSED
+            ):
+                scheme = module.quantization_scheme
+                compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+                local = {k: v for k, v in get_direct_state_dict(module).items() if v is not None}
+                for key in local:
+                    del state[f"{name}.{key}"]
+                for key, value in compressor.compress(local, scheme).items():
+                    state[f"{name}.{key}"] = value
+        return state, {}
+
+
+def install_factored_layers(model: torch.nn.Module, section: dict) -> None:
+    """Replace the linears that the section lists by empty factored ones.
+
+    :param model: the dense model, usually on the meta device
+    :param section: the ``casp`` section of a checkpoint
+    :raises ValueError: if the section is malformed or names a layer the model has not
+    """
+    ranks = section.get("low_rank") if isinstance(section, dict) else None
+    if not isinstance(ranks, dict):
+        raise ValueError(f"quantization_config.{SECTION} is malformed: no table 'low_rank'")
+    if section.get("format") != 1:
+        raise ValueError(
+            f"quantization_config.{SECTION}.format is {section.get('format')!r}; this version "
+            "of casp-plugin reads format 1: upgrade casp-plugin"
+        )
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, rank in ranks.items():
+        linear = linears.get(name)
+        if linear is None:
+            raise ValueError(f"quantization_config.{SECTION}.low_rank: no linear layer {name!r}")
+        limit = min(linear.weight.shape)
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+            raise ValueError(
+                f"quantization_config.{SECTION}.low_rank: rank of {name} must lie in "
+                f"[1, {limit}], got {rank!r}"
+            )
+        model.set_submodule(name, LowRankLinear.like(linear, rank))
+
+
+def register() -> None:
+    """Let transformers' Auto classes use the classes above for compressed-tensors."""
+    AUTO_QUANTIZER_MAPPING[_METHOD] = CaspHfQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = CaspConfig
+
+
+def _plan_of(model: PreTrainedModel) -> CompressionPlan | None:
+    """The plan stored beside the checkpoint that a model came from, if any."""
+    path = cached_file(
+        model.name_or_path,
+        PLAN_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else CompressionPlan.load(path)

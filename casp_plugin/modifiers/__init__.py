@@ -1,0 +1,12 @@
+"""Modifiers for llm-compressor recipes; importing this package needs llm-compressor."""
+
+from llmcompressor.modifiers import ModifierFactory
+
+from casp_plugin.modifiers.base import CaspModifier, plan_recipe
+from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
+from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
+
+__all__ = ["BitAllocationModifier", "CaspModifier", "LowRankQKModifier", "plan_recipe"]
+
+for _modifier in (LowRankQKModifier, BitAllocationModifier):
+    ModifierFactory.register(_modifier.__name__, _modifier)

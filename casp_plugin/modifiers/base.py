@@ -1,0 +1,163 @@
+"""What the plugin's modifiers share: one calibration pass, one plan, one lifecycle.
+
+llm-compressor initialises modifiers in recipe order, before any calibration event, and a
+quantizer attaches its schemes there. So a modifier that replaces modules or chooses schemes
+does all its work in ``on_initialize``.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from llmcompressor.core import State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
+from loguru import logger
+from pydantic import PrivateAttr
+from torch import nn
+
+from casp_plugin.checkpoint import save_with_plan
+from casp_plugin.modules import skeleton
+from casp_plugin.plan import CompressionPlan
+from casp_plugin.statistics import Request, Statistics, collect
+
+__all__ = ["CaspModifier", "plan_recipe"]
+
+_RECORDED = ("llmcompressor", "compressed-tensors", "transformers", "torch", "casp-plugin")
+
+
+@dataclass
+class _Run:
+    """One compression: the plan under way and the statistics it rests on."""
+
+    plan: CompressionPlan
+    statistics: Statistics | None
+
+
+class CaspModifier(Modifier):
+    """A modifier that decides on a plan and changes the model before calibration starts.
+
+    The first one of a recipe checks the whole recipe on a copy of the model without weights
+    and runs the calibration data once, for all of them.
+    """
+
+    _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
+
+    @abstractmethod
+    def request(self, model: nn.Module) -> Request:
+        """Statistics of the dense model that this modifier needs."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        statistics: Statistics | None,
+        following: list[Modifier],
+    ) -> None:
+        """Decide, change ``model`` and the modifiers that follow, and record it on ``plan``.
+
+        :param model: the model; on the meta device when only a plan is wanted
+        :param plan: the plan so far
+        :param statistics: None when only a plan is wanted: what needs them stays unknown
+        :param following: modifiers that come later in the recipe
+        :raises ValueError: for any setting that cannot work on this model and recipe
+        """
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        modifiers = active_session().lifecycle.recipe.modifiers
+        run = getattr(state, "casp_run", None)
+        if run is None:
+            run = state.casp_run = _start(state.model, state.data.calib, modifiers)
+            save_with_plan(state.model, run.plan)
+        self.prepare(state.model, run.plan, run.statistics, _after(self, modifiers))
+        if self is _own(modifiers)[-1]:
+            for warning in run.plan.warnings:
+                logger.warning(warning)
+            run.statistics = None  # the quantizer that follows needs the memory
+        return True
+
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        # the recipe saved beside the checkpoint is the user's own
+        for modifier, field in self._handed_over:
+            setattr(modifier, field, None)
+        return True
+
+    def hand_over(self, modifier: Modifier, field: str, value: Any) -> None:
+        """Fill a field, None so far, of a modifier that follows, until the run is over."""
+        setattr(modifier, field, value)
+        self._handed_over.append((modifier, field))
+
+
+def plan_recipe(
+    model: nn.Module,
+    recipe: str | Recipe | list[Modifier],
+    dataloader: Iterable[dict] | None = None,
+) -> CompressionPlan:
+    """The plan that a recipe leads to, without quantizing anything.
+
+    :param model: the model; it may live on the meta device if no ``dataloader`` is given. With
+        a ``dataloader`` its q/k are replaced where the recipe says so
+    :param recipe: anything that llm-compressor takes as a recipe
+    :param dataloader: calibration batches; without them everything that needs statistics
+        stays unknown
+    :raises ValueError: for any setting that cannot work on this model
+    """
+    modifiers = Recipe.create_instance(recipe).modifiers
+    if not _own(modifiers):
+        raise ValueError(
+            "the recipe holds neither LowRankQKModifier nor BitAllocationModifier: "
+            f"{[type(modifier).__name__ for modifier in modifiers]}"
+        )
+    if dataloader is None:
+        return _dry_run(model, modifiers)
+    run = _start(model, dataloader, modifiers)
+    for modifier in _own(modifiers):
+        modifier.prepare(model, run.plan, run.statistics, _after(modifier, modifiers))
+    return run.plan
+
+
+def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifier]) -> _Run:
+    """Check the recipe as a whole, then collect the statistics that all its modifiers need."""
+    _dry_run(model, modifiers)
+    request = Request()
+    for modifier in _own(modifiers):
+        request |= modifier.request(model)
+    plan = _new_plan(model)
+    if not request:
+        return _Run(plan, Statistics())
+    if dataloader is None:
+        names = " and ".join(type(modifier).__name__ for modifier in _own(modifiers))
+        raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
+    statistics = collect(model, dataloader, request)
+    plan.calibration_tokens = statistics.tokens
+    return _Run(plan, statistics)
+
+
+def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
+    """Plan on a copy without weights and on copies of the modifiers: nothing is changed."""
+    modifiers = [modifier.model_copy(deep=True) for modifier in modifiers]
+    plan = _new_plan(model)
+    bare = skeleton(model)
+    for modifier in _own(modifiers):
+        modifier.prepare(bare, plan, None, _after(modifier, modifiers))
+    return plan
+
+
+def _new_plan(model: nn.Module) -> CompressionPlan:
+    return CompressionPlan(
+        model=getattr(model, "name_or_path", "") or type(model).__name__,
+        versions={name: version(name) for name in _RECORDED},
+        seed=torch.initial_seed(),
+    )
+
+
+def _own(modifiers: list[Modifier]) -> list[CaspModifier]:
+    return [modifier for modifier in modifiers if isinstance(modifier, CaspModifier)]
+
+
+def _after(modifier: Modifier, modifiers: list[Modifier]) -> list[Modifier]:
+    return modifiers[next(i for i, m in enumerate(modifiers) if m is modifier) + 1 :]

@@ -1,0 +1,389 @@
+"""BitAllocationModifier: each unit gets the bit width that its importance earns."""
+
+from collections import defaultdict
+from typing import Literal
+
+import numpy as np
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.utils import match_name
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+from tqdm import tqdm
+
+from casp_plugin.allocation import choose, closed_form_bits, distance_costs
+from casp_plugin.distortion import relative_error
+from casp_plugin.modifiers.base import CaspModifier
+from casp_plugin.modules import LowRankLinear
+from casp_plugin.plan import Candidate, CompressionPlan, UnitPlan
+from casp_plugin.schemes import DEFAULT_OBSERVER, missing_kernel, stored_bytes, weight_args
+from casp_plugin.statistics import Request, Statistics
+from casp_plugin.units import Unit, decoder_layers, find_units, matched_linears
+
+__all__ = ["BitAllocationModifier"]
+
+#: bits of the average that may stay unspent
+TOLERANCE = 0.01
+_QUANTIZERS = "GPTQModifier, QuantizationModifier or AutoRoundModifier"
+
+
+class BitAllocationModifier(CaspModifier):
+    """
+    Gives each unit of the model its own bit width, so that the average over all of them meets
+    a budget: phase 2 of CASP (CVPR 2025, https://arxiv.org/abs/2503.05936). The quantizing
+    modifier that follows in the recipe, left without a config of its own, runs at these widths.
+
+    Sample yaml:
+
+    ```yaml
+    casp_stage:
+      casp_modifiers:
+        LowRankQKModifier:
+          keep: 0.25
+        BitAllocationModifier:
+          average_bits: 2.5
+          candidates: [2, 3, 4]
+          group_size: 64
+        GPTQModifier: {}
+    ```
+
+    Average bits are all bits stored for the targeted layers (codes, scales, zero points,
+    low-rank factors, shapes; not biases) over the number of their original weights: what low
+    rank saves comes back as bits elsewhere.
+
+    Lifecycle:
+
+    - on_initialize
+        - measure importances and rounding errors (once for all casp modifiers)
+        - choose
+        - write config groups into the quantizing modifier that follows
+
+    :param average_bits: the budget; the plan stays at or below it, within 0.01 of the best that
+        the candidates can reach
+    :param candidates: bit widths on offer, 2 to 8
+    :param group_size: columns that share a scale, -1 for one scale a row; one number, or a
+        mapping from bit width to number
+    :param symmetric: symmetric codes without zero points. Below 4 bits they cost far more
+        quality than the zero points cost bytes
+    :param importance: `block_influence`: 1 - cosine similarity of a decoder layer's input and
+        output, as in the paper; `uniform`; or a mapping from names (a unit, a decoder layer, a
+        module, a `re:` pattern) to positive numbers, 1 for units that no entry matches
+    :param solver: `exact`: least sum of importance x measured rounding error, by a
+        multiple-choice knapsack; `closed_form`: bits as near as the budget allows to the
+        paper's b_l = B + 1/2 log2(s_l / geometric mean)
+    :param granularity: `unit`: one width for each layer that vLLM fuses; `layer`: one for each
+        decoder layer, as in the paper
+    :param share_layers: number of adjacent decoder layers that share their widths
+    :param targets: layers to allocate bits to, in llm-compressor's matching syntax
+    :param ignore: layers to leave unquantized although they match
+    """
+
+    average_bits: float = Field(gt=0)
+    candidates: list[int] = Field(default_factory=lambda: [2, 3, 4], min_length=1)
+    group_size: int | dict[int, int] = 128
+    symmetric: bool = False
+    importance: Literal["block_influence", "uniform"] | dict[str, float] = "block_influence"
+    solver: Literal["exact", "closed_form"] = "exact"
+    granularity: Literal["unit", "layer"] = "unit"
+    share_layers: int = Field(default=1, ge=1)
+    targets: list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_target(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("candidates")
+    @classmethod
+    def _valid_candidates(cls, value: list[int]) -> list[int]:
+        wrong = [bits for bits in value if not 2 <= bits <= 8]
+        if wrong:
+            raise ValueError(f"candidates must lie in 2..8 bits, got {wrong}")
+        return sorted(set(value))
+
+    @field_validator("importance")
+    @classmethod
+    def _positive_importance(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        if isinstance(value, dict):
+            wrong = {k: v for k, v in value.items() if not (v > 0 and np.isfinite(v))}
+            if wrong or not value:
+                raise ValueError(f"importance needs positive numbers, got {wrong or 'no entry'}")
+        return value
+
+    @model_validator(mode="after")
+    def _sizes_for_candidates(self) -> "BitAllocationModifier":
+        sizes = self.group_size if isinstance(self.group_size, dict) else {0: self.group_size}
+        missing = set(self.candidates) - set(sizes) if isinstance(self.group_size, dict) else None
+        if missing:
+            raise ValueError(f"group_size has no entry for candidates {sorted(missing)}")
+        wrong = [size for size in sizes.values() if size < 1 and size != -1]
+        if wrong:
+            raise ValueError(f"group_size must be positive, or -1 for one a row; got {wrong}")
+        return self
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Every group size in use; ranks of low-rank factors must be multiples of them."""
+        sizes = self.group_size
+        sizes = [sizes[b] for b in self.candidates] if isinstance(sizes, dict) else [sizes]
+        return [size for size in sizes if size > 0]
+
+    def request(self, model: nn.Module) -> Request:
+        measured = self.solver == "exact"
+        influenced = self.importance == "block_influence"
+        return Request(
+            energies=frozenset(self._matched(model)) if measured else frozenset(),
+            influences=frozenset(decoder_layers(model)) if influenced else frozenset(),
+        )
+
+    def prepare(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        statistics: Statistics | None,
+        following: list[Modifier],
+    ) -> None:
+        plan.settings[type(self).__name__] = self.model_dump(exclude_none=True)
+        plan.average_bits = self.average_bits
+        linears = self._matched(model)
+        quantizer = self._quantizer(following, linears)
+        schemes = self._schemes(quantizer)
+        layers = decoder_layers(model)
+        units = find_units(linears, layers, self.granularity, self.share_layers)
+        importances = self._importances(units, layers, statistics)
+        errors = self._errors(linears, schemes, statistics)
+
+        for unit, importance in zip(units, importances, strict=True):
+            plan.units.append(self._unit_plan(unit, importance, linears, schemes, errors))
+        plan.other_bytes = _other_bytes(model, plan)
+        self._check_budget(plan)
+        needed = sorted({c.needs for unit in plan.units for c in unit.candidates if c.needs})
+        if needed:
+            bits = sorted({c.bits for u in plan.units for c in u.candidates if c.needs})
+            plan.warnings.append(
+                f"vLLM on CUDA runs {bits} bits {'symmetric' if self.symmetric else 'asymmetric'} "
+                f"only with the extra package {', '.join(needed)}: pip install {' '.join(needed)}"
+            )
+        if statistics is not None and errors is not None:
+            dead = [name for name in linears if name not in statistics.mean_squares]
+            if dead:
+                plan.warnings.append(
+                    f"no calibration token reached {len(dead)} layers, they count as free of "
+                    f"error: {', '.join(dead[:4])}"
+                )
+        self._choose(plan)
+        if plan.decided and statistics is not None:
+            self._hand_over(plan, schemes, quantizer)
+
+    def _matched(self, model: nn.Module) -> dict[str, nn.Linear | LowRankLinear]:
+        return matched_linears(model, self.targets, self.ignore, f"{type(self).__name__}.targets")
+
+    def _quantizer(
+        self, following: list[Modifier], linears: dict[str, nn.Module]
+    ) -> QuantizationMixin:
+        """The modifier that will quantize at the chosen widths."""
+        quantizer = next((m for m in following if isinstance(m, QuantizationMixin)), None)
+        if quantizer is None:
+            raise ValueError(
+                "BitAllocationModifier only chooses bit widths: add a quantizing modifier after "
+                f"it, without a config of its own ({_QUANTIZERS})"
+            )
+        name = type(quantizer).__name__
+        given = [
+            field
+            for field, default in (
+                ("config_groups", None),
+                ("scheme", None),
+                ("targets", ["Linear"]),
+            )
+            if getattr(quantizer, field) != default
+        ]
+        if given:
+            raise ValueError(
+                f"{name} after BitAllocationModifier must leave {', '.join(given)} unset: "
+                "BitAllocationModifier fills them"
+            )
+        for module in linears:
+            if any(match_name(module, pattern) for pattern in quantizer.ignore):
+                raise ValueError(
+                    f"{name}.ignore excludes {module}, which BitAllocationModifier allocates bits "
+                    "to: put it into BitAllocationModifier.ignore instead"
+                )
+        return quantizer
+
+    def _schemes(self, quantizer: QuantizationMixin) -> dict[int, QuantizationArgs]:
+        """Weight scheme of each candidate, with the observer that the quantizer asks for."""
+        observer = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
+        sizes = self.group_size
+        return {
+            bits: weight_args(
+                bits,
+                sizes[bits] if isinstance(sizes, dict) else sizes,
+                self.symmetric,
+                observer or DEFAULT_OBSERVER,
+            )
+            for bits in self.candidates
+        }
+
+    def _importances(
+        self, units: list[Unit], layers: list[str], statistics: Statistics | None
+    ) -> list[float | None]:
+        if self.importance == "uniform":
+            return [1.0] * len(units)
+        if self.importance == "block_influence":
+            if statistics is None:
+                return [None] * len(units)
+            return [_mean_influence(unit, statistics.influences) for unit in units]
+        used = set()
+        importances = []
+        for unit in units:
+            names = {unit.name, *unit.modules}
+            names |= {layer for layer in layers for m in unit.modules if m.startswith(f"{layer}.")}
+            key = next((k for k in self.importance if any(match_name(n, k) for n in names)), None)
+            used.add(key)
+            importances.append(self.importance[key] if key is not None else 1.0)
+        unused = [key for key in self.importance if key not in used]
+        if unused:
+            known = ", ".join(unit.name for unit in units[:4])
+            raise ValueError(
+                f"BitAllocationModifier.importance: {unused} match no unit; units are {known}, ..."
+            )
+        return importances
+
+    def _errors(
+        self,
+        linears: dict[str, nn.Linear | LowRankLinear],
+        schemes: dict[int, QuantizationArgs],
+        statistics: Statistics | None,
+    ) -> dict[tuple[str, int], float] | None:
+        """Relative output error of every layer under every candidate."""
+        if self.solver != "exact" or statistics is None:
+            return None
+        errors = defaultdict(float)
+        for name, module in tqdm(linears.items(), desc="Measuring rounding errors"):
+            if name in statistics.mean_squares:
+                mean_square = statistics.mean_squares[name]
+                energy = statistics.output_energies[name]
+                for bits, args in schemes.items():
+                    errors[name, bits] = relative_error(module, args, mean_square, energy)
+        return errors
+
+    def _unit_plan(
+        self,
+        unit: Unit,
+        importance: float | None,
+        linears: dict[str, nn.Linear | LowRankLinear],
+        schemes: dict[int, QuantizationArgs],
+        errors: dict[tuple[str, int], float] | None,
+    ) -> UnitPlan:
+        stored = {}
+        for name in unit.modules:
+            module = linears[name]
+            parts = {"": module}
+            if isinstance(module, LowRankLinear):
+                parts = {".down": module.down, ".up": module.up}
+            stored |= {name + suffix: part.weight for suffix, part in parts.items()}
+        for name, weight in stored.items():
+            for bits, args in schemes.items():
+                if args.group_size and weight.shape[1] % args.group_size:
+                    raise ValueError(
+                        f"BitAllocationModifier.group_size: {args.group_size} ({bits} bits) does "
+                        f"not divide the {weight.shape[1]} columns of {name}; use a divisor, -1 "
+                        "for one scale a row, or ignore the layer"
+                    )
+        return UnitPlan(
+            name=unit.name,
+            modules={name: tuple(weight.shape) for name, weight in stored.items()},
+            weights=sum(linears[n].in_features * linears[n].out_features for n in unit.modules),
+            importance=importance,
+            candidates=[
+                Candidate(
+                    bits=bits,
+                    group_size=args.group_size or -1,
+                    bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
+                    error=None if errors is None else sum(errors[n, bits] for n in unit.modules),
+                    needs=missing_kernel(args),
+                )
+                for bits, args in schemes.items()
+            ],
+        )
+
+    def _check_budget(self, plan: CompressionPlan) -> None:
+        least, most = plan.reachable_bits
+        if not least <= self.average_bits <= most + TOLERANCE:
+            raise ValueError(
+                f"BitAllocationModifier.average_bits: {self.average_bits} cannot be reached; "
+                f"candidates {self.candidates} with group size {self.group_size} reach "
+                f"{least:.4f} to {most:.4f}"
+            )
+
+    def _choose(self, plan: CompressionPlan) -> None:
+        """Pick a candidate for every unit, unless what it takes is still unknown."""
+        if any(unit.importance is None for unit in plan.units):
+            return
+        bytes_ = [[c.bytes for c in unit.candidates] for unit in plan.units]
+        budget = int(self.average_bits * plan.weights / 8)
+        if self.solver == "closed_form":
+            costs = _closed_form_costs(plan.units, budget)
+        elif any(c.error is None for unit in plan.units for c in unit.candidates):
+            return
+        else:
+            costs = [[u.importance * c.error for c in u.candidates] for u in plan.units]
+        chosen = choose(costs, bytes_, budget, slack=int(TOLERANCE * plan.weights / 8))
+        for unit, index in zip(plan.units, chosen, strict=True):
+            unit.chosen = index
+
+    def _hand_over(
+        self,
+        plan: CompressionPlan,
+        schemes: dict[int, QuantizationArgs],
+        quantizer: QuantizationMixin,
+    ) -> None:
+        """Write the choice into the quantizing modifier, as explicit module names."""
+        targets = defaultdict(list)
+        for unit in plan.units:
+            targets[unit.choice.bits] += unit.modules
+        groups = {
+            f"w{bits}": QuantizationScheme(targets=names, weights=schemes[bits])
+            for bits, names in sorted(targets.items())
+        }
+        self.hand_over(quantizer, "config_groups", groups)
+        quantizer._resolved_config = None  # resolved from nothing when the recipe was parsed
+        quantizer.requires_calibration_data |= any(
+            args.observer == DEFAULT_OBSERVER for args in schemes.values()
+        )
+
+
+def _mean_influence(unit: Unit, influences: dict[str, float]) -> float:
+    """Mean block influence of the decoder layers that hold a unit's modules.
+
+    A layer that changes nothing still counts a little, so that ratios stay finite."""
+    found = [
+        max(value, 1e-6)
+        for module in unit.modules
+        for layer, value in influences.items()
+        if module.startswith(f"{layer}.")
+    ]
+    return float(np.mean(found)) if found else float(np.mean(list(influences.values())))
+
+
+def _closed_form_costs(units: list[UnitPlan], budget: int) -> list[list[float]]:
+    """Distance of each candidate from the paper's closed form, scales counted in the budget."""
+    sizes = [sum(rows * columns for rows, columns in u.modules.values()) for u in units]
+    overhead = sum(
+        u.candidates[0].bytes * 8 - u.candidates[0].bits * n
+        for u, n in zip(units, sizes, strict=True)
+    )
+    code_bits = (budget * 8 - overhead) / sum(sizes)
+    wishes = closed_form_bits([unit.importance for unit in units], code_bits, sizes)
+    return distance_costs(wishes, [[c.bits for c in u.candidates] for u in units], sizes)
+
+
+def _other_bytes(model: nn.Module, plan: CompressionPlan) -> int:
+    """Bytes of all tensors that a checkpoint stores beside the units' weights."""
+    units = {f"{name}.weight" for unit in plan.units for name in unit.modules}
+    stored = dict(model.named_parameters())  # tied weights once
+    stored |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    return sum(t.numel() * t.dtype.itemsize for name, t in stored.items() if name not in units)

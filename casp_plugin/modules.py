@@ -1,0 +1,111 @@
+"""The module that stands where a factored linear stood."""
+
+import copy
+
+import torch
+from torch import nn
+
+__all__ = ["LowRankLinear", "named_linears", "skeleton"]
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer kept as two factors: ``y = up(down(x))``, ``W ~= up.weight @ down.weight``.
+
+    Both factors are ordinary :class:`torch.nn.Linear` modules, so that quantizers,
+    observers and compressed-tensors treat them like any other layer.
+
+    :param in_features: size of the input
+    :param out_features: size of the output
+    :param rank: size of the latent between the factors
+    :param bias: whether ``up`` carries the original layer's bias; ``down`` never has one
+    :param device: where to create the factors
+    :param dtype: data type of the factors
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
+        """An empty factored layer with the shapes, bias, device and dtype of ``linear``."""
+        weight = linear.weight
+        module = cls(
+            weight.shape[1],
+            weight.shape[0],
+            rank,
+            bias=linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        return module.train(linear.training)
+
+    @classmethod
+    def from_factors(
+        cls, linear: nn.Linear, down: torch.Tensor, up: torch.Tensor
+    ) -> "LowRankLinear":
+        """The factored layer that replaces ``linear``.
+
+        :param linear: layer to replace; gives bias, device and dtype
+        :param down: first factor, shape ``(rank, in_features)``
+        :param up: second factor, shape ``(out_features, rank)``
+        """
+        module = cls.like(linear, down.shape[0])
+        with torch.no_grad():
+            module.down.weight.copy_(down)
+            module.up.weight.copy_(up)
+            if linear.bias is not None:
+                module.up.bias.copy_(linear.bias)
+        return module.requires_grad_(linear.weight.requires_grad)
+
+    @property
+    def rank(self) -> int:
+        return self.down.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def named_linears(model: nn.Module) -> list[tuple[str, nn.Linear | LowRankLinear]]:
+    """Every linear layer of the model in module order; a factored layer counts as one."""
+    found = []
+    factored = ""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            factored = f"{name}."
+            found.append((name, module))
+        elif isinstance(module, nn.Linear) and not (factored and name.startswith(factored)):
+            found.append((name, module))
+    return found
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure on the meta device: shapes without weights."""
+    memo = {}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            empty = torch.empty_like(parameter, device="meta")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)

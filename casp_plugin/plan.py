@@ -1,0 +1,269 @@
+"""CompressionPlan: what was decided for each part of a model, and why.
+
+A plan is plain data: it is printed before the long work starts, returned by the API, and
+stored as ``casp_plan.json`` beside the checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.table import Table
+
+__all__ = ["PLAN_NAME", "Candidate", "CompressionPlan", "LowRankPlan", "UnitPlan"]
+
+PLAN_NAME = "casp_plan.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Candidate(_Model):
+    """One scheme on offer for a unit.
+
+    :param bits: bit width of the codes
+    :param group_size: columns that share a scale, -1 for a whole row
+    :param bytes: bytes of the unit's weights on disk: codes, scales, zero points, shapes
+    :param error: relative output error, summed over the unit's linears; None if unknown
+    :param needs: package that stock vLLM on CUDA needs for this scheme, None if none
+    """
+
+    bits: int
+    group_size: int
+    bytes: int
+    error: float | None = None
+    needs: str | None = None
+
+
+class UnitPlan(_Model):
+    """Linears that share one bit width.
+
+    :param name: layer and members
+    :param modules: stored weights, name to (out, in); a factored layer stores two
+    :param weights: original weights of the unit's linears, before any factorisation
+    :param importance: what the solver weighted the error with; None if unknown
+    :param candidates: schemes on offer, by rising bits
+    :param chosen: index of the chosen candidate; None until statistics are there
+    """
+
+    name: str
+    modules: dict[str, tuple[int, int]]
+    weights: int
+    importance: float | None = None
+    candidates: list[Candidate]
+    chosen: int | None = None
+
+    @property
+    def choice(self) -> Candidate | None:
+        return None if self.chosen is None else self.candidates[self.chosen]
+
+
+class LowRankPlan(_Model):
+    """One linear that low rank was considered for.
+
+    :param module: its name
+    :param shape: (out, in)
+    :param rank: rank of the factors; None where the layer stays dense
+    :param keep: parameters of the factors over those of the matrix, 1 where dense
+    :param error: share of the output energy lost; None if unknown
+    :param note: why it stays dense
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int | None
+    keep: float
+    error: float | None = None
+    note: str | None = None
+
+
+class CompressionPlan(_Model):
+    """The whole decision.
+
+    :param model: name or path of the source model
+    :param versions: package versions that made the plan
+    :param seed: torch seed at the time
+    :param calibration_tokens: tokens the statistics come from; None without statistics
+    :param settings: fields of each modifier, as given
+    :param average_bits: the budget, as given; None if no bits were allocated
+    :param low_rank: every linear that was considered for factors
+    :param units: every unit that bits were chosen for
+    :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases)
+    :param warnings: what a user should know before deploying
+    """
+
+    format: Literal[1] = 1
+    model: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    seed: int | None = None
+    calibration_tokens: int | None = None
+    settings: dict[str, dict] = Field(default_factory=dict)
+    average_bits: float | None = None
+    low_rank: list[LowRankPlan] = Field(default_factory=list)
+    units: list[UnitPlan] = Field(default_factory=list)
+    other_bytes: int | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+    @property
+    def decided(self) -> bool:
+        """Whether every unit has its bits."""
+        return bool(self.units) and all(unit.chosen is not None for unit in self.units)
+
+    @property
+    def weights(self) -> int:
+        """Original weights of all units."""
+        return sum(unit.weights for unit in self.units)
+
+    @property
+    def unit_bytes(self) -> int | None:
+        """Bytes of all units under the chosen schemes."""
+        return sum(unit.choice.bytes for unit in self.units) if self.decided else None
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of all tensors of the checkpoint."""
+        if not self.decided or self.other_bytes is None:
+            return None
+        return self.unit_bytes + self.other_bytes
+
+    @property
+    def reached_bits(self) -> float | None:
+        """Average bits over the units' original weights, everything counted."""
+        return self.unit_bytes * 8 / self.weights if self.decided else None
+
+    @property
+    def reachable_bits(self) -> tuple[float, float]:
+        """Least and largest average bits that the candidates allow."""
+        least = sum(min(c.bytes for c in unit.candidates) for unit in self.units)
+        most = sum(max(c.bytes for c in unit.candidates) for unit in self.units)
+        return least * 8 / self.weights, most * 8 / self.weights
+
+    @property
+    def kept(self) -> float | None:
+        """Share of parameters kept over all linears that low rank was considered for."""
+        sizes = [entry.shape[0] * entry.shape[1] for entry in self.low_rank]
+        if not sizes:
+            return None
+        kept = sum(e.keep * s for e, s in zip(self.low_rank, sizes, strict=True))
+        return kept / sum(sizes)
+
+    def save(self, path: Path | str) -> None:
+        Path(path).write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "CompressionPlan":
+        """Read a plan from a file, or from a checkpoint folder that holds one.
+
+        :raises FileNotFoundError: if there is none
+        :raises pydantic.ValidationError: if it is malformed
+        """
+        path = Path(path)
+        path = path / PLAN_NAME if path.is_dir() else path
+        return cls.model_validate_json(path.read_text())
+
+    def tables(self) -> list[Table]:
+        """The plan as rich tables: ranks, units, totals. Unknown values show as ``?``."""
+        tables = []
+        if self.low_rank:
+            tables.append(self._low_rank_table())
+        if self.units:
+            tables.append(self._unit_table())
+        tables.append(self._total_table())
+        return tables
+
+    def _low_rank_table(self) -> Table:
+        table = Table(title="Low rank", title_justify="left")
+        for column in ("module", "shape", "rank", "kept", "output error", "note"):
+            table.add_column(column, justify="left" if column in ("module", "note") else "right")
+        for entry in self.low_rank:
+            table.add_row(
+                entry.module,
+                "x".join(map(str, entry.shape)),
+                str(entry.rank) if entry.rank else "dense",
+                f"{entry.keep:.3f}",
+                _shown(entry.error, ".4f") if entry.rank else "-",
+                entry.note or "",
+            )
+        return table
+
+    def _unit_table(self) -> Table:
+        widths = sorted({c.bits for unit in self.units for c in unit.candidates})
+        table = Table(title="Bits", title_justify="left")
+        table.add_column("unit")
+        for column in ("weights", "importance", *(f"error at {b}" for b in widths), "bits"):
+            table.add_column(column, justify="right")
+        table.add_column("bytes", justify="right")
+        for unit in self.units:
+            errors = {c.bits: c.error for c in unit.candidates}
+            table.add_row(
+                unit.name,
+                f"{unit.weights:,}",
+                _shown(unit.importance, ".4g"),
+                *(_shown(errors.get(b), ".4f") for b in widths),
+                _shown(unit.choice and unit.choice.bits, "d"),
+                _shown(unit.choice and unit.choice.bytes, ",d"),
+            )
+        return table
+
+    def _total_table(self) -> Table:
+        table = Table(title="Totals", title_justify="left", show_header=False)
+        table.add_row("model", self.model)
+        if self.low_rank:
+            table.add_row("low-rank parameters kept", f"{self.kept:.3f}")
+        if self.units:
+            least, most = self.reachable_bits
+            table.add_row("average bits, budget", f"{self.average_bits:.4f}")
+            table.add_row("average bits, reached", _shown(self.reached_bits, ".4f"))
+            table.add_row("average bits, reachable", f"{least:.4f} to {most:.4f}")
+            table.add_row("bytes of the units", _shown(self.unit_bytes, ",d"))
+            table.add_row("bytes of all tensors", _shown(self.total_bytes, ",d"))
+        tokens = self.calibration_tokens
+        table.add_row("calibration tokens", f"{tokens:,}" if tokens else "none: ? is unknown")
+        for warning in self.warnings:
+            table.add_row("warning", warning)
+        return table
+
+    def plot(self, path: Path | str) -> None:
+        """Draw bits per unit over the layers as a PNG.
+
+        :raises ValueError: if the bits are not decided yet
+        """
+        if not self.decided:
+            raise ValueError("nothing to draw: the plan has no bits yet (it needs statistics)")
+        from matplotlib.figure import Figure  # only needed here, slow to import
+
+        rows = list(dict.fromkeys(self._row(unit) for unit in self.units))
+        columns = list(dict.fromkeys(self._column(unit) for unit in self.units))
+        grid = [[float("nan")] * len(columns) for _ in rows]
+        for unit in self.units:
+            grid[rows.index(self._row(unit))][columns.index(self._column(unit))] = unit.choice.bits
+
+        figure = Figure(figsize=(3 + 0.32 * len(columns), 1.6 + 0.42 * len(rows)))
+        axes = figure.add_subplot()
+        bits = [c.bits for unit in self.units for c in unit.candidates]
+        image = axes.imshow(grid, vmin=min(bits), vmax=max(bits), cmap="viridis", aspect="auto")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_xlabel("decoder layer")
+        axes.set_title(f"bits per unit, {self.reached_bits:.3f} on average")
+        figure.colorbar(image, ticks=sorted(set(bits)), label="bits")
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+    @staticmethod
+    def _column(unit: UnitPlan) -> str:
+        """The layer index in a unit's name: ``model.layers.3.mlp.up_proj`` -> ``3``."""
+        numbers = [part for part in unit.name.split(".") if part[:1].isdigit()]
+        return numbers[0] if numbers else "-"
+
+    @classmethod
+    def _row(cls, unit: UnitPlan) -> str:
+        """What follows the layer index, or the whole name outside the layers."""
+        column = cls._column(unit)
+        return unit.name.partition(f".{column}.")[2] or ("layer" if column != "-" else unit.name)
+
+
+def _shown(value, spec: str) -> str:
+    return "?" if value is None else format(value, spec)

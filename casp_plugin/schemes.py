@@ -1,0 +1,67 @@
+"""Weight schemes of compressed-tensors: how one is spelled, what it stores, what runs it."""
+
+import math
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import nn
+
+__all__ = ["DEFAULT_OBSERVER", "dense_bytes", "missing_kernel", "stored_bytes", "weight_args"]
+
+#: importance-weighted search for the scales; min-max destroys a model at 2 bits
+DEFAULT_OBSERVER = "imatrix_mse"
+
+_INT32_BYTES = 4
+_SHAPE_BYTES = 16  # weight_shape: two int64
+
+
+def weight_args(
+    bits: int, group_size: int, symmetric: bool = False, observer: str = DEFAULT_OBSERVER
+) -> QuantizationArgs:
+    """An integer weight scheme; ``group_size`` -1 means one scale per output channel."""
+    return QuantizationArgs(
+        num_bits=bits,
+        type="int",
+        symmetric=symmetric,
+        strategy="channel" if group_size == -1 else "group",
+        group_size=None if group_size == -1 else group_size,
+        observer=observer,
+    )
+
+
+def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dtype) -> int:
+    """Bytes that one weight takes on disk in the ``pack-quantized`` format.
+
+    Codes are a dense bit stream per row, ``ceil(in * bits / 32)`` int32; scales are one value
+    of the model's type per row and group; zero points (asymmetric only) are packed along the
+    rows; ``weight_shape`` is two int64. Biases are not counted: no choice changes them.
+
+    :param shape: (out, in) of the weight
+    :param args: its scheme, group or channel strategy
+    :param dtype: data type of the scales, which is the model's
+    """
+    rows, columns = shape
+    grouped = args.strategy == QuantizationStrategy.GROUP
+    groups = columns // args.group_size if grouped else 1
+    codes = rows * math.ceil(columns * args.num_bits / 32) * _INT32_BYTES
+    scales = rows * groups * dtype.itemsize
+    zeros = 0 if args.symmetric else math.ceil(rows * args.num_bits / 32) * groups * _INT32_BYTES
+    return codes + scales + zeros + _SHAPE_BYTES
+
+
+def dense_bytes(linear: nn.Linear) -> int:
+    """Bytes of the unquantized weight."""
+    return linear.weight.numel() * linear.weight.dtype.itemsize
+
+
+def missing_kernel(args: QuantizationArgs) -> str | None:
+    """The extra package that stock vLLM on CUDA needs to run this scheme, or None.
+
+    Marlin and Machete run 4 and 8 bits symmetric and 4 bits asymmetric, in groups of 32, 64,
+    128 or per channel; everything else is left to Humming (package ``humming-kernels``).
+    """
+    in_box = (4, 8) if args.symmetric else (4,)
+    sizes = (None, -1, 32, 64, 128)
+    if args.num_bits in in_box and args.group_size in sizes:
+        return None
+    return "humming-kernels"

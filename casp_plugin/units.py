@@ -1,0 +1,157 @@
+"""Which linear layers share one bit width.
+
+vLLM fuses q, k, v and gate, up into one matmul, so the members of a fused layer carry one
+scheme. Factored members are run by the plugin's own method, apart from the dense ones: a
+low-rank q/k frees v.
+"""
+
+import re
+from dataclasses import dataclass
+
+from compressed_tensors.utils import is_match
+from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
+from llmcompressor.utils.pytorch import infer_sequential_targets
+from torch import nn
+
+from casp_plugin.modules import LowRankLinear, named_linears
+
+__all__ = ["Unit", "decoder_layers", "find_units", "matched_linears"]
+
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears that one bit width is chosen for.
+
+    :param name: layer and members, for instance ``model.layers.3.mlp.gate_proj+up_proj``
+    :param modules: names of its linears; a factored layer counts as one
+    """
+
+    name: str
+    modules: tuple[str, ...]
+
+
+def matched_linears(
+    model: nn.Module, targets: list[str], ignore: list[str], field: str
+) -> dict[str, nn.Linear | LowRankLinear]:
+    """Linears that match llm-compressor's target syntax, in module order.
+
+    Names match exactly or, with the prefix ``re:``, as a regular expression; class names
+    such as ``Linear`` match too. A factored layer matches by the name of the layer it replaced.
+
+    :param field: the field that holds the targets, named in errors
+    :raises ValueError: if a target matches nothing, or a matched layer is already quantized
+    """
+    linears = named_linears(model)
+
+    def matches(name: str, module: nn.Module, pattern: str) -> bool:
+        dense = module.up if isinstance(module, LowRankLinear) else module
+        return is_match(name, dense, pattern)
+
+    for target in targets:
+        if not any(matches(name, module, target) for name, module in linears):
+            known = ", ".join(name for name, _ in linears[:4])
+            raise ValueError(
+                f"{field}: target {target!r} matches no linear layer of "
+                f"{type(model).__name__}; its linear layers are {known}, ... "
+                "(prefix a regular expression with 're:')"
+            )
+    found = {
+        name: module
+        for name, module in linears
+        if any(matches(name, module, target) for target in targets)
+        and not any(matches(name, module, pattern) for pattern in ignore)
+    }
+    if not found:
+        raise ValueError(f"{field}: every matching layer is excluded by ignore {ignore}")
+    for name, module in found.items():
+        parts = module.children() if isinstance(module, LowRankLinear) else [module]
+        for part in parts:
+            quantized = getattr(part, "quantization_scheme", None) is not None
+            if quantized or not part.weight.is_floating_point():
+                raise ValueError(
+                    f"{field}: {name} is already quantized; start from the full-precision model"
+                )
+    return found
+
+
+def decoder_layers(model: nn.Module) -> list[str]:
+    """Names of the decoder layers, in order: the blocks llm-compressor calibrates one by one."""
+    classes = infer_sequential_targets(model)
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in classes and re.search(r"\.\d+$", name)
+    ]
+
+
+def find_units(
+    linears: dict[str, nn.Linear | LowRankLinear],
+    layers: list[str],
+    granularity: str,
+    share_layers: int,
+) -> list[Unit]:
+    """Group linears into units.
+
+    :param linears: the linears that get a bit width
+    :param layers: decoder layers, in order
+    :param granularity: ``unit``: one width for each fused layer; ``layer``: one for each
+        decoder layer
+    :param share_layers: number of adjacent decoder layers that share their widths
+    :raises ValueError: if the layers do not divide what was asked for
+    """
+    position = {layer: index for index, layer in enumerate(layers)}
+    members: dict[tuple, list[str]] = {}
+    for name, module in linears.items():
+        layer, local = _split(name, position)
+        key = _fused(local, isinstance(module, LowRankLinear))
+        if layer is None:
+            members.setdefault((None, key), []).append(name)
+        else:
+            block = position[layer] // share_layers
+            key = key if granularity == "unit" else ()
+            members.setdefault((block, key), []).append(name)
+    return [Unit(_label(names, position), tuple(names)) for names in members.values()]
+
+
+def _split(name: str, position: dict[str, int]) -> tuple[str | None, str]:
+    """The decoder layer that holds a module, and the module's name inside it."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        layer = ".".join(parts[:cut])
+        if layer in position:
+            return layer, ".".join(parts[cut:])
+    return None, name
+
+
+def _fused(local: str, factored: bool) -> tuple:
+    """Key that is equal for modules which the runtime holds in one fused layer."""
+    if expert := _EXPERT.match(f".{local}"):
+        return (expert[1],)
+    parent, _, leaf = local.rpartition(".")
+    for group in FUSED_LAYER_NAMES:
+        if leaf in group:
+            return (parent, group, factored)
+    return (local,)
+
+
+def _label(names: list[str], position: dict[str, int]) -> str:
+    """A readable name: ``model.layers.0-1.self_attn.q_proj+k_proj``."""
+    split = [_split(name, position) for name in names]
+    layers = list(dict.fromkeys(layer for layer, _ in split))
+    locals_ = list(dict.fromkeys(local for _, local in split))
+    prefix = layers[0]
+    if prefix is not None and len(layers) > 1:
+        prefix += f"-{layers[-1].rpartition('.')[2]}"
+    parents = {local.rpartition(".")[0] for local in locals_}
+    if len(parents) == 1:
+        parent = parents.pop()
+        body = "+".join(local.rpartition(".")[2] for local in locals_)
+        body = f"{parent}.{body}" if parent else body
+    elif all(_EXPERT.match(f".{local}") for local in locals_):
+        body = _EXPERT.match(f".{locals_[0]}")[1].lstrip(".")
+    else:
+        return prefix or "+".join(locals_)
+    return f"{prefix}.{body}" if prefix else body
