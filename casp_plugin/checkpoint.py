@@ -19,11 +19,19 @@ from transformers import PreTrainedModel
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
-__all__ = ["SECTION", "casp_section", "read_config", "save_with_plan", "whole_folder"]
+__all__ = [
+    "SECTION",
+    "casp_section",
+    "read_config",
+    "save_with_plan",
+    "whole_folder",
+    "write_config",
+]
 
 #: key inside ``quantization_config``
 SECTION = "casp"
 _SECTION_FORMAT = 1
+RECIPE_NAME = "recipe.yaml"
 
 
 def casp_section(model: nn.Module) -> dict:
@@ -44,12 +52,16 @@ def read_config(folder: Path | str) -> dict:
         raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
 
 
+def write_config(folder: Path, config: dict) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def write_section(folder: Path, section: dict) -> None:
     """Add our section to the ``quantization_config`` that compressed-tensors wrote."""
     config = read_config(folder)
     quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
     quantization[SECTION] = section
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_config(folder, config)
 
 
 @contextmanager
@@ -76,11 +88,18 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_with_plan(model: PreTrainedModel, plan: CompressionPlan | None) -> None:
+def save_with_plan(
+    model: PreTrainedModel, plan: CompressionPlan | None, recipe: str | None = None
+) -> None:
     """Make ``model.save_pretrained`` write our section and the plan, and nothing half-way.
 
     llm-compressor rebuilds ``config.json`` from the source checkpoint on every save, so the
     section has to be added after it. The plan is kept as ``model.casp_plan``.
+
+    :param model: the model whose method is wrapped
+    :param plan: the plan to store, None where there is none
+    :param recipe: text of the recipe that made a reloaded checkpoint; llm-compressor writes
+        that of a fresh one itself
     """
     model.casp_plan = plan
     save = model.save_pretrained
@@ -92,6 +111,8 @@ def save_with_plan(model: PreTrainedModel, plan: CompressionPlan | None) -> None
             write_section(partial, casp_section(model))
             if plan is not None:
                 plan.save(partial / PLAN_NAME)
+            if recipe is not None:
+                (partial / RECIPE_NAME).write_text(recipe)
 
     model.save_pretrained = save_pretrained
 

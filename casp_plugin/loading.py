@@ -4,6 +4,8 @@ The compressed-tensors quantizer and config of transformers are replaced by subc
 know the ``casp`` section and do nothing else for checkpoints without it.
 """
 
+from pathlib import Path
+
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
@@ -17,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import cached_file
 
-from casp_plugin.checkpoint import SECTION, save_with_plan
+from casp_plugin.checkpoint import RECIPE_NAME, SECTION, save_with_plan
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
@@ -58,7 +60,12 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)
         if self.section is not None:
-            save_with_plan(model, _plan_of(model))
+            plan, recipe = _beside(model, PLAN_NAME), _beside(model, RECIPE_NAME)
+            save_with_plan(
+                model,
+                plan and CompressionPlan.load(plan),
+                recipe and recipe.read_text(),
+            )
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
         """The compressed state, also where a forward pass has decompressed the weights."""
@@ -115,13 +122,13 @@ def register() -> None:
     AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = CaspConfig
 
 
-def _plan_of(model: PreTrainedModel) -> CompressionPlan | None:
-    """The plan stored beside the checkpoint that a model came from, if any."""
+def _beside(model: PreTrainedModel, name: str) -> Path | None:
+    """A file stored beside the checkpoint that a model came from, local or on the hub."""
     path = cached_file(
         model.name_or_path,
-        PLAN_NAME,
+        name,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else CompressionPlan.load(path)
+    return None if path is None else Path(path)

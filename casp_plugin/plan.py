@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from rich import box
 from rich.table import Table
 
 __all__ = ["PLAN_NAME", "Candidate", "CompressionPlan", "LowRankPlan", "UnitPlan"]
@@ -174,8 +175,8 @@ class CompressionPlan(_Model):
         return tables
 
     def _low_rank_table(self) -> Table:
-        table = Table(title="Low rank", title_justify="left")
-        for column in ("module", "shape", "rank", "kept", "output error", "note"):
+        table = Table(title="Low rank", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("module", "shape", "rank", "kept", "error", "note"):
             table.add_column(column, justify="left" if column in ("module", "note") else "right")
         for entry in self.low_rank:
             table.add_row(
@@ -189,21 +190,19 @@ class CompressionPlan(_Model):
         return table
 
     def _unit_table(self) -> Table:
-        widths = sorted({c.bits for unit in self.units for c in unit.candidates})
-        table = Table(title="Bits", title_justify="left")
-        table.add_column("unit")
-        for column in ("weights", "importance", *(f"error at {b}" for b in widths), "bits"):
+        table = Table(title="Bits", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("unit", overflow="fold", min_width=38)
+        for column in ("importance", "bits", "error", "bytes"):
             table.add_column(column, justify="right")
-        table.add_column("bytes", justify="right")
         for unit in self.units:
-            errors = {c.bits: c.error for c in unit.candidates}
+            options = [unit.choice] if unit.choice else unit.candidates
+            sizes = [c.bytes for c in options]
             table.add_row(
                 unit.name,
-                f"{unit.weights:,}",
                 _shown(unit.importance, ".4g"),
-                *(_shown(errors.get(b), ".4f") for b in widths),
-                _shown(unit.choice and unit.choice.bits, "d"),
-                _shown(unit.choice and unit.choice.bytes, ",d"),
+                "|".join(str(c.bits) for c in options),
+                _shown(options[0].error if unit.choice else None, ".4f"),
+                " to ".join(f"{size:,}" for size in dict.fromkeys((min(sizes), max(sizes)))),
             )
         return table
 

@@ -1,0 +1,91 @@
+"""Calibration data: any usual source of text becomes a dataset that llm-compressor takes."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from llmcompressor.args import DatasetArguments
+from llmcompressor.datasets import get_calibration_dataloader
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["BUNDLED", "calibration_loader", "load_text"]
+
+#: name of the text that ships with the package (the Jargon File, public domain)
+BUNDLED = "bundled"
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_text(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    column: str = "text",
+    split: str = "train",
+    config_name: str | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Texts to calibrate on, one sample a row, shuffled.
+
+    A column ``messages`` is turned into text by the tokenizer's chat template.
+
+    :param source: ``bundled``; a .jsonl, .json, .parquet, .csv or .txt file (a .txt file is cut
+        at empty lines); a folder made by ``save_to_disk``; or a dataset id on the Hugging Face hub
+    :param tokenizer: tokenizer of the model
+    :param samples: largest number of samples to take
+    :param column: column that holds the text
+    :param split: split to read, where the source has several
+    :param config_name: configuration of a hub dataset
+    :param seed: seed of the shuffle
+    :return: a dataset with the one column ``text``
+    :raises ValueError: if the source does not exist, has no such column or split, or no text
+    """
+    data = _read(source, split, config_name)
+    if "messages" in data.column_names and column not in data.column_names:
+        data = data.map(
+            lambda row: {column: tokenizer.apply_chat_template(row["messages"], tokenize=False)},
+            desc="Applying the chat template",
+        )
+    if column not in data.column_names:
+        raise ValueError(
+            f"dataset {source!r} has no column {column!r}; its columns are {data.column_names}"
+        )
+    data = data.select_columns([column]).rename_columns(
+        {column: "text"} if column != "text" else {}
+    )
+    data = data.filter(lambda row: bool(row["text"] and row["text"].strip()))
+    if not len(data):
+        raise ValueError(f"dataset {source!r} holds no text in column {column!r}")
+    return data.shuffle(seed=seed).select(range(min(samples, len(data))))
+
+
+def calibration_loader(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> DataLoader:
+    """The batches that ``oneshot`` would make of these texts."""
+    arguments = DatasetArguments(
+        dataset=texts,
+        max_seq_length=max_seq_length,
+        num_calibration_samples=len(texts),
+        shuffle_calibration_samples=False,
+    )
+    return get_calibration_dataloader(arguments, tokenizer)
+
+
+def _read(source: str, split: str, config_name: str | None) -> Dataset:
+    path = Path(source)
+    if source == BUNDLED:
+        path = Path(str(files("casp_plugin") / "text" / "calibration.jsonl"))
+    try:
+        if path.suffix == ".txt" and path.is_file():
+            return load_dataset("text", data_files=str(path), split="train", sample_by="paragraph")
+        if path.suffix in _FORMATS and path.is_file():
+            return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        if path.is_dir():
+            data = load_from_disk(str(path))
+            return data[split] if isinstance(data, DatasetDict) else data
+        if path.suffix in {".txt", *_FORMATS} or path.is_absolute():
+            raise FileNotFoundError("no such file")
+        return load_dataset(source, config_name, split=split)
+    except Exception as error:  # each reader has exceptions of its own
+        raise ValueError(f"cannot read dataset {source!r} (split {split!r}): {error}") from error

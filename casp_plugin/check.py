@@ -1,0 +1,150 @@
+"""Does a checkpoint hold what it should, and does it come back?"""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from casp_plugin.checkpoint import SECTION, read_config
+from casp_plugin.loading import CaspConfig, CaspHfQuantizer
+from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.schemes import missing_kernel
+
+__all__ = ["Finding", "check"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    :param what: what was checked
+    :param passed: False if the checkpoint is broken, None for a remark
+    :param detail: what was found
+    """
+
+    what: str
+    passed: bool | None
+    detail: str
+
+
+def check(folder: Path | str, reload: bool = True) -> list[Finding]:
+    """Look at a checkpoint folder: section, tensors, sizes, kernels, reload.
+
+    :param folder: checkpoint folder
+    :param reload: also load the model and run a few tokens through it
+    :return: findings, in order; the checkpoint is sound if none has ``passed`` False
+    :raises ValueError: if the folder is no checkpoint at all
+    """
+    folder = Path(folder)
+    quantization = read_config(folder).get("quantization_config")
+    if not quantization:
+        raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
+    try:
+        on_disk = _headers(folder)
+        expected = _expected_tensors(folder, quantization)
+    except (ValueError, SafetensorError, OSError) as error:
+        return [Finding("checkpoint", False, str(error))]
+    factored = (quantization.get(SECTION) or {}).get("low_rank", {})
+    findings = [
+        Finding("low-rank layers", None, f"{len(factored)}"),
+        _compare(on_disk, expected),
+        _sizes(folder, on_disk),
+        _kernels(quantization),
+    ]
+    if reload and all(finding.passed is not False for finding in findings):
+        findings.append(_reload(folder))
+    return findings
+
+
+def _headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor on disk, without reading data."""
+    headers = {}
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} holds no safetensors file")
+    for path in paths:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118, not a dict
+                view = shard.get_slice(name)
+                headers[name] = (tuple(view.get_shape()), view.get_dtype())
+    return headers
+
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
+
+
+def _expected_tensors(folder: Path, quantization: dict) -> dict[str, tuple[int, ...]]:
+    """Shapes that the config promises: the model on the meta device, as loading builds it."""
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    quantizer = CaspHfQuantizer(CaspConfig.from_dict(quantization), pre_quantized=True)
+    quantizer.validate_environment()
+    quantizer.preprocess_model(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        zeros = f"{name}.weight_zero_point"
+        if zeros in shapes:  # packed along the rows, which compressing on meta leaves out
+            rows, groups = shapes[zeros]
+            bits = module.quantization_scheme.weights.num_bits
+            shapes[zeros] = (ceil(rows * bits / 32), groups)
+    for tied in model.all_tied_weights_keys:
+        shapes.pop(tied, None)
+    return shapes
+
+
+def _compare(on_disk: dict, expected: dict) -> Finding:
+    what = "tensor names and shapes"
+    missing = sorted(expected.keys() - on_disk.keys())
+    surplus = sorted(on_disk.keys() - expected.keys())
+    wrong = sorted(n for n in expected.keys() & on_disk.keys() if expected[n] != on_disk[n][0])
+    if missing:
+        return Finding(what, False, f"{len(missing)} missing, first {missing[0]}")
+    if surplus:
+        return Finding(what, False, f"{len(surplus)} unexpected, first {surplus[0]}")
+    if wrong:
+        name = wrong[0]
+        detail = f"{len(wrong)} of the wrong shape, first {name}: {on_disk[name][0]} on disk, "
+        return Finding(what, False, f"{detail}{expected[name]} expected")
+    return Finding(what, True, f"{len(on_disk)} tensors")
+
+
+def _sizes(folder: Path, on_disk: dict) -> Finding:
+    total = sum(prod(shape) * _BYTES[dtype] for shape, dtype in on_disk.values())
+    if not (folder / PLAN_NAME).exists():
+        return Finding("bytes", None, f"{total:,} bytes of tensors; no {PLAN_NAME} to compare with")
+    planned = CompressionPlan.load(folder).total_bytes
+    if planned is None:
+        return Finding("bytes", None, f"{total:,} bytes of tensors; the plan allocates no bits")
+    detail = f"{total:,} on disk, {planned:,} planned"
+    return Finding("bytes as planned", total == planned, detail)
+
+
+def _kernels(quantization: dict) -> Finding:
+    groups = QuantizationConfig.model_validate(quantization).config_groups.values()
+    needs = Counter()
+    for group in groups:
+        needs[missing_kernel(group.weights)] += len(group.targets)
+    extra = [package for package in needs if package]
+    if not extra:
+        return Finding("kernels on vLLM CUDA", True, "all in the box")
+    count = sum(needs[package] for package in extra)
+    detail = f"{count} of {needs.total()} targets need {', '.join(extra)}"
+    return Finding("kernels on vLLM CUDA", None, f"{detail}: pip install {' '.join(extra)}")
+
+
+def _reload(folder: Path) -> Finding:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
+        with torch.no_grad():
+            finite = bool(torch.isfinite(model(ids.to(model.device)).logits).all())
+    except Exception as error:  # whatever a user would meet when loading
+        return Finding("reload", False, f"{type(error).__name__}: {error}")
+    return Finding("reload", finite, "finite logits" if finite else "logits hold NaN or infinity")

@@ -1,0 +1,227 @@
+"""The ``casp`` command: plan, run, check, fold."""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="casp",
+    help="Compress language models to 2 to 4 bits a weight with CASP and llm-compressor.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face id.", metavar="MODEL")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Checkpoint folder.", metavar="OUT", exists=True, file_okay=False)
+]
+RecipeFile = Annotated[
+    Path, typer.Option("--recipe", help="Recipe in YAML.", exists=True, dir_okay=False)
+]
+_DATASET = typer.Option(
+    "--dataset",
+    help="Calibration text: .jsonl, .parquet, .csv or .txt file, a datasets folder, a hub id, or "
+    "'bundled' for the text that ships with casp-plugin.",
+)
+Column = Annotated[str, typer.Option("--text-column", help="Column that holds the text.")]
+Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
+ConfigName = Annotated[
+    str | None, typer.Option("--dataset-config", help="Configuration of a hub dataset.")
+]
+Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
+Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeFile,
+    dataset: Annotated[str | None, _DATASET] = None,
+    text_column: Column = "text",
+    split: Split = "train",
+    dataset_config: ConfigName = None,
+    samples: Samples = 512,
+    max_length: Length = 2048,
+    seed: Seed = 0,
+    json: Annotated[Path | None, typer.Option(help="Save the plan as JSON here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw bits per layer here.")] = None,
+) -> None:
+    """Show what a recipe would do: units, bits, ranks, exact bytes.
+
+    Without --dataset nothing heavy runs, not even the weights are read, and what only
+    statistics can tell shows as '?'.
+    """
+    from casp_plugin.calibration import calibration_loader, load_text
+    from casp_plugin.modifiers import plan_recipe
+
+    if dataset is None:
+        made = plan_recipe(_skeleton(model), str(recipe))
+    else:
+        from transformers import AutoModelForCausalLM
+
+        _skeleton(model)
+        tokenizer = _tokenizer(model)
+        texts = load_text(dataset, tokenizer, samples, text_column, split, dataset_config, seed)
+        _seed(seed)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        made = plan_recipe(loaded, str(recipe), calibration_loader(texts, tokenizer, max_length))
+    for table in made.tables():
+        console.print(table)
+    if json is not None:
+        made.save(json)
+    if png is not None:
+        made.plot(png)
+
+
+@app.command()
+def run(
+    model: Model,
+    recipe: RecipeFile,
+    dataset: Annotated[str, _DATASET],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    text_column: Column = "text",
+    split: Split = "train",
+    dataset_config: ConfigName = None,
+    samples: Samples = 512,
+    max_length: Length = 2048,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
+    from llmcompressor import oneshot
+
+    from casp_plugin.calibration import load_text
+    from casp_plugin.checkpoint import whole_folder
+    from casp_plugin.modifiers import plan_recipe
+
+    _check_output(output)
+    for table in plan_recipe(_skeleton(model), str(recipe)).tables()[-1:]:
+        console.print(table)
+    tokenizer = _tokenizer(model)
+    texts = load_text(dataset, tokenizer, samples, text_column, split, dataset_config, seed)
+    _seed(seed)
+    with whole_folder(output) as partial:
+        compressed = oneshot(
+            model=model,
+            processor=tokenizer,
+            recipe=str(recipe),
+            dataset=texts,
+            num_calibration_samples=len(texts),
+            max_seq_length=max_length,
+            batch_size=batch_size,
+            shuffle_calibration_samples=False,
+            output_dir=str(partial),
+        )
+        _copy_tokenizer(model, partial)
+    for table in compressed.casp_plan.tables()[-1:]:
+        console.print(table)
+    console.print(f"Wrote {output}. Next: casp check {output}")
+
+
+@app.command()
+def check(
+    checkpoint: Checkpoint,
+    reload: Annotated[bool, typer.Option(help="Also load the model and run it.")] = True,
+) -> None:
+    """Verify a checkpoint: tensors, sizes against the plan, kernels, reload."""
+    from casp_plugin.check import check as findings_of
+
+    table = Table(title=str(checkpoint), title_justify="left")
+    for column in ("check", "result", "detail"):
+        table.add_column(column)
+    findings = findings_of(checkpoint, reload=reload)
+    marks = {True: "ok", False: "FAILED", None: "note"}
+    for finding in findings:
+        table.add_row(finding.what, marks[finding.passed], finding.detail)
+    console.print(table)
+    if any(finding.passed is False for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fold(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT2")],
+) -> None:
+    """Write a copy with dense q/k, which stock transformers and vLLM load without us."""
+    from casp_plugin.fold import fold as fold_checkpoint
+
+    dense = fold_checkpoint(checkpoint, output)
+    console.print(f"Wrote {output}: {len(dense)} layers are dense now")
+
+
+def main() -> None:
+    """Entry point: what a user got wrong is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, ValidationError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
+        sys.exit(1)
+
+
+def _skeleton(model: str):
+    """The model without weights, from its config alone.
+
+    :raises ValueError: if the model cannot be found, or is quantized already
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method")
+        raise ValueError(
+            f"{model} is already quantized ({method}): start from the full-precision model"
+        )
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    bare.config._name_or_path = model
+    return bare
+
+
+def _tokenizer(model: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _check_output(output: Path) -> None:
+    """Fail now rather than after hours.
+
+    :raises ValueError: if the folder cannot be written
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=output if output.exists() else output.parent).close()
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written: {error}") from None
+
+
+def _copy_tokenizer(model: str, folder: Path) -> None:
+    """The user's own tokenizer files, byte for byte, over what oneshot saved."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*"]
+    source = Path(model)
+    if not source.is_dir():
+        source = Path(snapshot_download(model, allow_patterns=patterns))
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,150 @@
+"""Fold a low-rank checkpoint back to dense q/k, so that stock transformers and vLLM load it."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import match_name
+from huggingface_hub import save_torch_state_dict
+from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
+from safetensors import safe_open
+
+from casp_plugin.checkpoint import SECTION, read_config, whole_folder, write_config
+from casp_plugin.plan import PLAN_NAME
+
+__all__ = ["fold"]
+
+
+class _Tensors(Mapping):
+    """All tensors of a checkpoint folder, read from its shards one at a time."""
+
+    def __init__(self, folder: Path):
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise ValueError(f"{folder} holds no safetensors file")
+        self._shards = {}
+        for path in paths:
+            shard = safe_open(path, framework="pt")
+            self._shards |= dict.fromkeys(shard.keys(), shard)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._shards[name].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+
+def fold(source: Path | str, target: Path | str) -> list[str]:
+    """Write a copy of a checkpoint in which every factored layer is one dense weight again.
+
+    Layers that the runtime fuses with a factored one (v with q, k) are stored dense too: one
+    fused layer cannot mix quantized and dense parts. Everything else keeps its bits.
+
+    :param source: folder of a checkpoint with a ``casp`` section
+    :param target: folder to write; must not exist
+    :return: names of the layers that are dense now
+    :raises ValueError: if there is nothing to fold, or the target exists
+    """
+    source, target = Path(source), Path(target)
+    config = read_config(source)
+    quantization = config.get("quantization_config") or {}
+    factored = (quantization.get(SECTION) or {}).get("low_rank")
+    if not factored:
+        raise ValueError(f"{source} holds no low-rank layers: nothing to fold")
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a new folder")
+    tensors = _Tensors(source)
+    dense = sorted(set(factored) | _fused_siblings(factored, tensors))
+    schemes = _Schemes(quantization)
+
+    state = {}
+    for name in tensors:
+        if not any(name.startswith(f"{layer}.") for layer in dense):
+            state[name] = tensors[name]
+    for layer in dense:
+        state |= _dense_layer(layer, layer in factored, tensors, schemes)
+
+    with whole_folder(target) as partial:
+        save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
+        for path in source.iterdir():
+            if ".safetensors" not in path.name and path.name not in ("config.json", PLAN_NAME):
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, partial / path.name)
+        config["quantization_config"] = schemes.without(dense)
+        if config["quantization_config"] is None:
+            del config["quantization_config"]
+        write_config(partial, config)
+    return dense
+
+
+def _fused_siblings(factored: dict[str, int], tensors: Mapping) -> set[str]:
+    """Quantized layers that share a fused layer with a factored one."""
+    siblings = set()
+    for layer in factored:
+        parent, _, leaf = layer.rpartition(".")
+        for group in FUSED_LAYER_NAMES:
+            if leaf in group:
+                siblings |= {f"{parent}.{other}" for other in group if other != leaf}
+    return {layer for layer in siblings if f"{layer}.weight_packed" in tensors}
+
+
+def _dense_layer(
+    layer: str, factored: bool, tensors: Mapping, schemes: "_Schemes"
+) -> dict[str, torch.Tensor]:
+    """Weight and bias of one layer, dequantized, factors multiplied in float32."""
+    if factored:
+        up, down = (schemes.weight(f"{layer}.{part}", tensors) for part in ("up", "down"))
+        state = {f"{layer}.weight": (up.float() @ down.float()).to(up.dtype)}
+        bias = f"{layer}.up.bias"
+    else:
+        state = {f"{layer}.weight": schemes.weight(layer, tensors)}
+        bias = f"{layer}.bias"
+    if bias in tensors:
+        state[f"{layer}.bias"] = tensors[bias]
+    return state
+
+
+class _Schemes:
+    """The quantization config of a checkpoint, by module name."""
+
+    def __init__(self, quantization: dict):
+        self._dict = quantization
+        self._config = QuantizationConfig.model_validate(quantization)
+
+    def scheme(self, module: str) -> QuantizationScheme:
+        for by_class in (False, True):
+            for scheme in self._config.config_groups.values():
+                for target in scheme.targets:
+                    if target == "Linear" if by_class else match_name(module, target):
+                        return scheme
+        raise ValueError(f"config_groups hold no scheme for {module}")
+
+    def weight(self, module: str, tensors: Mapping) -> torch.Tensor:
+        """The dequantized weight of a module, or its weight as it is."""
+        if f"{module}.weight_packed" not in tensors:
+            return tensors[f"{module}.weight"]
+        scheme = self.scheme(module)
+        prefix = f"{module}.weight_"
+        local = {n.removeprefix(f"{module}."): tensors[n] for n in tensors if n.startswith(prefix)}
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or self._dict["format"])
+        return compressor.decompress(local, scheme)["weight"]
+
+    def without(self, layers: list[str]) -> dict | None:
+        """The config with these layers unquantized and our section gone; None if empty."""
+        gone = {f"{layer}{part}" for layer in layers for part in ("", ".down", ".up")}
+        groups = {}
+        for name, group in self._dict["config_groups"].items():
+            targets = [target for target in group["targets"] if target not in gone]
+            if targets:
+                groups[name] = {**group, "targets": targets}
+        if not groups:
+            return None
+        kept = {k: v for k, v in self._dict.items() if k != SECTION}
+        ignore = [name for name in kept.get("ignore") or [] if name not in gone]
+        return {**kept, "config_groups": groups, "ignore": ignore + layers}
