@@ -202,7 +202,7 @@ class CompressionPlan(_Model):
                 _shown(unit.importance, ".4g"),
                 "|".join(str(c.bits) for c in options),
                 _shown(options[0].error if unit.choice else None, ".4f"),
-                " to ".join(f"{size:,}" for size in dict.fromkeys((min(sizes), max(sizes)))),
+                f"{sizes[0]:,}" if unit.choice else f"from {min(sizes):,}",
             )
         return table
 
