@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from casp_plugin.checkpoint import SECTION, read_config
-from casp_plugin.loading import CaspConfig, CaspHfQuantizer
+from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.schemes import missing_kernel
 
@@ -84,7 +84,7 @@ def _expected_tensors(folder: Path, quantization: dict) -> dict[str, tuple[int, 
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    quantizer = CaspHfQuantizer(CaspConfig.from_dict(quantization), pre_quantized=True)
+    quantizer = CaspHfQuantizer(CompressedTensorsConfig.from_dict(quantization), pre_quantized=True)
     quantizer.validate_environment()
     quantizer.preprocess_model(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

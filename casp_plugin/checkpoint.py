@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -105,16 +106,16 @@ def save_with_plan(
     save = model.save_pretrained
 
     @wraps(save)  # keeps llm-compressor's mark that it has wrapped the method already
-    def save_pretrained(save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         with whole_folder(save_directory) as partial:
             save(str(partial), *args, **kwargs)
-            write_section(partial, casp_section(model))
+            write_section(partial, casp_section(self))
             if plan is not None:
                 plan.save(partial / PLAN_NAME)
             if recipe is not None:
                 (partial / RECIPE_NAME).write_text(recipe)
 
-    model.save_pretrained = save_pretrained
+    model.save_pretrained = MethodType(save_pretrained, model)
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from casp_plugin.importance import output_error
 from casp_plugin.modules import LowRankLinear
 
-__all__ = ["relative_error", "rounding_delta"]
+__all__ = ["rounding_delta", "rounding_error"]
 
 #: rows of a large matrix that are rounded to estimate its error; rows are exchangeable
 SAMPLED_ROWS = 128
@@ -44,13 +44,13 @@ def rounding_delta(
 
 
 @torch.no_grad()
-def relative_error(
+def rounding_error(
     module: nn.Linear | LowRankLinear,
     args: QuantizationArgs,
     mean_square: torch.Tensor,
-    output_energy: float,
+    row_weights: torch.Tensor,
 ) -> float:
-    """Output error of a linear layer under a scheme, over its output energy.
+    """Weighted output error of a linear layer under a scheme: ``sum_r w_r E[(dW x)_r^2]``.
 
     A factored layer has both factors rounded: the error of ``down`` passes through ``up``,
     and the latent's second moment follows from the input's.
@@ -58,25 +58,32 @@ def relative_error(
     :param module: the layer, dense or factored
     :param args: the scheme of its weight, or of both its factors
     :param mean_square: E[x^2] per channel of its input, shape (in,)
-    :param output_energy: E||W x||^2 of the dense layer
+    :param row_weights: w, shape (out,): one over the output energy for the relative error, the
+        squared gradients for the expected change of the loss
     """
     if isinstance(module, LowRankLinear):
         down, up = module.down.weight.float(), module.up.weight.float()
         latent = down.square() @ mean_square.to(down)
-        error = _error(up, args, latent)
-        delta = rounding_delta(down, args, mean_square)
-        # E||U dD x||^2 with uncorrelated columns: row r of dD weighs ||U[:, r]||^2
-        error += (output_error(delta, mean_square) @ up.square().sum(0)).item()
-    else:
-        error = _error(module.weight, args, mean_square)
-    return error / output_energy if output_energy > 0 else 0.0
+        # E||U dD x||^2 with uncorrelated columns: row k of dD weighs sum_r w_r U_rk^2
+        through = up.square().T @ row_weights.to(up)
+        return _error(up, args, latent, row_weights) + _error(down, args, mean_square, through)
+    return _error(module.weight, args, mean_square, row_weights)
 
 
-def _error(weight: torch.Tensor, args: QuantizationArgs, mean_square: torch.Tensor) -> float:
-    """Squared output error summed over the rows, from a sample of them where there are many."""
-    rows = weight.shape[0]
-    if rows > SAMPLED_ROWS:
-        picked = torch.linspace(0, rows - 1, SAMPLED_ROWS, device=weight.device).long()
-        weight = weight[picked]
+def _error(
+    weight: torch.Tensor,
+    args: QuantizationArgs,
+    mean_square: torch.Tensor,
+    row_weights: torch.Tensor,
+) -> float:
+    """Weighted squared output error, estimated from a sample of the rows where there are many."""
+    row_weights = row_weights.to(weight.device, torch.float32)
+    total = row_weights.sum().item()
+    if weight.shape[0] > SAMPLED_ROWS:
+        picked = torch.linspace(0, weight.shape[0] - 1, SAMPLED_ROWS, device=weight.device).long()
+        weight, row_weights = weight[picked], row_weights[picked]
+    seen = row_weights.sum().item()
+    if not seen:
+        return 0.0
     per_row = output_error(rounding_delta(weight, args, mean_square), mean_square)
-    return (per_row.mean() * rows).item()
+    return (per_row @ row_weights).item() * total / seen

@@ -11,7 +11,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import get_direct_state_dict
-from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig as _CompressedTensorsConfig
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,13 +24,16 @@ from casp_plugin.checkpoint import RECIPE_NAME, SECTION, save_with_plan
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
-__all__ = ["CaspConfig", "CaspHfQuantizer", "register"]
+__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "register"]
 
 _METHOD = "compressed-tensors"
 
 
-class CaspConfig(CompressedTensorsConfig):
-    """compressed-tensors' config plus our section, which survives ``to_dict``.
+class CompressedTensorsConfig(_CompressedTensorsConfig):
+    """transformers' config plus our section, which survives ``to_dict``.
+
+    It bears the name of its base because transformers compares names where a user passes a
+    config of their own to ``from_pretrained``.
 
     :param casp: the section, None for checkpoints that are not ours
     """
@@ -119,7 +123,7 @@ def install_factored_layers(model: torch.nn.Module, section: dict) -> None:
 def register() -> None:
     """Let transformers' Auto classes use the classes above for compressed-tensors."""
     AUTO_QUANTIZER_MAPPING[_METHOD] = CaspHfQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = CaspConfig
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = CompressedTensorsConfig
 
 
 def _beside(model: PreTrainedModel, name: str) -> Path | None:

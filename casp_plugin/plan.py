@@ -27,7 +27,8 @@ class Candidate(_Model):
     :param bits: bit width of the codes
     :param group_size: columns that share a scale, -1 for a whole row
     :param bytes: bytes of the unit's weights on disk: codes, scales, zero points, shapes
-    :param error: relative output error, summed over the unit's linears; None if unknown
+    :param error: output error summed over the unit's linears, in the terms of the modifier's
+        `importance`; None if unknown
     :param needs: package that stock vLLM on CUDA needs for this scheme, None if none
     """
 

@@ -21,6 +21,9 @@ from casp_plugin.importance import token_influence
 
 __all__ = ["Request", "Statistics", "collect"]
 
+#: batches that gradients are taken from; they rank layers well before the rest is known
+GRADIENT_BATCHES = 8
+
 
 @dataclass(frozen=True)
 class Request:
@@ -29,21 +32,29 @@ class Request:
     :param second_moments: linears whose input second moment E[x x^T] is wanted
     :param energies: linears whose E[x^2] per input channel and output energy are wanted
     :param influences: decoder layers whose block influence is wanted
+    :param gradients: linears for whose outputs the squared gradient of the loss is wanted
     """
 
     second_moments: frozenset[str] = frozenset()
     energies: frozenset[str] = frozenset()
     influences: frozenset[str] = frozenset()
+    gradients: frozenset[str] = frozenset()
 
     def __or__(self, other: "Request") -> "Request":
         return Request(
             self.second_moments | other.second_moments,
             self.energies | other.energies,
             self.influences | other.influences,
+            self.gradients | other.gradients,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.second_moments or self.energies or self.influences)
+        return any((self.second_moments, self.energies, self.influences, self.gradients))
+
+    @property
+    def linears(self) -> frozenset[str]:
+        """Every linear that something is measured at."""
+        return self.second_moments | self.energies | self.gradients
 
 
 @dataclass
@@ -55,6 +66,8 @@ class Statistics:
     :param mean_squares: E[x^2] per input channel, shape (in,), float32
     :param output_energies: E||W x||^2, the bias left out
     :param influences: block influence per decoder layer
+    :param gradient_squares: E[(dL/dy)^2] per output channel, L the summed loss of a sample,
+        shape (out,), float32: the diagonal of the empirical Fisher information
     :param tokens: tokens seen, padding left out
     """
 
@@ -62,6 +75,7 @@ class Statistics:
     mean_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     output_energies: dict[str, float] = field(default_factory=dict)
     influences: dict[str, float] = field(default_factory=dict)
+    gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
 
 
@@ -90,6 +104,7 @@ class _Collector:
         self.squares: dict[str, _Mean] = {}
         self.outputs: dict[str, _Mean] = {}
         self.influences: dict[str, _Mean] = {}
+        self.gradients: dict[str, _Mean] = {}
         self.mask: torch.Tensor | None = None
         # q, k and v read the very same tensor: one of them accumulates for all
         self._owner: dict[str, str] = {}
@@ -104,6 +119,9 @@ class _Collector:
     def on_linear(self, name: str):
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor):
             inputs = args[0]
+            if output.requires_grad and name in self.request.gradients:
+                output.register_hook(self.on_gradient(name))
+            output = output.detach()
             if name not in self._owner:
                 shared = self._last is not None and self._last[1] is inputs
                 self._owner[name] = self._last[0] if shared else name
@@ -113,11 +131,11 @@ class _Collector:
             if name in self.request.second_moments and (
                 owner == name or owner not in self.request.second_moments
             ):
-                x = self.tokens_of(inputs).float()
+                x = self.tokens_of(inputs.detach()).float()
                 self.moments.setdefault(name, _Mean()).add(x.T @ x, len(x))
             if name in self.request.energies:
                 if owner == name or owner not in self.request.energies:
-                    x = self.tokens_of(inputs).float() if x is None else x
+                    x = self.tokens_of(inputs.detach()).float() if x is None else x
                     self.squares.setdefault(name, _Mean()).add(x.square().sum(0), len(x))
                 y = self.tokens_of(output).float()
                 y = y if module.bias is None else y - module.bias.float()
@@ -125,11 +143,21 @@ class _Collector:
 
         return hook
 
+    def on_gradient(self, name: str):
+        mask = self.mask
+
+        def hook(gradient: torch.Tensor):
+            self.mask = mask
+            g = self.tokens_of(gradient).float()
+            self.gradients.setdefault(name, _Mean()).add(g.square().sum(0), len(g))
+
+        return hook
+
     def on_layer(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output):
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            values = token_influence(before, after)[..., None]
+            values = token_influence(before.detach(), after.detach())[..., None]
             values = self.tokens_of(values)
             self.influences.setdefault(name, _Mean()).add(values.double().sum(), len(values))
 
@@ -138,7 +166,7 @@ class _Collector:
     @contextmanager
     def attached(self, model: nn.Module):
         handles = []
-        for name in self.request.second_moments | self.request.energies:
+        for name in self.request.linears:
             module = model.get_submodule(name)
             handles.append(module.register_forward_hook(self.on_linear(name)))
         for name in self.request.influences:
@@ -161,6 +189,7 @@ class _Collector:
             mean_squares=shared(self.squares, self.request.energies),
             output_energies={n: m.value.item() for n, m in self.outputs.items()},
             influences={n: m.value.item() for n, m in self.influences.items()},
+            gradient_squares={n: m.value for n, m in self.gradients.items()},
             tokens=tokens,
         )
 
@@ -168,22 +197,23 @@ class _Collector:
 def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> Statistics:
     """Run the calibration data through the model once and measure what was requested.
 
-    Modules that no token reaches (a dead expert) are absent from the result.
+    Gradients, where requested, come from a backward pass on the first
+    ``GRADIENT_BATCHES`` batches. Modules that no token reaches (a dead expert) are absent
+    from the result.
 
     :param model: the model, on whatever device it lives
     :param dataloader: batches of model keyword arguments
     :param request: what to measure
-    :raises ValueError: if the dataloader is empty, or no requested module saw a token
+    :raises ValueError: if the dataloader is empty
     """
     collector = _Collector(request)
     device = next(model.parameters()).device
     tokens = 0
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for context in (disable_cache, eval_context, disable_hf_kernels, disable_lm_head):
+        for context in (disable_cache, eval_context, disable_hf_kernels):
             stack.enter_context(context(model))
         stack.enter_context(collector.attached(model))
-        for batch in tqdm(dataloader, desc="Collecting CASP statistics"):
+        for index, batch in enumerate(tqdm(dataloader, desc="Collecting CASP statistics")):
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             mask = batch.get("attention_mask")
             collector.mask = mask.bool() if mask is not None and mask.ndim == 2 else None
@@ -191,7 +221,36 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
                 tokens += int(collector.mask.sum())
             elif "input_ids" in batch:
                 tokens += batch["input_ids"].numel()
-            model(**batch)
+            if request.gradients and index < GRADIENT_BATCHES:
+                _backward(model, batch, collector.mask)
+            else:
+                with torch.no_grad(), disable_lm_head(model):
+                    model(**batch)
     if not tokens:
         raise ValueError("the calibration dataset is empty: pass at least one sample of text")
     return collector.result(tokens)
+
+
+def _backward(model: nn.Module, batch: dict, mask: torch.Tensor | None) -> None:
+    """Forward and backward of the summed next-token loss, down to the activations only."""
+    labels = batch["input_ids"]
+    labels = labels if mask is None else labels.masked_fill(~mask, -100)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _requires_grad(trained, False), torch.enable_grad():
+        model.enable_input_require_grads()
+        try:
+            loss = model(**{**batch, "labels": labels}).loss
+            (loss * (labels[:, 1:] != -100).sum()).backward()
+        finally:
+            model.disable_input_require_grads()
+
+
+@contextmanager
+def _requires_grad(parameters: list[nn.Parameter], value: bool):
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(not value)

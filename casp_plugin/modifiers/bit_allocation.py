@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Literal
 
 import numpy as np
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
@@ -13,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs
-from casp_plugin.distortion import relative_error
+from casp_plugin.distortion import rounding_error
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import Candidate, CompressionPlan, UnitPlan
@@ -66,12 +67,15 @@ class BitAllocationModifier(CaspModifier):
         mapping from bit width to number
     :param symmetric: symmetric codes without zero points. Below 4 bits they cost far more
         quality than the zero points cost bytes
-    :param importance: `block_influence`: 1 - cosine similarity of a decoder layer's input and
-        output, as in the paper; `uniform`; or a mapping from names (a unit, a decoder layer, a
-        module, a `re:` pattern) to positive numbers, 1 for units that no entry matches
+    :param importance: what an output error costs. `fisher`: the squared gradient of the loss at
+        each output channel, from a backward pass over a few batches; `block_influence`:
+        1 - cosine similarity of a decoder layer's input and output, as in the paper; `uniform`;
+        or a mapping from names (a unit, a decoder layer, a module, a `re:` pattern) to positive
+        numbers, 1 for units that no entry matches
     :param solver: `exact`: least sum of importance x measured rounding error, by a
         multiple-choice knapsack; `closed_form`: bits as near as the budget allows to the
-        paper's b_l = B + 1/2 log2(s_l / geometric mean)
+        paper's b_l = B + 1/2 log2(s_l / geometric mean); not with `fisher`, which has no one
+        number a layer
     :param granularity: `unit`: one width for each layer that vLLM fuses; `layer`: one for each
         decoder layer, as in the paper
     :param share_layers: number of adjacent decoder layers that share their widths
@@ -83,7 +87,7 @@ class BitAllocationModifier(CaspModifier):
     candidates: list[int] = Field(default_factory=lambda: [2, 3, 4], min_length=1)
     group_size: int | dict[int, int] = 128
     symmetric: bool = False
-    importance: Literal["block_influence", "uniform"] | dict[str, float] = "block_influence"
+    importance: Literal["fisher", "block_influence", "uniform"] | dict[str, float] = "fisher"
     solver: Literal["exact", "closed_form"] = "exact"
     granularity: Literal["unit", "layer"] = "unit"
     share_layers: int = Field(default=1, ge=1)
@@ -123,6 +127,15 @@ class BitAllocationModifier(CaspModifier):
             raise ValueError(f"group_size must be positive, or -1 for one a row; got {wrong}")
         return self
 
+    @model_validator(mode="after")
+    def _closed_form_needs_numbers(self) -> "BitAllocationModifier":
+        if self.solver == "closed_form" and self.importance == "fisher":
+            raise ValueError(
+                "solver closed_form needs one importance a layer: use block_influence, uniform or "
+                "a mapping; fisher goes with solver exact"
+            )
+        return self
+
     @property
     def group_sizes(self) -> list[int]:
         """Every group size in use; ranks of low-rank factors must be multiples of them."""
@@ -132,10 +145,12 @@ class BitAllocationModifier(CaspModifier):
 
     def request(self, model: nn.Module) -> Request:
         measured = self.solver == "exact"
+        linears = frozenset(self._matched(model))
         influenced = self.importance == "block_influence"
         return Request(
-            energies=frozenset(self._matched(model)) if measured else frozenset(),
+            energies=linears if measured else frozenset(),
             influences=frozenset(decoder_layers(model)) if influenced else frozenset(),
+            gradients=linears if self.importance == "fisher" else frozenset(),
         )
 
     def prepare(
@@ -230,7 +245,7 @@ class BitAllocationModifier(CaspModifier):
     def _importances(
         self, units: list[Unit], layers: list[str], statistics: Statistics | None
     ) -> list[float | None]:
-        if self.importance == "uniform":
+        if self.importance in ("uniform", "fisher"):  # fisher weighs the errors themselves
             return [1.0] * len(units)
         if self.importance == "block_influence":
             if statistics is None:
@@ -258,17 +273,29 @@ class BitAllocationModifier(CaspModifier):
         schemes: dict[int, QuantizationArgs],
         statistics: Statistics | None,
     ) -> dict[tuple[str, int], float] | None:
-        """Relative output error of every layer under every candidate."""
+        """Output error of every layer under every candidate: the expected change of the loss in
+        nats a token with `fisher`, relative to the layer's output energy otherwise."""
         if self.solver != "exact" or statistics is None:
             return None
         errors = defaultdict(float)
         for name, module in tqdm(linears.items(), desc="Measuring rounding errors"):
-            if name in statistics.mean_squares:
+            if name not in statistics.mean_squares:
+                continue
+            weights = self._row_weights(name, module, statistics)
+            for bits, args in schemes.items():
                 mean_square = statistics.mean_squares[name]
-                energy = statistics.output_energies[name]
-                for bits, args in schemes.items():
-                    errors[name, bits] = relative_error(module, args, mean_square, energy)
+                errors[name, bits] = rounding_error(module, args, mean_square, weights)
         return errors
+
+    def _row_weights(
+        self, name: str, module: nn.Linear | LowRankLinear, statistics: Statistics
+    ) -> torch.Tensor:
+        """What a squared error at each output channel of a layer costs, shape (out,)."""
+        if self.importance == "fisher":  # second-order: half the curvature
+            squares = statistics.gradient_squares.get(name)
+            return torch.zeros(module.out_features) if squares is None else squares / 2
+        energy = statistics.output_energies[name]
+        return torch.full((module.out_features,), 1 / energy if energy > 0 else 0.0)
 
     def _unit_plan(
         self,

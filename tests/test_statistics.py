@@ -1,0 +1,113 @@
+"""What the hooks collect against a plain pass over the same activations."""
+
+import pytest
+import torch
+
+from casp_plugin.modules import named_linears
+from casp_plugin.statistics import Request, collect
+
+Q, K, V = (f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
+DOWN = "model.layers.0.mlp.down_proj"
+LAYER = "model.layers.1"
+
+
+def recorded(model, batches, name):
+    """Inputs and outputs of a module over all batches, tokens in rows, float64."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda m, args, kwargs, out: seen.append(
+            (args[0] if args else kwargs["hidden_states"], out)
+        ),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    flat = [[t.reshape(-1, t.shape[-1]).double() for t in pair] for pair in seen]
+    return tuple(torch.cat(side) for side in zip(*flat, strict=True))
+
+
+def test_against_recorded_activations(load_tiny, batches):
+    model = load_tiny()
+    request = Request(frozenset({Q, K}), frozenset({Q, K, V, DOWN}), frozenset({LAYER}))
+    found = collect(model, batches, request)
+    assert found.tokens == 8 * 24
+
+    x, y = recorded(model, batches, Q)
+    torch.testing.assert_close(
+        found.second_moments[Q].double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6
+    )
+    assert found.output_energies[Q] == pytest.approx(y.square().sum(1).mean().item(), rel=1e-5)
+    x, _ = recorded(model, batches, DOWN)
+    torch.testing.assert_close(
+        found.mean_squares[DOWN].double(), x.square().mean(0), rtol=1e-5, atol=1e-8
+    )
+    before, after = recorded(model, batches, LAYER)
+    influence = 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
+    assert found.influences[LAYER] == pytest.approx(influence.item(), rel=1e-4)
+
+
+def test_layers_with_one_input_share_one_tensor(load_tiny, batches):
+    found = collect(load_tiny(), batches, Request(frozenset({Q, K}), frozenset({Q, V, DOWN})))
+    assert found.second_moments[Q] is found.second_moments[K]
+    assert found.mean_squares[Q] is found.mean_squares[V]
+    assert set(found.mean_squares) == {Q, V, DOWN}
+
+
+def test_padding_does_not_count(load_tiny):
+    model = load_tiny()
+    ids = torch.randint(3, 96, (1, 12))
+    padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, 12:] = 0
+    request = Request(frozenset({Q}), frozenset({Q}), frozenset({LAYER}))
+    plain = collect(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], request)
+    found = collect(model, [{"input_ids": padded, "attention_mask": mask}], request)
+    assert found.tokens == plain.tokens == 12
+    torch.testing.assert_close(found.second_moments[Q], plain.second_moments[Q])
+    assert found.influences[LAYER] == pytest.approx(plain.influences[LAYER], rel=1e-4)
+
+
+def test_bias_is_not_part_of_the_energy(load_tiny, batches):
+    model = load_tiny()
+    plain = collect(model, batches, Request(energies=frozenset({Q}))).output_energies[Q]
+    linear = model.get_submodule(Q)
+    linear.bias = torch.nn.Parameter(torch.full((linear.out_features,), 5.0))
+    found = collect(model, batches, Request(energies=frozenset({Q}))).output_energies[Q]
+    assert found == pytest.approx(plain, rel=1e-4)
+
+
+def test_leaves_no_hooks_behind(load_tiny, batches):
+    model = load_tiny()
+    collect(model, batches, Request(frozenset({Q}), frozenset({Q}), frozenset({LAYER})))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.lm_head.weight.device.type == "cpu"
+    assert len(named_linears(model)) == 15
+
+
+def test_no_data(load_tiny):
+    with pytest.raises(ValueError, match="calibration dataset is empty"):
+        collect(load_tiny(), [], Request(frozenset({Q})))
+
+
+def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
+    monkeypatch.setattr("casp_plugin.statistics.GRADIENT_BATCHES", 2)
+    model = load_tiny()
+    found = collect(model, batches, Request(gradients=frozenset({Q, DOWN})))
+
+    squares, tokens = 0, 0
+    outputs = []
+    hook = model.get_submodule(Q).register_forward_hook(lambda m, a, out: outputs.append(out))
+    for batch in list(batches)[:2]:
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        targets = batch["input_ids"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, outputs.pop())
+        squares += gradient.double().square().sum((0, 1))
+        tokens += gradient.shape[0] * gradient.shape[1]
+    hook.remove()
+    torch.testing.assert_close(
+        found.gradient_squares[Q].double(), squares / tokens, rtol=1e-4, atol=0
+    )
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
