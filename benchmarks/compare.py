@@ -98,7 +98,8 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
 def _measure(folder: str, reference: str, evaluation: list[str]) -> dict:
     """Scores of a checkpoint, loaded from disk by a new process."""
     command = [sys.executable, __file__, "measure", folder, reference, *evaluation]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return json.loads(output.splitlines()[-1])  # llm-compressor logs to stdout as well
 
 
 @app.command()
