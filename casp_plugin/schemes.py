@@ -4,9 +4,8 @@ import math
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from torch import nn
 
-__all__ = ["DEFAULT_OBSERVER", "dense_bytes", "missing_kernel", "stored_bytes", "weight_args"]
+__all__ = ["DEFAULT_OBSERVER", "missing_kernel", "stored_bytes", "weight_args"]
 
 #: importance-weighted search for the scales; min-max destroys a model at 2 bits
 DEFAULT_OBSERVER = "imatrix_mse"
@@ -47,11 +46,6 @@ def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dt
     scales = rows * groups * dtype.itemsize
     zeros = 0 if args.symmetric else math.ceil(rows * args.num_bits / 32) * groups * _INT32_BYTES
     return codes + scales + zeros + _SHAPE_BYTES
-
-
-def dense_bytes(linear: nn.Linear) -> int:
-    """Bytes of the unquantized weight."""
-    return linear.weight.numel() * linear.weight.dtype.itemsize
 
 
 def missing_kernel(args: QuantizationArgs) -> str | None:

@@ -5,7 +5,7 @@ Hooks only; the maths that reads these tensors lives in ``lowrank`` and ``import
 
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from llmcompressor.utils.helpers import (
@@ -22,7 +22,7 @@ from casp_plugin.importance import token_influence
 __all__ = ["Request", "Statistics", "collect"]
 
 #: batches that gradients are taken from; they rank layers well before the rest is known
-GRADIENT_BATCHES = 8
+GRADIENT_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,29 @@ class Request:
     """What to measure, by module name.
 
     :param second_moments: linears whose input second moment E[x x^T] is wanted
-    :param energies: linears whose E[x^2] per input channel and output energy are wanted
+    :param mean_squares: linears whose E[x^2] per input channel is wanted
+    :param energies: linears whose output energy is wanted
     :param influences: decoder layers whose block influence is wanted
     :param gradients: linears for whose outputs the squared gradient of the loss is wanted
     """
 
     second_moments: frozenset[str] = frozenset()
+    mean_squares: frozenset[str] = frozenset()
     energies: frozenset[str] = frozenset()
     influences: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
 
     def __or__(self, other: "Request") -> "Request":
-        return Request(
-            self.second_moments | other.second_moments,
-            self.energies | other.energies,
-            self.influences | other.influences,
-            self.gradients | other.gradients,
-        )
+        names = (field.name for field in fields(self))
+        return Request(**{name: getattr(self, name) | getattr(other, name) for name in names})
 
     def __bool__(self) -> bool:
-        return any((self.second_moments, self.energies, self.influences, self.gradients))
+        return any(getattr(self, field.name) for field in fields(self))
 
     @property
     def linears(self) -> frozenset[str]:
         """Every linear that something is measured at."""
-        return self.second_moments | self.energies | self.gradients
+        return self.second_moments | self.mean_squares | self.energies | self.gradients
 
 
 @dataclass
@@ -121,23 +119,24 @@ class _Collector:
             inputs = args[0]
             if output.requires_grad and name in self.request.gradients:
                 output.register_hook(self.on_gradient(name))
-            output = output.detach()
             if name not in self._owner:
                 shared = self._last is not None and self._last[1] is inputs
                 self._owner[name] = self._last[0] if shared else name
             owner = self._owner[name]
             self._last = (owner, inputs)
-            x = None
-            if name in self.request.second_moments and (
-                owner == name or owner not in self.request.second_moments
-            ):
+            wanted = self.request
+            moment, squares = (
+                name in names and (owner == name or owner not in names)
+                for names in (wanted.second_moments, wanted.mean_squares)
+            )
+            if moment or squares:
                 x = self.tokens_of(inputs.detach()).float()
-                self.moments.setdefault(name, _Mean()).add(x.T @ x, len(x))
-            if name in self.request.energies:
-                if owner == name or owner not in self.request.energies:
-                    x = self.tokens_of(inputs.detach()).float() if x is None else x
+                if moment:
+                    self.moments.setdefault(name, _Mean()).add(x.T @ x, len(x))
+                if squares:
                     self.squares.setdefault(name, _Mean()).add(x.square().sum(0), len(x))
-                y = self.tokens_of(output).float()
+            if name in wanted.energies:
+                y = self.tokens_of(output.detach()).float()
                 y = y if module.bias is None else y - module.bias.float()
                 self.outputs.setdefault(name, _Mean()).add(y.square().sum(), len(y))
 
@@ -186,7 +185,7 @@ class _Collector:
 
         return Statistics(
             second_moments=shared(self.moments, self.request.second_moments),
-            mean_squares=shared(self.squares, self.request.energies),
+            mean_squares=shared(self.squares, self.request.mean_squares),
             output_energies={n: m.value.item() for n, m in self.outputs.items()},
             influences={n: m.value.item() for n, m in self.influences.items()},
             gradient_squares={n: m.value for n, m in self.gradients.items()},

@@ -30,7 +30,12 @@ def recorded(model, batches, name):
 
 def test_against_recorded_activations(load_tiny, batches):
     model = load_tiny()
-    request = Request(frozenset({Q, K}), frozenset({Q, K, V, DOWN}), frozenset({LAYER}))
+    request = Request(
+        second_moments=frozenset({Q, K}),
+        mean_squares=frozenset({DOWN}),
+        energies=frozenset({Q}),
+        influences=frozenset({LAYER}),
+    )
     found = collect(model, batches, request)
     assert found.tokens == 8 * 24
 
@@ -61,7 +66,7 @@ def test_padding_does_not_count(load_tiny):
     padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
     mask = torch.ones_like(padded)
     mask[:, 12:] = 0
-    request = Request(frozenset({Q}), frozenset({Q}), frozenset({LAYER}))
+    request = Request(second_moments=frozenset({Q}), influences=frozenset({LAYER}))
     plain = collect(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], request)
     found = collect(model, [{"input_ids": padded, "attention_mask": mask}], request)
     assert found.tokens == plain.tokens == 12
@@ -80,7 +85,7 @@ def test_bias_is_not_part_of_the_energy(load_tiny, batches):
 
 def test_leaves_no_hooks_behind(load_tiny, batches):
     model = load_tiny()
-    collect(model, batches, Request(frozenset({Q}), frozenset({Q}), frozenset({LAYER})))
+    collect(model, batches, Request(frozenset({Q}), influences=frozenset({LAYER})))
     assert not any(module._forward_hooks for module in model.modules())
     assert model.lm_head.weight.device.type == "cpu"
     assert len(named_linears(model)) == 15

@@ -146,11 +146,13 @@ class BitAllocationModifier(CaspModifier):
     def request(self, model: nn.Module) -> Request:
         measured = self.solver == "exact"
         linears = frozenset(self._matched(model))
-        influenced = self.importance == "block_influence"
+        none = frozenset()
+        fisher, influenced = self.importance == "fisher", self.importance == "block_influence"
         return Request(
-            energies=linears if measured else frozenset(),
-            influences=frozenset(decoder_layers(model)) if influenced else frozenset(),
-            gradients=linears if self.importance == "fisher" else frozenset(),
+            mean_squares=linears if measured else none,
+            energies=linears if measured and not fisher else none,
+            influences=frozenset(decoder_layers(model)) if influenced else none,
+            gradients=linears if fisher else none,
         )
 
     def prepare(
