@@ -143,10 +143,7 @@ class _Collector:
         return hook
 
     def on_gradient(self, name: str):
-        mask = self.mask
-
         def hook(gradient: torch.Tensor):
-            self.mask = mask
             g = self.tokens_of(gradient).float()
             self.gradients.setdefault(name, _Mean()).add(g.square().sum(0), len(g))
 
@@ -215,11 +212,10 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
         for index, batch in enumerate(tqdm(dataloader, desc="Collecting CASP statistics")):
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             mask = batch.get("attention_mask")
-            collector.mask = mask.bool() if mask is not None and mask.ndim == 2 else None
-            if collector.mask is not None:
-                tokens += int(collector.mask.sum())
-            elif "input_ids" in batch:
-                tokens += batch["input_ids"].numel()
+            mask = mask.bool() if mask is not None and mask.ndim == 2 else None
+            collector.mask = None if mask is None or mask.all() else mask  # picking rows is slow
+            if "input_ids" in batch:
+                tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
             if request.gradients and index < GRADIENT_BATCHES:
                 _backward(model, batch, collector.mask)
             else:
