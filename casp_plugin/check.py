@@ -127,6 +127,8 @@ def _sizes(folder: Path, on_disk: dict) -> Finding:
 
 
 def _kernels(quantization: dict) -> Finding:
+    if not quantization.get("config_groups"):
+        return Finding("kernels on vLLM CUDA", None, "no quantized layer")
     groups = QuantizationConfig.model_validate(quantization).config_groups.values()
     needs = Counter()
     for group in groups:

@@ -228,11 +228,14 @@ class CompressionPlan(_Model):
     def plot(self, path: Path | str) -> None:
         """Draw bits per unit over the layers as a PNG.
 
-        :raises ValueError: if the bits are not decided yet
+        :raises ValueError: if the bits are not decided yet, or matplotlib is missing
         """
         if not self.decided:
             raise ValueError("nothing to draw: the plan has no bits yet (it needs statistics)")
-        from matplotlib.figure import Figure  # only needed here, slow to import
+        try:  # an extra, and slow to import
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ValueError("drawing needs: pip install 'casp-plugin[report]'") from None
 
         rows = list(dict.fromkeys(self._row(unit) for unit in self.units))
         columns = list(dict.fromkeys(self._column(unit) for unit in self.units))

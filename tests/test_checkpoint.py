@@ -8,7 +8,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
@@ -87,6 +87,25 @@ def test_resave_keeps_everything(compressed, tmp_path, after_forward):
     for name in ("casp_plan.json", "recipe.yaml"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     torch.testing.assert_close(logits(tmp_path / "again"), expected, atol=1e-5, rtol=0)
+
+
+def test_dequantized_model_saves_and_reloads(compressed, tmp_path):
+    folder, expected = compressed
+    dequantize = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=dequantize
+    )
+    model.save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(tmp_path / "dense"), expected, atol=1e-5, rtol=0)
+
+
+def test_low_rank_without_a_quantizer(tiny_llama, batches, tmp_path):
+    out = tmp_path / "out"
+    recipe = LowRankQKModifier(keep=0.4)
+    model = oneshot(model=tiny_llama, recipe=recipe, dataset=batches, output_dir=str(out))
+    assert all(finding.passed is not False for finding in check(out))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(out), model(IDS).logits, atol=1e-5, rtol=0)
 
 
 def test_fold_loads_without_us(compressed, tmp_path, monkeypatch):

@@ -86,6 +86,11 @@ class CaspModifier(Modifier):
             setattr(modifier, field, None)
         return True
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """This modifier's own fields, without llm-compressor's lifecycle."""
+        return self.model_dump(mode="json", exclude_none=True, exclude=set(Modifier.model_fields))
+
     def hand_over(self, modifier: Modifier, field: str, value: Any) -> None:
         """Fill a field, None so far, of a modifier that follows, until the run is over."""
         setattr(modifier, field, value)

@@ -162,7 +162,7 @@ class BitAllocationModifier(CaspModifier):
         statistics: Statistics | None,
         following: list[Modifier],
     ) -> None:
-        plan.settings[type(self).__name__] = self.model_dump(exclude_none=True)
+        plan.settings[type(self).__name__] = self.settings
         plan.average_bits = self.average_bits
         linears = self._matched(model)
         quantizer = self._quantizer(following, linears)
@@ -176,20 +176,7 @@ class BitAllocationModifier(CaspModifier):
             plan.units.append(self._unit_plan(unit, importance, linears, schemes, errors))
         plan.other_bytes = _other_bytes(model, plan)
         self._check_budget(plan)
-        needed = sorted({c.needs for unit in plan.units for c in unit.candidates if c.needs})
-        if needed:
-            bits = sorted({c.bits for u in plan.units for c in u.candidates if c.needs})
-            plan.warnings.append(
-                f"vLLM on CUDA runs {bits} bits {'symmetric' if self.symmetric else 'asymmetric'} "
-                f"only with the extra package {', '.join(needed)}: pip install {' '.join(needed)}"
-            )
-        if statistics is not None and errors is not None:
-            dead = [name for name in linears if name not in statistics.mean_squares]
-            if dead:
-                plan.warnings.append(
-                    f"no calibration token reached {len(dead)} layers, they count as free of "
-                    f"error: {', '.join(dead[:4])}"
-                )
+        self._warn(plan, linears, statistics)
         self._choose(plan)
         if plan.decided and statistics is not None:
             self._hand_over(plan, schemes, quantizer)
@@ -347,6 +334,28 @@ class BitAllocationModifier(CaspModifier):
                 f"candidates {self.candidates} with group size {self.group_size} reach "
                 f"{least:.4f} to {most:.4f}"
             )
+
+    def _warn(
+        self,
+        plan: CompressionPlan,
+        linears: dict[str, nn.Linear | LowRankLinear],
+        statistics: Statistics | None,
+    ) -> None:
+        """What a user should know: widths without a kernel, layers without data."""
+        candidates = [c for unit in plan.units for c in unit.candidates if c.needs]
+        for package in sorted({c.needs for c in candidates}):
+            bits = sorted({c.bits for c in candidates if c.needs == package})
+            plan.warnings.append(
+                f"vLLM on CUDA runs {bits} bits {'symmetric' if self.symmetric else 'asymmetric'} "
+                f"only with an extra package: pip install {package}"
+            )
+        if statistics is not None and self.solver == "exact":
+            dead = [name for name in linears if name not in statistics.mean_squares]
+            if dead:
+                plan.warnings.append(
+                    f"no calibration token reached {len(dead)} layers, they count as free of "
+                    f"error: {', '.join(dead[:4])}"
+                )
 
     def _choose(self, plan: CompressionPlan) -> None:
         """Pick a candidate for every unit, unless what it takes is still unknown."""

@@ -99,7 +99,7 @@ class LowRankQKModifier(CaspModifier):
         statistics: Statistics | None,
         following: list[Modifier],
     ) -> None:
-        plan.settings[type(self).__name__] = self.model_dump(exclude_none=True)
+        plan.settings[type(self).__name__] = self.settings
         multiple = self.rank_multiple or _group_size(following)
         replaced = False
         matched = self._matched(model).items()
