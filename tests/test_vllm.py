@@ -36,7 +36,7 @@ def test_folded_checkpoint(tmp_path, batches):
     source = save_tiny_model(tmp_path / "in", "llama", torch.bfloat16, **sizes, **heads)
     recipe = [
         LowRankQKModifier(keep=0.4),
-        BitAllocationModifier(average_bits=4.6, candidates=[4], group_size=32),
+        BitAllocationModifier(average_bits=4.17, candidates=[4], group_size=32),
         GPTQModifier(),
     ]
     oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(tmp_path / "out"))
