@@ -60,7 +60,7 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     from llmcompressor import oneshot
     from transformers import AutoTokenizer, set_seed
 
-    from casp_plugin.calibration import load_text
+    from casp_plugin.calibration import dataset_arguments, load_text
     from casp_plugin.modifiers import CaspModifier
 
     spent = []
@@ -83,11 +83,8 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
             model=model,
             processor=tokenizer,
             recipe=str(recipe),
-            dataset=texts,
-            num_calibration_samples=len(texts),
-            max_seq_length=max_length,
-            shuffle_calibration_samples=False,
             output_dir=str(out),
+            **dataset_arguments(texts, max_length),
         )
     finally:
         CaspModifier.on_initialize = initialize

@@ -9,7 +9,7 @@ from llmcompressor.datasets import get_calibration_dataloader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUNDLED", "calibration_loader", "load_text"]
+__all__ = ["BUNDLED", "calibration_loader", "dataset_arguments", "load_text"]
 
 #: name of the text that ships with the package (the Jargon File, public domain)
 BUNDLED = "bundled"
@@ -59,16 +59,21 @@ def load_text(
     return data.shuffle(seed=seed).select(range(min(samples, len(data))))
 
 
+def dataset_arguments(texts: Dataset, max_seq_length: int) -> dict:
+    """Arguments of ``oneshot`` that calibrate on all of these texts, in their order."""
+    return {
+        "dataset": texts,
+        "max_seq_length": max_seq_length,
+        "num_calibration_samples": len(texts),
+        "shuffle_calibration_samples": False,  # shuffled already, by a seed
+    }
+
+
 def calibration_loader(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> DataLoader:
     """The batches that ``oneshot`` would make of these texts."""
-    arguments = DatasetArguments(
-        dataset=texts,
-        max_seq_length=max_seq_length,
-        num_calibration_samples=len(texts),
-        shuffle_calibration_samples=False,
-    )
+    arguments = DatasetArguments(**dataset_arguments(texts, max_seq_length))
     return get_calibration_dataloader(arguments, tokenizer)
 
 

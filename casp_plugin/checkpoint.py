@@ -21,7 +21,9 @@ from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
 __all__ = [
+    "RECIPE_NAME",
     "SECTION",
+    "SECTION_FORMAT",
     "casp_section",
     "read_config",
     "save_with_plan",
@@ -31,14 +33,15 @@ __all__ = [
 
 #: key inside ``quantization_config``
 SECTION = "casp"
-_SECTION_FORMAT = 1
+#: raised when an older version could not read the section any more
+SECTION_FORMAT = 1
 RECIPE_NAME = "recipe.yaml"
 
 
 def casp_section(model: nn.Module) -> dict:
     """The section for a model: the rank of every factored layer, by module name."""
     factored = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    return {"format": _SECTION_FORMAT, "low_rank": factored}
+    return {"format": SECTION_FORMAT, "low_rank": factored}
 
 
 def read_config(folder: Path | str) -> dict:

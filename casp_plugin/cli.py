@@ -68,7 +68,7 @@ def plan(
     else:
         from transformers import AutoModelForCausalLM
 
-        _skeleton(model)
+        _skeleton(model)  # refuses a quantized model before its weights are read
         tokenizer = _tokenizer(model)
         texts = load_text(dataset, tokenizer, samples, text_column, split, dataset_config, seed)
         _seed(seed)
@@ -99,13 +99,12 @@ def run(
     """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
     from llmcompressor import oneshot
 
-    from casp_plugin.calibration import load_text
+    from casp_plugin.calibration import dataset_arguments, load_text
     from casp_plugin.checkpoint import whole_folder
     from casp_plugin.modifiers import plan_recipe
 
     _check_output(output)
-    for table in plan_recipe(_skeleton(model), str(recipe)).tables()[-1:]:
-        console.print(table)
+    console.print(plan_recipe(_skeleton(model), str(recipe)).tables()[-1])
     tokenizer = _tokenizer(model)
     texts = load_text(dataset, tokenizer, samples, text_column, split, dataset_config, seed)
     _seed(seed)
@@ -114,16 +113,12 @@ def run(
             model=model,
             processor=tokenizer,
             recipe=str(recipe),
-            dataset=texts,
-            num_calibration_samples=len(texts),
-            max_seq_length=max_length,
             batch_size=batch_size,
-            shuffle_calibration_samples=False,
             output_dir=str(partial),
+            **dataset_arguments(texts, max_length),
         )
         _copy_tokenizer(model, partial)
-    for table in compressed.casp_plan.tables()[-1:]:
-        console.print(table)
+    console.print(compressed.casp_plan.tables()[-1])
     console.print(f"Wrote {output}. Next: casp check {output}")
 
 

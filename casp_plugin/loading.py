@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import cached_file
 
-from casp_plugin.checkpoint import RECIPE_NAME, SECTION, save_with_plan
+from casp_plugin.checkpoint import RECIPE_NAME, SECTION, SECTION_FORMAT, save_with_plan
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
@@ -101,10 +101,10 @@ def install_factored_layers(model: torch.nn.Module, section: dict) -> None:
     ranks = section.get("low_rank") if isinstance(section, dict) else None
     if not isinstance(ranks, dict):
         raise ValueError(f"quantization_config.{SECTION} is malformed: no table 'low_rank'")
-    if section.get("format") != 1:
+    if section.get("format") != SECTION_FORMAT:
         raise ValueError(
             f"quantization_config.{SECTION}.format is {section.get('format')!r}; this version "
-            "of casp-plugin reads format 1: upgrade casp-plugin"
+            f"of casp-plugin reads format {SECTION_FORMAT}: upgrade casp-plugin"
         )
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     for name, rank in ranks.items():

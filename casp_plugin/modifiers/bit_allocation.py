@@ -118,11 +118,13 @@ class BitAllocationModifier(CaspModifier):
 
     @model_validator(mode="after")
     def _sizes_for_candidates(self) -> "BitAllocationModifier":
-        sizes = self.group_size if isinstance(self.group_size, dict) else {0: self.group_size}
-        missing = set(self.candidates) - set(sizes) if isinstance(self.group_size, dict) else None
-        if missing:
-            raise ValueError(f"group_size has no entry for candidates {sorted(missing)}")
-        wrong = [size for size in sizes.values() if size < 1 and size != -1]
+        sizes = self.group_size
+        if isinstance(sizes, dict):
+            missing = set(self.candidates) - set(sizes)
+            if missing:
+                raise ValueError(f"group_size has no entry for candidates {sorted(missing)}")
+        given = sizes.values() if isinstance(sizes, dict) else [sizes]
+        wrong = [size for size in given if size < 1 and size != -1]
         if wrong:
             raise ValueError(f"group_size must be positive, or -1 for one a row; got {wrong}")
         return self
@@ -139,9 +141,10 @@ class BitAllocationModifier(CaspModifier):
     @property
     def group_sizes(self) -> list[int]:
         """Every group size in use; ranks of low-rank factors must be multiples of them."""
-        sizes = self.group_size
-        sizes = [sizes[b] for b in self.candidates] if isinstance(sizes, dict) else [sizes]
-        return [size for size in sizes if size > 0]
+        return [size for size in map(self._group_size, self.candidates) if size > 0]
+
+    def _group_size(self, bits: int) -> int:
+        return self.group_size[bits] if isinstance(self.group_size, dict) else self.group_size
 
     def request(self, model: nn.Module) -> Request:
         measured = self.solver == "exact"
@@ -220,14 +223,9 @@ class BitAllocationModifier(CaspModifier):
     def _schemes(self, quantizer: QuantizationMixin) -> dict[int, QuantizationArgs]:
         """Weight scheme of each candidate, with the observer that the quantizer asks for."""
         observer = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
-        sizes = self.group_size
+        observer = observer or DEFAULT_OBSERVER
         return {
-            bits: weight_args(
-                bits,
-                sizes[bits] if isinstance(sizes, dict) else sizes,
-                self.symmetric,
-                observer or DEFAULT_OBSERVER,
-            )
+            bits: weight_args(bits, self._group_size(bits), self.symmetric, observer)
             for bits in self.candidates
         }
 
