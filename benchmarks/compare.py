@@ -114,12 +114,13 @@ def measure(folder: str, reference: str, heldout: str, samples: int, max_length:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     original = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
-    weights = sum(
-        module.weight.numel()
+    linears = [
+        module.weight
         for name, module in original.named_modules()
         if type(module).__name__ == "Linear" and name != "lm_head"
-    )
-    other = sum(p.nbytes for p in original.parameters()) - 2 * weights
+    ]
+    weights = sum(weight.numel() for weight in linears)
+    other = sum(p.nbytes for p in original.parameters()) - sum(w.nbytes for w in linears)
     total = 0
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as shard:
