@@ -26,6 +26,7 @@ __all__ = [
     "SECTION_FORMAT",
     "casp_section",
     "read_config",
+    "read_section",
     "save_with_plan",
     "whole_folder",
     "write_config",
@@ -54,6 +55,30 @@ def read_config(folder: Path | str) -> dict:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
+
+
+def read_section(quantization: dict) -> dict[str, int]:
+    """Ranks of the factored layers, by module name; empty for a checkpoint that is not ours.
+
+    :param quantization: ``quantization_config`` of a checkpoint
+    :raises ValueError: if the section is malformed or of another format
+    """
+    where = f"quantization_config.{SECTION}"
+    section = quantization.get(SECTION)
+    if section is None:
+        return {}
+    ranks = section.get("low_rank") if isinstance(section, dict) else None
+    if not isinstance(ranks, dict):
+        raise ValueError(f"{where} is malformed: no table 'low_rank'")
+    if section.get("format") != SECTION_FORMAT:
+        raise ValueError(
+            f"{where}.format is {section.get('format')!r}; this version of casp-plugin reads "
+            f"format {SECTION_FORMAT}: upgrade casp-plugin"
+        )
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"{where}.low_rank: rank of {name} must be positive, got {rank!r}")
+    return ranks
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -4,6 +4,7 @@ The compressed-tensors quantizer and config of transformers are replaced by subc
 know the ``casp`` section and do nothing else for checkpoints without it.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import get_direct_state_dict
+from packaging.version import Version
 from transformers import CompressedTensorsConfig as _CompressedTensorsConfig
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
@@ -20,13 +22,15 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import cached_file
 
-from casp_plugin.checkpoint import RECIPE_NAME, SECTION, SECTION_FORMAT, save_with_plan
+from casp_plugin.checkpoint import RECIPE_NAME, SECTION, read_section, save_with_plan
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
 __all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "register"]
 
 _METHOD = "compressed-tensors"
+#: the first version that packs all widths as a dense bit stream
+_PACKING = Version("0.19")
 
 
 class CompressedTensorsConfig(_CompressedTensorsConfig):
@@ -54,10 +58,20 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
 class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     """Puts the factored layers in place before the weights load."""
 
+    def validate_environment(self, *args, **kwargs):
+        super().validate_environment(*args, **kwargs)
+        installed = version("compressed-tensors")
+        if self.quantization_config.casp is not None and Version(installed) < _PACKING:
+            raise ImportError(
+                f"transformers needs compressed-tensors>={_PACKING} to read this checkpoint, "
+                f"found {installed}: pip install 'casp-plugin[compress]' in an environment of its "
+                "own (vLLM reads it as it is)"
+            )
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         self.section = getattr(self.quantization_config, SECTION, None)
         if self.section is not None:
-            install_factored_layers(model, self.section)
+            install_factored_layers(model, read_section({SECTION: self.section}))
         if self.compressor.quantization_config is not None:
             super()._process_model_before_weight_loading(model, **kwargs)
 
@@ -91,31 +105,23 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         return state, {}
 
 
-def install_factored_layers(model: torch.nn.Module, section: dict) -> None:
-    """Replace the linears that the section lists by empty factored ones.
+def install_factored_layers(model: torch.nn.Module, ranks: dict[str, int]) -> None:
+    """Replace linears by empty factored ones.
 
     :param model: the dense model, usually on the meta device
-    :param section: the ``casp`` section of a checkpoint
-    :raises ValueError: if the section is malformed or names a layer the model has not
+    :param ranks: rank of every factored layer, by name
+    :raises ValueError: if a layer is missing or too small for its rank
     """
-    ranks = section.get("low_rank") if isinstance(section, dict) else None
-    if not isinstance(ranks, dict):
-        raise ValueError(f"quantization_config.{SECTION} is malformed: no table 'low_rank'")
-    if section.get("format") != SECTION_FORMAT:
-        raise ValueError(
-            f"quantization_config.{SECTION}.format is {section.get('format')!r}; this version "
-            f"of casp-plugin reads format {SECTION_FORMAT}: upgrade casp-plugin"
-        )
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     for name, rank in ranks.items():
         linear = linears.get(name)
         if linear is None:
             raise ValueError(f"quantization_config.{SECTION}.low_rank: no linear layer {name!r}")
         limit = min(linear.weight.shape)
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+        if rank > limit:
             raise ValueError(
                 f"quantization_config.{SECTION}.low_rank: rank of {name} must lie in "
-                f"[1, {limit}], got {rank!r}"
+                f"[1, {limit}], got {rank}"
             )
         model.set_submodule(name, LowRankLinear.like(linear, rank))
 

@@ -1,0 +1,1 @@
+"""Serving: what lets vLLM run the checkpoints. Needs torch and compressed-tensors beside vLLM."""

@@ -1,0 +1,93 @@
+"""vLLM's compressed-tensors config, for checkpoints with a ``casp`` section."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsScheme,
+    CompressedTensorsWNA16,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from casp_plugin.checkpoint import SECTION, read_section
+from casp_plugin.runtime.kernels import WNA16
+from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
+
+__all__ = ["METHOD", "CaspConfig"]
+
+#: name of the quantization method in vLLM; checkpoints say ``compressed-tensors``
+METHOD = "casp"
+
+
+class CaspConfig(CompressedTensorsConfig):
+    """compressed-tensors plus factored layers and unequal schemes inside fused layers."""
+
+    #: rank of every factored layer, by its name in the checkpoint, mapped to vLLM's names
+    low_rank: dict[str, int]
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim checkpoints that carry our section."""
+        return METHOD if SECTION in hf_quant_cfg else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CaspConfig":
+        """
+        :raises ValueError: if the section is malformed or of another format
+        """
+        made = super().from_config(config)
+        made.low_rank = read_section(config)
+        return made
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        self.low_rank = hf_to_vllm_mapper.apply_dict(self.low_rank)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            shards = self._shards(layer, prefix)
+            if self._must_split(layer, shards):
+                if self.transform_config is not None:
+                    raise ValueError(f"{prefix}: transforms and low-rank layers do not go together")
+                return SplitLinearMethod(self, shards)
+        elif isinstance(layer, VocabParallelEmbedding) and prefix in self.low_rank:
+            raise ValueError(f"{prefix}: vLLM cannot run an embedding or lm_head as two factors")
+        return super().get_quant_method(layer, prefix)
+
+    def _shards(self, layer: LinearBase, prefix: str) -> list[Shard]:
+        """The checkpoint's linears that vLLM holds in one layer."""
+        parent, _, leaf = prefix.rpartition(".")
+        members = self.packed_modules_mapping.get(leaf, [leaf])
+        if len(members) != len(layer.output_partition_sizes):
+            members = [leaf]  # fused on disk already: one linear
+        names = [f"{parent}.{member}" if parent else member for member in members]
+        return [Shard(name, self.low_rank.get(name)) for name in names]
+
+    def _must_split(self, layer: LinearBase, shards: list[Shard]) -> bool:
+        """Whether vLLM's own one matmul for all shards cannot do."""
+        if any(shard.rank for shard in shards):
+            return True
+        rows = layer.output_partition_sizes
+        cut = isinstance(layer, ColumnParallelLinear) and layer.tp_size > 1
+        if len(shards) != len(rows) or (len(shards) == 1 and not cut):
+            return False
+        return not can_join(self, layer, [shard.name for shard in shards], rows)
+
+    def _get_scheme_from_parts(self, *args, **kwargs) -> CompressedTensorsScheme:
+        scheme = super()._get_scheme_from_parts(*args, **kwargs)
+        if type(scheme) is not CompressedTensorsWNA16:
+            return scheme
+        return WNA16(
+            strategy=scheme.strategy,
+            num_bits=scheme.num_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            layer_name=scheme.layer_name,
+        )

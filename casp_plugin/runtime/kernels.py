@@ -1,0 +1,145 @@
+"""Kernels: what vLLM-CPU lacks, and which kernel runs which bits."""
+
+from dataclasses import replace
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.mixed_precision import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.platforms import current_platform
+from vllm.scalar_type import scalar_types
+from vllm.utils.import_utils import has_humming
+
+from casp_plugin.runtime.packing import pack, unpack
+
+__all__ = ["WNA16", "CPULinearKernel"]
+
+# part of the vllm logger tree, so that its settings apply
+logger = init_logger("vllm.casp_plugin")
+
+
+class CPULinearKernel(MPLinearKernel):
+    """Weight-only kernel for CPUs: 2 to 8 bits, any shape, float32 too.
+
+    vLLM's own CPU kernel takes 4 bits, 16-bit activations and multiples of 32. Codes of 2 and
+    3 bits are widened to it, which is exact: asymmetric codes and zero points stay as they are,
+    symmetric ones move by the difference of the two offsets. Everything else is dequantized at
+    load and then takes the memory of the unquantized layer.
+    """
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if not current_platform.is_cpu():
+            return False, "only for CPUs"
+        if not c.weight_type.is_integer() or not 2 <= c.weight_type.size_bits <= 8:
+            return False, f"{c.weight_type} is no integer type of 2 to 8 bits"
+        if c.group_size > 0 and c.partition_weight_shape[0] % c.group_size:
+            return False, f"group size {c.group_size} does not divide the input size"
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        config = self.config
+        bits, signed_offset = config.weight_type.size_bits, config.weight_type.bias
+        columns, rows = config.partition_weight_shape
+        packed, scales, zeros = self._get_weight_params(layer)
+        if packed.output_dim != 0:
+            raise ValueError(
+                f"{type(self).__name__} reads the layout of compressed-tensors only; the "
+                "weight of this layer is stored input dimension first"
+            )
+        codes = unpack(packed.data, bits, columns)
+        if config.zero_points:
+            offsets = unpack(zeros.data.t(), bits, rows).t()
+        else:
+            offsets = torch.full_like(scales.data, signed_offset, dtype=torch.uint8)
+
+        self.widened = None
+        wide = _widened(config)
+        if bits < 4 and _runs_on_stock_kernel(wide):
+            if config.zero_points:
+                zeros.data = pack(offsets.t(), 4).t().contiguous()
+            else:
+                codes += wide.weight_type.bias - signed_offset
+            packed.data = pack(codes, 4)
+            self.widened = CPUWNA16LinearKernel(wide, self.w_q_name, self.w_s_name, self.w_zp_name)
+            self.widened.process_weights_after_loading(layer)
+            return
+
+        weight = _dequantized(codes, offsets, scales.data, config.act_type)
+        for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
+            if getattr(layer, name, None) is not None:
+                delattr(layer, name)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.widened is not None:
+            return self.widened.apply_weights(layer, x, bias)
+        return layer.cpu_linear(x, layer.weight, bias)
+
+
+class WNA16(CompressedTensorsWNA16):
+    """vLLM's weight-only scheme, with its choice of kernel told, and checked for float32."""
+
+    def create_weights(self, layer: torch.nn.Module, **kwargs) -> None:
+        columns = kwargs["input_size_per_partition"]
+        if columns != kwargs["input_size"] and columns * self.num_bits % 32:
+            raise ValueError(
+                f"{self.layer_name}: {columns} columns a rank at {self.num_bits} bits do not fill "
+                "whole 32-bit words: use a smaller --tensor-parallel-size"
+            )
+        try:
+            super().create_weights(layer=layer, **kwargs)
+        except ValueError as error:
+            if current_platform.is_cuda() and not has_humming():
+                raise ValueError(
+                    f"{self.layer_name}: no kernel for {self._described()}: "
+                    "pip install humming-kernels"
+                ) from error
+            raise
+        stock = isinstance(self.kernel, CPUWNA16LinearKernel)
+        if stock and not _runs_on_stock_kernel(self.kernel.config):
+            self.kernel = CPULinearKernel(
+                self.kernel.config,
+                self.kernel.w_q_name,
+                self.kernel.w_s_name,
+                self.kernel.w_zp_name,
+            )
+        logger.info_once("%s: %s", self._described(), type(self.kernel).__name__)
+
+    def _described(self) -> str:
+        return f"{self.num_bits} bits {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+def _widened(config: MPLinearLayerConfig) -> MPLinearLayerConfig:
+    """The same layer at 4 bits."""
+    return replace(
+        config, weight_type=scalar_types.uint4 if config.zero_points else scalar_types.uint4b8
+    )
+
+
+def _runs_on_stock_kernel(config: MPLinearLayerConfig) -> bool:
+    """``can_implement`` does not look at the activations, but the kernel has no float32."""
+    return config.act_type.itemsize == 2 and CPUWNA16LinearKernel.can_implement(config)[0]
+
+
+def _dequantized(
+    codes: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """``(code - offset) * scale`` by group: shapes (rows, columns), (rows, groups) twice."""
+    groups = scales.shape[1]
+    levels = codes.unflatten(1, (groups, -1)).to(dtype) - offsets.to(dtype)[..., None]
+    return (levels * scales.to(dtype)[..., None]).flatten(1)

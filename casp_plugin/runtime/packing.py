@@ -1,0 +1,55 @@
+"""Dense bit streams: how compressed-tensors stores codes in int32 words.
+
+compressed-tensors 0.17, which vLLM pins, packs 3, 5, 6 and 7 bits in another way than 0.19,
+which writes the checkpoints; so the runtime reads the stream itself.
+"""
+
+import torch
+
+__all__ = ["narrow_packed", "pack", "unpack"]
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Codes of a little-endian bit stream along the last dimension.
+
+    :param packed: int32, shape ``(..., ceil(count * bits / 32))``
+    :param bits: width of a code, 1 to 8
+    :param count: number of codes in the last dimension
+    :return: uint8, shape ``(..., count)``
+    """
+    bytes_ = packed.contiguous().view(torch.uint8)
+    stream = (bytes_[..., None] >> _steps(8, packed)) & 1
+    stream = stream.flatten(-2)[..., : count * bits]
+    stream = stream.unflatten(-1, (count, bits))
+    return (stream << _steps(bits, packed)).sum(-1, dtype=torch.uint8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of :func:`unpack`; the last word is filled with zeros.
+
+    :param codes: uint8, shape ``(..., count)``
+    :param bits: width of a code, 1 to 8
+    :return: int32, shape ``(..., ceil(count * bits / 32))``
+    """
+    stream = ((codes[..., None] >> _steps(bits, codes)) & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 32))
+    bytes_ = (stream.unflatten(-1, (-1, 8)) << _steps(8, codes)).sum(-1, dtype=torch.uint8)
+    return bytes_.view(torch.int32)
+
+
+def narrow_packed(
+    packed: torch.Tensor, bits: int, start: int, length: int, total: int
+) -> torch.Tensor:
+    """Some rows of codes that are packed along the rows, as zero points are.
+
+    Rows of one rank need not begin at a word, so the stream is taken apart and packed anew.
+
+    :param packed: int32, shape ``(ceil(total * bits / 32), groups)``
+    :return: int32, shape ``(ceil(length * bits / 32), groups)``
+    """
+    codes = unpack(packed.t(), bits, total).narrow(-1, start, length)
+    return pack(codes, bits).t()
+
+
+def _steps(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.uint8, device=like.device)

@@ -1,0 +1,67 @@
+"""Runs in vLLM's own environment: one request a line on stdin, one answer a line on stdout.
+
+A request is ``{"model": folder, "prompts": [token ids, ...], "tokens": n, "engine": {...}}``; the
+answer holds, for each prompt, the log-probabilities of its own tokens from the second on, the
+greedy continuation, and the log-probabilities of that. Or ``{"error": text}``.
+"""
+
+import json
+import os
+import sys
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # vLLM logs to stdout
+
+
+def serve(request: dict) -> list[dict]:
+    from vllm import LLM, SamplingParams
+
+    settings = {"enforce_eager": True, "max_model_len": 64, "dtype": "float32", "seed": 0}
+    llm = LLM(request["model"], **{**settings, **request.get("engine", {})})
+    try:
+        params = SamplingParams(
+            max_tokens=request["tokens"], temperature=0, logprobs=0, prompt_logprobs=0,
+            ignore_eos=True,
+        )  # fmt: skip
+        prompts = [
+            {"prompt_token_ids": p} if isinstance(p[0], int) else p for p in request["prompts"]
+        ]
+        answers = []
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            made = output.outputs[0]
+            answers.append(
+                {
+                    "prompt": [
+                        entry[token].logprob
+                        for token, entry in zip(
+                            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+                        )
+                    ],
+                    "tokens": list(made.token_ids),
+                    "logprobs": [
+                        entry[token].logprob
+                        for token, entry in zip(made.token_ids, made.logprobs, strict=True)
+                    ],
+                }
+            )
+        return answers
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            answer = serve(json.loads(line))
+        except Exception as error:
+            causes = [str(error)]
+            while error.__cause__ or error.__context__:
+                error = error.__cause__ or error.__context__
+                causes.append(str(error))
+            answer = {"error": "\n".join(causes)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
