@@ -1,8 +1,8 @@
 """Which linear layers share one bit width.
 
 vLLM fuses q, k, v and gate, up into one matmul, so the members of a fused layer carry one
-scheme. Factored members are run by the plugin's own method, apart from the dense ones: a
-low-rank q/k frees v.
+scheme, unless the plugin runs them apart (granularity ``matrix``). It does so with factored
+members anyway: a low-rank q/k frees v.
 """
 
 import re
@@ -98,7 +98,7 @@ def find_units(
     :param linears: the linears that get a bit width
     :param layers: decoder layers, in order
     :param granularity: ``unit``: one width for each fused layer; ``layer``: one for each
-        decoder layer
+        decoder layer; ``matrix``: one for each linear, experts of a layer still sharing theirs
     :param share_layers: number of adjacent decoder layers that share their widths
     :raises ValueError: if the layers do not divide what was asked for
     """
@@ -106,12 +106,12 @@ def find_units(
     members: dict[tuple, list[str]] = {}
     for name, module in linears.items():
         layer, local = _split(name, position)
-        key = _fused(local, isinstance(module, LowRankLinear))
+        key = _fused(local, isinstance(module, LowRankLinear), granularity == "matrix")
         if layer is None:
             members.setdefault((None, key), []).append(name)
         else:
             block = position[layer] // share_layers
-            key = key if granularity == "unit" else ()
+            key = () if granularity == "layer" else key
             members.setdefault((block, key), []).append(name)
     return [Unit(_label(names, position), tuple(names)) for names in members.values()]
 
@@ -126,10 +126,15 @@ def _split(name: str, position: dict[str, int]) -> tuple[str | None, str]:
     return None, name
 
 
-def _fused(local: str, factored: bool) -> tuple:
-    """Key that is equal for modules which the runtime holds in one fused layer."""
+def _fused(local: str, factored: bool, apart: bool) -> tuple:
+    """Key that is equal for modules which the runtime holds in one fused layer.
+
+    :param apart: whether the runtime holds fused layers apart; experts it never does
+    """
     if expert := _EXPERT.match(f".{local}"):
         return (expert[1],)
+    if apart:
+        return (local,)
     parent, _, leaf = local.rpartition(".")
     for group in FUSED_LAYER_NAMES:
         if leaf in group:

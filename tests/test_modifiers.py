@@ -92,7 +92,7 @@ def test_rank_follows_the_group_size(load_tiny):
 
 
 @pytest.mark.parametrize("solver", ["exact", "closed_form"])
-@pytest.mark.parametrize("granularity", ["unit", "layer"])
+@pytest.mark.parametrize("granularity", ["unit", "layer", "matrix"])
 @pytest.mark.parametrize(
     "importance", ["fisher", "block_influence", "uniform", {"model.layers.0": 9}]
 )

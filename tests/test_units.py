@@ -57,7 +57,8 @@ def test_adjacent_layers_share(load_tiny, granularity, count):
     assert sum(len(unit.modules) for unit in units) == 14
 
 
-def test_experts_of_a_layer_share():
+@pytest.mark.parametrize("granularity", ["unit", "matrix"])
+def test_experts_of_a_layer_share(granularity):
     experts = torch.nn.ModuleDict(
         {
             str(i): torch.nn.ModuleDict(
@@ -67,9 +68,15 @@ def test_experts_of_a_layer_share():
         }
     )
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": experts})})
-    units = find_units(dict(named_linears(model)), [], "unit", 1)
+    units = find_units(dict(named_linears(model)), [], granularity, 1)
     assert [unit.name for unit in units] == ["mlp.experts"]
     assert len(units[0].modules) == 6
+
+
+def test_matrix_granularity(load_tiny):
+    units = units_of(load_tiny(), granularity="matrix")
+    assert len(units) == 14
+    assert all(unit.modules == (unit.name,) for unit in units)
 
 
 def test_unknown_target_names_valid_ones(load_tiny):

@@ -77,7 +77,8 @@ class BitAllocationModifier(CaspModifier):
         paper's b_l = B + 1/2 log2(s_l / geometric mean); not with `fisher`, which has no one
         number a layer
     :param granularity: `unit`: one width for each layer that vLLM fuses; `layer`: one for each
-        decoder layer, as in the paper
+        decoder layer, as in the paper; `matrix`: one for each linear, which only a vLLM with this
+        plugin runs
     :param share_layers: number of adjacent decoder layers that share their widths
     :param targets: layers to allocate bits to, in llm-compressor's matching syntax
     :param ignore: layers to leave unquantized although they match
@@ -89,7 +90,7 @@ class BitAllocationModifier(CaspModifier):
     symmetric: bool = False
     importance: Literal["fisher", "block_influence", "uniform"] | dict[str, float] = "fisher"
     solver: Literal["exact", "closed_form"] = "exact"
-    granularity: Literal["unit", "layer"] = "unit"
+    granularity: Literal["unit", "layer", "matrix"] = "unit"
     share_layers: int = Field(default=1, ge=1)
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])

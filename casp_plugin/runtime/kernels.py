@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 from vllm.utils.import_utils import has_humming
 
-from casp_plugin.runtime.packing import pack, unpack
+from casp_plugin.runtime.packing import dequantize, pack, unpack
 
 __all__ = ["WNA16", "CPULinearKernel"]
 
@@ -74,14 +74,16 @@ class CPULinearKernel(MPLinearKernel):
             packed.data = pack(codes, 4)
             self.widened = CPUWNA16LinearKernel(wide, self.w_q_name, self.w_s_name, self.w_zp_name)
             self.widened.process_weights_after_loading(layer)
+            logger.info_once("%d bits: widened to the 4-bit kernel", bits)
             return
 
-        weight = _dequantized(codes, offsets, scales.data, config.act_type)
+        weight = dequantize(codes, offsets, scales.data, config.act_type)
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if getattr(layer, name, None) is not None:
                 delattr(layer, name)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+        logger.info_once("%d bits: dequantized, takes the memory of %s", bits, config.act_type)
 
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -134,12 +136,3 @@ def _widened(config: MPLinearLayerConfig) -> MPLinearLayerConfig:
 def _runs_on_stock_kernel(config: MPLinearLayerConfig) -> bool:
     """``can_implement`` does not look at the activations, but the kernel has no float32."""
     return config.act_type.itemsize == 2 and CPUWNA16LinearKernel.can_implement(config)[0]
-
-
-def _dequantized(
-    codes: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """``(code - offset) * scale`` by group: shapes (rows, columns), (rows, groups) twice."""
-    groups = scales.shape[1]
-    levels = codes.unflatten(1, (groups, -1)).to(dtype) - offsets.to(dtype)[..., None]
-    return (levels * scales.to(dtype)[..., None]).flatten(1)

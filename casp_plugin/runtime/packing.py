@@ -1,4 +1,4 @@
-"""Dense bit streams: how compressed-tensors stores codes in int32 words.
+"""Codes in dense bit streams: how compressed-tensors stores them in int32 words.
 
 compressed-tensors 0.17, which vLLM pins, packs 3, 5, 6 and 7 bits in another way than 0.19,
 which writes the checkpoints; so the runtime reads the stream itself.
@@ -6,7 +6,7 @@ which writes the checkpoints; so the runtime reads the stream itself.
 
 import torch
 
-__all__ = ["narrow_packed", "pack", "unpack"]
+__all__ = ["dequantize", "narrow_packed", "pack", "unpack"]
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -49,6 +49,21 @@ def narrow_packed(
     """
     codes = unpack(packed.t(), bits, total).narrow(-1, start, length)
     return pack(codes, bits).t()
+
+
+def dequantize(
+    codes: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """``(code - offset) * scale``, with one offset and scale for each row and group of columns.
+
+    :param codes: uint8, shape ``(rows, columns)``
+    :param offsets: the codes that stand for 0: zero points, or half the range; shape
+        ``(rows, groups)``
+    :param scales: shape ``(rows, groups)``
+    :return: weight of type ``dtype``, shape ``(rows, columns)``
+    """
+    levels = codes.unflatten(1, (scales.shape[1], -1)).to(dtype) - offsets.to(dtype)[..., None]
+    return (levels * scales.to(dtype)[..., None]).flatten(1)
 
 
 def _steps(count: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""vLLM serves what transformers runs: the same checkpoints through both, in float32.
+
+vLLM runs in an environment of its own, without llm-compressor: CASP_VLLM_PYTHON names its python
+(`make test-vllm` makes one).
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoModelForCausalLM
+
+from casp_plugin import LowRankQKModifier
+
+pytestmark = pytest.mark.vllm
+
+SITE = Path(__file__).parent / "vllm_site"
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONPATH": str(SITE),
+}
+# vLLM-CPU's attention takes heads of 32 and more
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "initializer_range": 0.15}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [90, 3, 41, 17, 60]]
+TOKENS = 6
+
+
+class Worker:
+    """A process of vLLM's environment that serves one checkpoint after the other."""
+
+    def __init__(self, python: str, log: Path):
+        self.log = log
+        self.process = subprocess.Popen(
+            [python, str(SITE / "worker.py")],
+            env={**os.environ, **ENVIRONMENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+
+    def __call__(self, model, prompts=PROMPTS, tokens=TOKENS, **engine):
+        """Answers for prompts: see vllm_site/worker.py."""
+        request = {"model": str(model), "prompts": prompts, "tokens": tokens, "engine": engine}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()[-3000:]
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        assert self.process.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="session")
+def vllm_python():
+    python = os.environ.get("CASP_VLLM_PYTHON")
+    if python is None:
+        pytest.skip("CASP_VLLM_PYTHON is not set")
+    return python
+
+
+@pytest.fixture(scope="session")
+def serve(vllm_python, tmp_path_factory):
+    worker = Worker(vllm_python, tmp_path_factory.mktemp("vllm") / "log")
+    yield worker
+    worker.close()
+
+
+def scheme(bits, *targets, symmetric=False, group_size=32):
+    weights = {"num_bits": bits, "symmetric": symmetric, "observer": "minmax"}
+    weights |= {"strategy": "group", "group_size": group_size}
+    return {"targets": list(targets), "weights": weights}
+
+
+# every part has a scheme of its own; q's first factor and v agree, so they run as one matmul
+PARTS = {
+    "w2": scheme(2, "re:.*up_proj$"),
+    "w3": scheme(3, "re:.*q_proj.down$", "re:.*v_proj$"),
+    "w4": scheme(4, "re:.*q_proj.up$", symmetric=True),
+    "w5": scheme(5, "re:.*o_proj$"),
+    "w6": scheme(6, "re:.*gate_proj$", symmetric=True),
+    "w7": scheme(7, "re:.*down_proj$"),
+    "w8": scheme(8, "re:.*k_proj.down$", "re:.*k_proj.up$", symmetric=True),
+}
+
+
+def compress(source, output, batches, groups=PARTS, **low_rank):
+    recipe = [LowRankQKModifier(keep=0.5, rank_multiple=32, **low_rank)]
+    if groups:
+        recipe.append(GPTQModifier(config_groups=groups))
+    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(output))
+    return output
+
+
+def expected(folder, prompts=PROMPTS, tokens=TOKENS):
+    """What transformers makes of the checkpoint, in the worker's form."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=False
+        )
+        with torch.no_grad():
+            scores = model(made).logits[0].log_softmax(-1)
+        logprobs = scores[:-1].gather(1, made[0, 1:, None])[:, 0].tolist()
+        cut = len(prompt) - 1
+        answers.append(
+            {
+                "prompt": logprobs[:cut],
+                "tokens": made[0, len(prompt) :].tolist(),
+                "logprobs": logprobs[cut:],
+            }
+        )
+    return answers
+
+
+def assert_same(answers, references, tolerance=1e-4):
+    assert isinstance(answers, list), answers
+    for answer, reference in zip(answers, references, strict=True):
+        assert answer["prompt"] == pytest.approx(reference["prompt"], abs=tolerance)
+        assert answer["tokens"] == reference["tokens"]
+        assert answer["logprobs"] == pytest.approx(reference["logprobs"], abs=tolerance)
+
+
+FAMILIES = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3": {},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 32},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(serve, batches, tmp_path, family):
+    source = save_tiny_model(tmp_path / "in", family, **{**SIZES, **FAMILIES[family]})
+    folder = compress(source, tmp_path / "out", batches)
+    assert_same(serve(folder), expected(folder))
