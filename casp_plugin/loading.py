@@ -68,6 +68,13 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
                 "own (vLLM reads it as it is)"
             )
 
+    def update_weight_conversions(self, weight_conversions: list) -> list:
+        """transformers takes all experts for quantized; dense ones load as they always do."""
+        updated = super().update_weight_conversions(weight_conversions)
+        if self.quantization_config.casp is None:
+            return updated
+        return updated + [known for known in weight_conversions if known not in updated]
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         self.section = getattr(self.quantization_config, SECTION, None)
         if self.section is not None:
