@@ -52,6 +52,12 @@ def test_narrow_packed(bits, total, data):
     assert torch.equal(unpack(narrowed.t(), bits, length).t(), codes[start : start + length])
 
 
+def test_unpack_transposed():
+    codes = random_codes(3, 4, 8)
+    packed = pack(codes, 3).t().contiguous().t()  # one word a row: strides (1, 4)
+    assert torch.equal(unpack(packed, 3, 8), codes)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_dequantize(groups):
     codes, offsets = random_codes(8, 4, 12), random_codes(8, 4, groups)

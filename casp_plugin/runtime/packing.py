@@ -17,7 +17,8 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     :param count: number of codes in the last dimension
     :return: uint8, shape ``(..., count)``
     """
-    bytes_ = packed.contiguous().view(torch.uint8)
+    flat = packed.contiguous().flatten()  # a view as bytes asks for stride 1
+    bytes_ = flat.view(torch.uint8).unflatten(0, (*packed.shape[:-1], -1))
     stream = (bytes_[..., None] >> _steps(8, packed)) & 1
     stream = stream.flatten(-2)[..., : count * bits]
     stream = stream.unflatten(-1, (count, bits))

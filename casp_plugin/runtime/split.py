@@ -189,6 +189,7 @@ class SplitLinearMethod(LinearMethodBase):
             name = f"{part.suffix}.{leaf}" if part.suffix else leaf
 
             def load(weight: torch.Tensor, shard_id=None, name=name, leaf=leaf) -> None:
+                child.update_param_tp_status()  # the layer has stamped its own rank on them
                 target = getattr(child, leaf)
                 target.weight_loader(target, _cut(weight, part.rows, target), *position)
                 self.loaded.add((name, part.shard))

@@ -1,0 +1,424 @@
+"""The runtime in vLLM's own environment: layers, kernels and refusals, without a model."""
+
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import config as vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor import parameter as vllm_parameter
+from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, CPUWNA16LinearKernel
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.platforms import PlatformEnum
+
+from casp_plugin.runtime import kernels
+from casp_plugin.runtime.config import CaspConfig
+from casp_plugin.runtime.kernels import WNA16, CPULinearKernel
+from casp_plugin.runtime.packing import dequantize, pack
+from casp_plugin.runtime.split import SplitLinearMethod
+from casp_plugin.runtime.vllm import register
+
+pytestmark = pytest.mark.vllm
+
+GROUP = 16
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+STACKED = {
+    ".q_proj": (".qkv_proj", "q"),
+    ".k_proj": (".qkv_proj", "k"),
+    ".v_proj": (".qkv_proj", "v"),
+    ".gate_proj": (".gate_up_proj", 0),
+    ".up_proj": (".gate_up_proj", 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def engine(tmp_path):
+    """What vLLM sets up before it builds a model."""
+    register()
+    torch.manual_seed(0)
+    with vllm_config.set_current_vllm_config(vllm_config.VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def on_rank(monkeypatch):
+    """Pretend to be one rank of a tensor-parallel group."""
+
+    def pretend(rank, size):
+        for module in (vllm_linear, vllm_parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+    return pretend
+
+
+class Checkpoint:
+    """Random linears as compressed-tensors stores them, and their weights in float64.
+
+    :param dtype: data type of scales and unquantized weights
+    """
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+        self.tensors = {}
+        self.weights = {}
+        self.groups = {}
+        self.low_rank = {}
+
+    def add(self, name, rows, columns, bits=None, symmetric=False, bias=False):
+        """One linear; 16 bits if ``bits`` is None."""
+        if bias:
+            self.tensors[f"{name}.bias"] = torch.randn(rows, dtype=self.dtype)
+        if bits is None:
+            weight = torch.randn(rows, columns, dtype=self.dtype) / columns**0.5
+            self.tensors[f"{name}.weight"] = weight
+            self.weights[name] = weight.double()
+            return self
+        codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8)
+        shape = (rows, columns // GROUP)
+        scales = (torch.rand(shape) / 2**bits / columns**0.5).to(self.dtype)
+        offsets = torch.full(shape, 2 ** (bits - 1), dtype=torch.uint8)
+        if not symmetric:
+            offsets = torch.randint(2**bits, shape, dtype=torch.uint8)
+            self.tensors[f"{name}.weight_zero_point"] = pack(offsets.t(), bits).t().contiguous()
+        self.tensors[f"{name}.weight_packed"] = pack(codes, bits)
+        self.tensors[f"{name}.weight_scale"] = scales
+        self.tensors[f"{name}.weight_shape"] = torch.tensor([rows, columns])
+        self.weights[name] = dequantize(codes, offsets, scales, torch.float64)
+        key = f"{bits}{symmetric}"
+        weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group"}
+        group = {"targets": [], "weights": {**weights, "group_size": GROUP, "type": "int"}}
+        self.groups.setdefault(key, group)["targets"].append(name)
+        return self
+
+    def factor(self, name, rows, columns, rank, down=None, up=None, bias=False):
+        """A factored linear; ``down`` and ``up`` are arguments of their own ``add``."""
+        self.low_rank[name] = rank
+        self.add(f"{name}.down", rank, columns, **(down or {}))
+        self.add(f"{name}.up", rows, rank, bias=bias, **(up or {}))
+        self.weights[name] = self.weights[f"{name}.up"] @ self.weights[f"{name}.down"]
+        return self
+
+    def config(self):
+        config = CaspConfig.from_config(
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": self.groups,
+                "casp": {"format": 1, "low_rank": self.low_rank},
+            }
+        )
+        config.packed_modules_mapping = FUSED
+        return config
+
+    def load(self, layer, name, by_hand=False):
+        """Load and post-process a layer as vLLM does.
+
+        :param name: the layer's name in vLLM
+        :param by_hand: as the models do that map stacked parameters themselves
+        """
+        model = torch.nn.Module()
+        model.add_module(name, layer)
+        weights = [(f".{key}", tensor.clone()) for key, tensor in self.tensors.items()]
+        if by_hand:
+            parameters = {f".{key}": p for key, p in model.named_parameters()}
+            for key, tensor in weights:
+                member = next(m for m in STACKED if f"{m}." in key)
+                fused, shard = STACKED[member]
+                parameter = parameters[key.replace(member, fused)]
+                parameter.weight_loader(parameter, tensor, shard)
+        else:
+            mapper = WeightsMapper(orig_to_new_stacked=STACKED, orig_to_new_prefix={".": ""})
+            AutoWeightsLoader(model).load_weights(weights, mapper=mapper)
+        for module in model.modules():
+            if method := getattr(module, "quant_method", None):
+                method.process_weights_after_loading(module)
+        return layer
+
+
+def assert_close(actual, expected, dtype=torch.float32):
+    scale = expected.abs().max()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert ((actual.double() - expected).abs().max() / scale).item() < tolerance
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(96, 64), (40, 48)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_kernel(bits, symmetric, shape, dtype):
+    rows, columns = shape
+    checkpoint = Checkpoint(dtype).add("o_proj", rows, columns, bits, symmetric)
+    layer = ReplicatedLinear(
+        columns, rows, False, params_dtype=dtype, quant_config=checkpoint.config(), prefix="o_proj"
+    )
+    checkpoint.load(layer, "o_proj")
+    x = torch.randn(5, columns, dtype=dtype)
+    assert_close(layer(x)[0], x.double() @ checkpoint.weights["o_proj"].t(), dtype)
+
+    packed = dtype == torch.bfloat16 and shape == (96, 64) and bits <= 4
+    assert hasattr(layer, "weight_packed") == packed  # else dequantized
+    assert isinstance(layer.scheme.kernel, CPULinearKernel) == (not packed or bits < 4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_widening_is_exact(bits, symmetric):
+    """The same weight at 2 or 3 bits and at 4 bits gives the same numbers, bit by bit."""
+    narrow = Checkpoint(torch.bfloat16).add("o_proj", 96, 64, bits, symmetric)
+    offset = 8 - 2 ** (bits - 1) if symmetric else 0
+    wide = Checkpoint(torch.bfloat16).add("o_proj", 96, 64, 4, symmetric)
+    for key, tensor in narrow.tensors.items():
+        if key.endswith("packed"):
+            wide.tensors[key] = pack(kernels.unpack(tensor, bits, 64) + offset, 4)
+        elif key.endswith("zero_point"):
+            wide.tensors[key] = pack(kernels.unpack(tensor.t(), bits, 96), 4).t()
+        else:
+            wide.tensors[key] = tensor
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    outputs = []
+    for checkpoint in (narrow, wide):
+        layer = ReplicatedLinear(
+            64, 96, False, params_dtype=x.dtype, quant_config=checkpoint.config(), prefix="o_proj"
+        )
+        outputs.append(checkpoint.load(layer, "o_proj")(x)[0])
+    assert torch.equal(*outputs)
+
+
+def test_missing_humming_says_what_to_install(monkeypatch):
+    def no_kernel(*args, **kwargs):
+        raise ValueError("Failed to find a kernel")
+
+    monkeypatch.setattr(kernels.CompressedTensorsWNA16, "create_weights", no_kernel)
+    monkeypatch.setattr(kernels, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    scheme = WNA16("group", 3, 64, False, "model.layers.0.mlp.down_proj")
+    with pytest.raises(ValueError, match=r"down_proj: .* 3 bits .*pip install humming-kernels"):
+        scheme.create_weights(
+            torch.nn.Module(), input_size=64, input_size_per_partition=64, output_size=64
+        )
+
+
+def test_columns_that_no_rank_can_cut(on_rank):
+    on_rank(0, 2)
+    checkpoint = Checkpoint().add("down_proj", 32, 2 * GROUP, 3)
+    with pytest.raises(ValueError, match="smaller --tensor-parallel-size"):
+        RowParallelLinear(2 * GROUP, 32, quant_config=checkpoint.config(), prefix="down_proj")
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+HIDDEN, HEAD, HEADS, KV_HEADS = 64, 8, 8, 2
+Q_ROWS, KV_ROWS = HEADS * HEAD, KV_HEADS * HEAD
+
+
+def qkv(checkpoint, bias=False):
+    return QKVParallelLinear(
+        HIDDEN, HEAD, HEADS, KV_HEADS, bias, params_dtype=checkpoint.dtype,
+        quant_config=checkpoint.config(), prefix="attn.qkv_proj",
+    )  # fmt: skip
+
+
+def add_qkv(checkpoint, q, k, v, bias=False):
+    """q, k, v: arguments of ``add``, or of ``factor`` where they name factors."""
+    for leaf, rows, how in (("q", Q_ROWS, q), ("k", KV_ROWS, k), ("v", KV_ROWS, v)):
+        put = checkpoint.factor if "rank" in how else checkpoint.add
+        put(f"attn.{leaf}_proj", rows, HIDDEN, bias=bias, **how)
+    return checkpoint
+
+
+def rename(checkpoint):
+    """Names as the fused layer's parent sees them: without the parent."""
+    checkpoint.tensors = {k.removeprefix("attn."): t for k, t in checkpoint.tensors.items()}
+    return checkpoint
+
+
+LAYOUTS = {
+    "16 bits": ({"rank": 16}, {"rank": 16}, {}),
+    "one scheme": (
+        {"rank": 32, "down": {"bits": 4}, "up": {"bits": 4}},
+        {"rank": 16, "down": {"bits": 4}, "up": {"bits": 4}},
+        {"bits": 4},
+    ),
+    "each its own": (
+        {"rank": 32, "down": {"bits": 3}, "up": {"bits": 2, "symmetric": True}},
+        {"rank": 16, "down": {"bits": 5}, "up": {"bits": 8}},
+        {"bits": 7},
+    ),
+    "only k": ({"bits": 3}, {"rank": 16, "down": {"bits": 3}}, {"bits": 3}),
+    "dense, unequal": ({"bits": 2}, {"bits": 3}, {"bits": 4, "symmetric": True}),
+    "dense, one of 16 bits": ({"bits": 2}, {"bits": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["auto", "by hand"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("ranks", [1, 2, 8])  # 8 ranks share 2 kv heads
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_qkv(layout, ranks, bias, by_hand, on_rank):
+    checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS[layout], bias=bias))
+    x = torch.randn(3, HIDDEN)
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        layer = checkpoint.load(qkv(checkpoint, bias), "qkv_proj", by_hand)
+        assert isinstance(layer.quant_method, SplitLinearMethod)
+        expected = []
+        for leaf, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            y = x.double() @ checkpoint.weights[f"attn.{leaf}_proj"].t()
+            if bias:
+                key = f"{leaf}_proj.up.bias"
+                key = key if key in checkpoint.tensors else f"{leaf}_proj.bias"
+                y += checkpoint.tensors[key]
+            here = max(1, heads // ranks)
+            first = rank * heads // ranks
+            expected.append(y[:, first * HEAD : (first + here) * HEAD])
+        assert_close(layer(x)[0], torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gate_and_up_of_unequal_schemes(ranks, on_rank):
+    checkpoint = Checkpoint().add("gate_proj", 96, HIDDEN, 3).add("up_proj", 96, HIDDEN, 2)
+    x = torch.randn(3, HIDDEN)
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        layer = MergedColumnParallelLinear(
+            HIDDEN, [96, 96], False, quant_config=checkpoint.config(), prefix="gate_up_proj"
+        )
+        checkpoint.load(layer, "gate_up_proj")
+        rows = slice(rank * 96 // ranks, (rank + 1) * 96 // ranks)
+        halves = [x.double() @ checkpoint.weights[n].t() for n in ("gate_proj", "up_proj")]
+        assert_close(layer(x)[0], torch.cat([half[:, rows] for half in halves], -1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("rank_of_factors", [None, 16])
+def test_column_parallel(rank_of_factors, ranks, on_rank):
+    """40 rows of 3 bits: the zero points of a rank do not begin at a word."""
+    checkpoint = Checkpoint()
+    if rank_of_factors:
+        parts = {"down": {"bits": 3}, "up": {"bits": 3}}
+        checkpoint.factor("fc", 40, HIDDEN, rank_of_factors, bias=True, **parts)
+    else:
+        checkpoint.add("fc", 40, HIDDEN, 3, bias=True)
+    x = torch.randn(3, HIDDEN)
+    bias = next(t for k, t in checkpoint.tensors.items() if k.endswith("bias"))
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        layer = ColumnParallelLinear(HIDDEN, 40, quant_config=checkpoint.config(), prefix="fc")
+        checkpoint.load(layer, "fc")
+        expected = x.double() @ checkpoint.weights["fc"].t() + bias
+        assert_close(layer(x)[0], expected.chunk(ranks, -1)[rank])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_parallel_factors(ranks, on_rank):
+    parts = {"down": {"bits": 4}, "up": {"bits": 3}}
+    checkpoint = Checkpoint().factor("o_proj", 32, HIDDEN, 16, **parts)
+    x = torch.randn(3, HIDDEN)
+    total = 0
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        layer = RowParallelLinear(
+            HIDDEN, 32, False, reduce_results=False, quant_config=checkpoint.config(),
+            prefix="o_proj",
+        )  # fmt: skip
+        total += checkpoint.load(layer, "o_proj")(x.chunk(ranks, -1)[rank])[0]
+    assert_close(total, x.double() @ checkpoint.weights["o_proj"].t())
+
+
+def test_equal_schemes_share_the_first_matmul():
+    layers = {}
+    for layout in ("one scheme", "each its own", "16 bits", "only k"):
+        layers[layout] = qkv(add_qkv(Checkpoint(), *LAYOUTS[layout]))
+    matmuls = {layout: len(layer.first) for layout, layer in layers.items()}
+    # "one scheme": KV_ROWS and ranks of 16 at 4 bits fill whole words; at 3 bits they do not
+    assert matmuls == {"one scheme": 1, "each its own": 3, "16 bits": 1, "only k": 3}
+
+
+def test_stock_layers_stay_stock():
+    checkpoint = add_qkv(Checkpoint(), {"bits": 4}, {"bits": 4}, {"bits": 4})
+    assert type(qkv(checkpoint).quant_method) is CompressedTensorsLinearMethod
+
+
+def test_nothing_of_the_loading_stays():
+    checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS["each its own"]))
+    layer = checkpoint.load(qkv(checkpoint), "qkv_proj")
+    assert {name.split(".")[0] for name, _ in layer.named_parameters()} <= {"first", "second"}
+
+
+def test_incomplete_checkpoint():
+    checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS["one scheme"]))
+    del checkpoint.tensors["k_proj.up.weight_scale"]
+    with pytest.raises(ValueError, match=r"lacks attn.k_proj.up.weight_scale"):
+        checkpoint.load(qkv(checkpoint), "qkv_proj")
+
+
+def test_dummy_weights():
+    """vLLM's load format dummy loads nothing."""
+    checkpoint = Checkpoint()
+    add_qkv(checkpoint, *LAYOUTS["one scheme"])
+    layer = qkv(checkpoint)
+    checkpoint.tensors = {}
+    checkpoint.load(layer, "qkv_proj")
+
+
+# --- config --------------------------------------------------------------------------------------
+
+
+def test_register_is_idempotent():
+    register()
+    register()
+    assert _POSSIBLE_KERNELS[PlatformEnum.CPU].count(CPULinearKernel) == 1
+    assert _POSSIBLE_KERNELS[PlatformEnum.CPU].index(CPUWNA16LinearKernel) < _POSSIBLE_KERNELS[
+        PlatformEnum.CPU
+    ].index(CPULinearKernel)
+    assert get_quantization_config("casp") is CaspConfig
+
+
+def test_serving_needs_no_llm_compressor():
+    assert find_spec("llmcompressor") is None
+
+
+def test_claims_only_its_own():
+    stock = {"quant_method": "compressed-tensors", "config_groups": {}}
+    assert CaspConfig.override_quantization_method(stock, None) is None
+    ours = {**stock, "casp": {"format": 1, "low_rank": {}}}
+    assert CaspConfig.override_quantization_method(ours, None) == "casp"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [("oops", "malformed"), ({"format": 2, "low_rank": {}}, "upgrade casp-plugin")],
+)
+def test_malformed_section(section, message):
+    with pytest.raises(ValueError, match=message):
+        CaspConfig.from_config({"quant_method": "compressed-tensors", "casp": section})
+
+
+def test_factored_head_is_refused():
+    config = Checkpoint().factor("lm_head", 64, 64, 16).config()
+    with pytest.raises(ValueError, match="lm_head"):
+        ParallelLMHead(64, 64, quant_config=config, prefix="lm_head")

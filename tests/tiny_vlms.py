@@ -1,0 +1,269 @@
+"""Tiny random vision-language models in checkpoint folders that transformers and vLLM both read.
+
+The processor files are written by hand: some processors ask for packages (torchvision, num2words)
+that only vLLM's environment has. Images come in the size that no processor resizes, since
+transformers' PIL and torchvision image processors resize differently.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = 96  # token ids from 3 up to here are words of text, those from here on stand for images
+IDS = {
+    token: WORDS + i
+    for i, token in enumerate(
+        [
+            *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+            *("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"),
+            *("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+            *("\n", "\n\n", "\n\n\n", "\n\n\n\n"),
+        ]
+    )
+}
+SIDE = 32  # pixels
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 8,
+}
+QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 8}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+SQUARE = {"height": SIDE, "width": SIDE}
+
+
+def _llava(**config):
+    patches = (SIDE // VISION["patch_size"]) ** 2
+    return {
+        "config": {
+            "text_config": {"model_type": "llama"},
+            "vision_config": {"model_type": "clip_vision_model", "projection_dim": 64, **VISION},
+            "image_token_index": IDS["<image>"],
+            "image_seq_length": patches,
+            **config,
+        },
+        "image_processor": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": SIDE},
+            "crop_size": SQUARE,
+        },
+        "processor": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": VISION["patch_size"],
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+        "module": "clip",
+        "prompt": ["<image>"],
+        "expanded": ["<image>"] * patches,
+    }
+
+
+def _llava_next():
+    family = _llava(image_grid_pinpoints=[[SIDE, SIDE], [SIDE, 2 * SIDE]])
+    family["image_processor"] |= {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": family["config"]["image_grid_pinpoints"],
+    }
+    family["processor"]["processor_class"] = "LlavaNextProcessor"
+    family["module"] = "llava_next"
+    grid = SIDE // VISION["patch_size"]
+    family["expanded"] = ["<image>"] * (grid * grid + grid * (grid + 1))  # a newline per row
+    return family
+
+
+def _idefics3(name):
+    tokens = (SIDE // VISION["patch_size"] // 2) ** 2
+    edge = {"longest_edge": SIDE}
+    return {
+        "config": {
+            "text_config": {"model_type": "llama"},
+            "vision_config": VISION,
+            "image_token_id": IDS["<image>"],
+            "scale_factor": 2,
+        },
+        "image_processor": {
+            "image_processor_type": f"{name}ImageProcessor",
+            "size": edge,
+            "max_image_size": edge,
+            "do_image_splitting": False,
+        },
+        "processor": {"processor_class": f"{name}Processor", "image_seq_len": tokens},
+        "module": name.lower(),
+        "prompt": ["<image>"],
+        "expanded": [
+            *("<fake_token_around_image>", "<global-img>"),
+            *["<image>"] * tokens,
+            "<fake_token_around_image>",
+        ],
+    }
+
+
+def _qwen(name, **vision):
+    pads = (SIDE // QWEN_VISION["patch_size"] // 2) ** 2
+    return {
+        "config": {
+            "text_config": {"rope_parameters": MROPE},
+            "vision_config": QWEN_VISION | vision,
+            "image_token_id": IDS["<|image_pad|>"],
+            "video_token_id": IDS["<|video_pad|>"],
+            "vision_start_token_id": IDS["<|vision_start|>"],
+            "vision_end_token_id": IDS["<|vision_end|>"],
+        },
+        "image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
+            "patch_size": QWEN_VISION["patch_size"],
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
+        "processor": {"processor_class": name},
+        "module": "qwen2_vl",
+        "prompt": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"],
+        "expanded": ["<|vision_start|>", *["<|image_pad|>"] * pads, "<|vision_end|>"],
+    }
+
+
+def _gemma3():
+    tokens = 4
+    return {
+        "config": {
+            "text_config": {"query_pre_attn_scalar": 32},
+            "vision_config": VISION,
+            "mm_tokens_per_image": tokens,
+            "image_token_index": IDS["<image_soft_token>"],
+            "boi_token_index": IDS["<start_of_image>"],
+            "eoi_token_index": IDS["<end_of_image>"],
+        },
+        "image_processor": {"image_processor_type": "Gemma3ImageProcessor", "size": SQUARE},
+        "processor": {"processor_class": "Gemma3Processor", "image_seq_length": tokens},
+        "module": "gemma3",
+        "prompt": ["<start_of_image>"],
+        "expanded": [
+            *("\n\n", "<start_of_image>"),
+            *["<image_soft_token>"] * tokens,
+            *("<end_of_image>", "\n\n"),
+        ],
+    }
+
+
+FAMILIES = {
+    "llava": _llava(),
+    "idefics3": _idefics3("Idefics3"),
+    "smolvlm": _idefics3("SmolVLM"),
+    "llava_next": _llava_next(),
+    "qwen2_vl": _qwen("Qwen2VLProcessor", embed_dim=64, hidden_size=128),
+    "qwen2_5_vl": _qwen(
+        "Qwen2_5_VLProcessor",
+        hidden_size=64,
+        intermediate_size=96,
+        out_hidden_size=128,
+        window_size=16,
+        fullatt_block_indexes=[1],
+    ),
+    "gemma3": _gemma3(),
+}
+
+
+def _write(folder, name, content):
+    (Path(folder) / name).write_text(json.dumps(content, indent=1))
+
+
+def save_tiny_vlm(folder, family):
+    """A random model of a family in float32, saved with its processor; returns the path."""
+    parts = FAMILIES[family]
+    torch.manual_seed(0)
+    text = {**TEXT, **parts["config"]["text_config"]}
+    config = AutoConfig.for_model(family, **{**TOKENS, **parts["config"], "text_config": text})
+    model = AutoModelForImageTextToText.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    _write(folder, "preprocessor_config.json", parts["image_processor"])
+    _write(folder, "processor_config.json", parts["processor"])
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)} | IDS
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=list(IDS),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def image():
+    """The image of all families: random pixels, the same in every call."""
+    pixels = numpy.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels)
+
+
+def image_prompt(family, expanded=False):
+    """Token ids of a prompt with the image: one placeholder for vLLM, or all tokens it becomes."""
+    tokens = FAMILIES[family]["expanded" if expanded else "prompt"]
+    return [5, 6, 7, *(IDS[token] for token in tokens), 8, 9, 10, 11]
+
+
+def image_inputs(folder, family):
+    """The image as the family's model in transformers takes it: pixel_values and so on."""
+    kind = FAMILIES[family]["image_processor"]["image_processor_type"] + "Pil"
+    module = FAMILIES[family]["module"]
+    # transformers 5.17 offers some of these classes at its top level only beside torchvision
+    module = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    processor = getattr(module, kind).from_pretrained(folder)
+    made = processor(image(), return_tensors="pt")
+    return {name: made[name] for name in processor.model_input_names if name in made}
+
+
+def expected(folder, family, prompt, tokens=6, inputs=None):
+    """What transformers makes of a prompt (with all image tokens) and `image_inputs`.
+
+    Returns one answer of vllm_site/worker.py, its "prompt" over the tokens given here.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    inputs = dict(inputs or {})
+
+    def scores(ids):
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False, **inputs).logits[0].log_softmax(-1)
+
+    ids = torch.tensor([prompt])
+    for _ in range(tokens):
+        ids = torch.cat([ids, scores(ids)[-1:].argmax(-1, keepdim=True)], 1)
+    logprobs = scores(ids)[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+    cut = len(prompt) - 1
+    return {
+        "prompt": logprobs[:cut],
+        "tokens": ids[0, len(prompt) :].tolist(),
+        "logprobs": logprobs[cut:],
+    }
