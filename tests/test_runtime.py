@@ -25,11 +25,10 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.platforms import PlatformEnum
 
-from casp_plugin.runtime import kernels
+from casp_plugin.runtime import config, kernels
 from casp_plugin.runtime.config import CaspConfig
 from casp_plugin.runtime.kernels import WNA16, CPULinearKernel
 from casp_plugin.runtime.packing import dequantize, pack
@@ -85,6 +84,7 @@ class Checkpoint:
         self.weights = {}
         self.groups = {}
         self.low_rank = {}
+        self.fused = FUSED
 
     def add(self, name, rows, columns, bits=None, symmetric=False, bias=False):
         """One linear; 16 bits if ``bits`` is None."""
@@ -121,7 +121,7 @@ class Checkpoint:
         return self
 
     def config(self):
-        config = CaspConfig.from_config(
+        made = CaspConfig.from_config(
             {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
@@ -129,8 +129,8 @@ class Checkpoint:
                 "casp": {"format": 1, "low_rank": self.low_rank},
             }
         )
-        config.packed_modules_mapping = FUSED
-        return config
+        made.packed_modules_mapping = self.fused
+        return made
 
     def load(self, layer, name, by_hand=False):
         """Load and post-process a layer as vLLM does.
@@ -418,7 +418,23 @@ def test_malformed_section(section, message):
         CaspConfig.from_config({"quant_method": "compressed-tensors", "casp": section})
 
 
-def test_factored_head_is_refused():
-    config = Checkpoint().factor("lm_head", 64, 64, 16).config()
-    with pytest.raises(ValueError, match="lm_head"):
-        ParallelLMHead(64, 64, quant_config=config, prefix="lm_head")
+def test_layers_that_no_model_layer_takes(monkeypatch):
+    """The factors of an lm_head, say, or of a layer that vLLM fuses in a way of its own."""
+    checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS["one scheme"]))
+    checkpoint.low_rank["lm_head"] = 16
+    current = SimpleNamespace(model_config=SimpleNamespace(architectures=["SomeForCausalLM"]))
+    layer = qkv(checkpoint)
+    monkeypatch.setattr(config, "get_current_vllm_config", lambda: current)
+    with pytest.raises(ValueError, match=r"SomeForCausalLM.* 1 low-rank layers .*\(lm_head\)"):
+        checkpoint.load(layer, "qkv_proj")
+
+
+@pytest.mark.parametrize("layout", ["one scheme", "each its own", "dense, equal"])
+def test_model_that_does_not_say_what_it_fuses(layout):
+    layouts = {**LAYOUTS, "dense, equal": ({"bits": 4}, {"bits": 4}, {"bits": 4})}
+    checkpoint = rename(add_qkv(Checkpoint(), *layouts[layout]))
+    checkpoint.fused = {}
+    layer = checkpoint.load(qkv(checkpoint), "qkv_proj")
+    x = torch.randn(3, HIDDEN)
+    weights = [checkpoint.weights[f"attn.{leaf}_proj"] for leaf in "qkv"]
+    assert_close(layer(x)[0], x.double() @ torch.cat(weights).t())

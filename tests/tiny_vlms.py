@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -154,7 +155,7 @@ def _gemma3():
     return {
         "config": {
             "text_config": {"query_pre_attn_scalar": 32},
-            "vision_config": VISION,
+            "vision_config": {"vision_use_head": False, **VISION},
             "mm_tokens_per_image": tokens,
             "image_token_index": IDS["<image_soft_token>"],
             "boi_token_index": IDS["<start_of_image>"],
@@ -205,6 +206,11 @@ def save_tiny_vlm(folder, family):
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
+    # vLLM wants the names that published checkpoints have; transformers reads both
+    weights = Path(folder) / "model.safetensors"
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    renamed = {name.replace(old, new): tensor for name, tensor in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
     _write(folder, "preprocessor_config.json", parts["image_processor"])
     _write(folder, "processor_config.json", parts["processor"])
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)} | IDS

@@ -1,9 +1,15 @@
 """vLLM's compressed-tensors config, for checkpoints with a ``casp`` section."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -12,16 +18,20 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
     CompressedTensorsWNA16,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from casp_plugin.checkpoint import SECTION, read_section
 from casp_plugin.runtime.kernels import WNA16
 from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
 __all__ = ["METHOD", "CaspConfig"]
 
 #: name of the quantization method in vLLM; checkpoints say ``compressed-tensors``
 METHOD = "casp"
+#: what qkv layers hold in models that do not say so
+QKV = ["q_proj", "k_proj", "v_proj"]
 
 
 class CaspConfig(CompressedTensorsConfig):
@@ -29,6 +39,8 @@ class CaspConfig(CompressedTensorsConfig):
 
     #: rank of every factored layer, by its name in the checkpoint, mapped to vLLM's names
     low_rank: dict[str, int]
+    #: factored layers that no layer of the model has asked for yet
+    unclaimed: set[str]
 
     @classmethod
     def override_quantization_method(
@@ -44,33 +56,55 @@ class CaspConfig(CompressedTensorsConfig):
         """
         made = super().from_config(config)
         made.low_rank = read_section(config)
+        made.unclaimed = set(made.low_rank)
         return made
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.low_rank = hf_to_vllm_mapper.apply_dict(self.low_rank)
+        self.unclaimed = set(self.low_rank)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
             shards = self._shards(layer, prefix)
-            if self._must_split(layer, shards):
+            if self._must_split(layer, prefix, shards):
                 if self.transform_config is not None:
                     raise ValueError(f"{prefix}: transforms and low-rank layers do not go together")
+                self.unclaimed -= {shard.name for shard in shards}
                 return SplitLinearMethod(self, shards)
-        elif isinstance(layer, VocabParallelEmbedding) and prefix in self.low_rank:
-            raise ValueError(f"{prefix}: vLLM cannot run an embedding or lm_head as two factors")
         return super().get_quant_method(layer, prefix)
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """vLLM asks for it when all layers are built and the weights come next.
+
+        :raises ValueError: if factored layers of the checkpoint are in no layer of the model
+        """
+        if self.unclaimed and get_pp_group().world_size == 1:
+            architectures = get_current_vllm_config().model_config.architectures
+            names = ", ".join(sorted(self.unclaimed)[:4])
+            raise ValueError(
+                f"{architectures} of vLLM cannot run {len(self.unclaimed)} low-rank layers of this "
+                f"checkpoint ({names}): serve the copy that `casp fold` writes"
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def _shards(self, layer: LinearBase, prefix: str) -> list[Shard]:
         """The checkpoint's linears that vLLM holds in one layer."""
         parent, _, leaf = prefix.rpartition(".")
         members = self.packed_modules_mapping.get(leaf, [leaf])
         if len(members) != len(layer.output_partition_sizes):
-            members = [leaf]  # fused on disk already: one linear
+            members = [leaf]  # fused on disk already, or not known to be fused
+            if isinstance(layer, QKVParallelLinear) and self._knows(parent, QKV):
+                members = QKV
         names = [f"{parent}.{member}" if parent else member for member in members]
         return [Shard(name, self.low_rank.get(name)) for name in names]
 
-    def _must_split(self, layer: LinearBase, shards: list[Shard]) -> bool:
+    def _knows(self, parent: str, members: list[str]) -> bool:
+        """Whether the checkpoint's config names linears of these names."""
+        names = {f"{parent}.{member}" for member in members}
+        return not names.isdisjoint(self.low_rank.keys() | self.target_scheme_map.keys())
+
+    def _must_split(self, layer: LinearBase, prefix: str, shards: list[Shard]) -> bool:
         """Whether vLLM's own one matmul for all shards cannot do."""
         if any(shard.rank for shard in shards):
             return True
@@ -78,6 +112,8 @@ class CaspConfig(CompressedTensorsConfig):
         cut = isinstance(layer, ColumnParallelLinear) and layer.tp_size > 1
         if len(shards) != len(rows) or (len(shards) == 1 and not cut):
             return False
+        if len(shards) > 1 and prefix.rpartition(".")[2] not in self.packed_modules_mapping:
+            return True  # vLLM would not find the shards' schemes
         return not can_join(self, layer, [shard.name for shard in shards], rows)
 
     def _get_scheme_from_parts(self, *args, **kwargs) -> CompressedTensorsScheme:
