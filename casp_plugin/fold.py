@@ -12,7 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from safetensors import safe_open
 
-from casp_plugin.checkpoint import SECTION, read_config, whole_folder, write_config
+from casp_plugin.checkpoint import SECTION, read_config, read_section, whole_folder, write_config
 from casp_plugin.plan import PLAN_NAME
 
 __all__ = ["fold"]
@@ -43,8 +43,9 @@ class _Tensors(Mapping):
 def fold(source: Path | str, target: Path | str) -> list[str]:
     """Write a copy of a checkpoint in which every factored layer is one dense weight again.
 
-    Layers that the runtime fuses with a factored one (v with q, k) are stored dense too: one
-    fused layer cannot mix quantized and dense parts. Everything else keeps its bits.
+    Layers that stock vLLM fuses with a factored one (v with q, k) are stored dense too: one
+    fused layer cannot mix quantized and dense parts. So are those that it fuses but that have
+    unequal schemes (granularity ``matrix``). Everything else keeps its bits.
 
     :param source: folder of a checkpoint with a ``casp`` section
     :param target: folder to write; must not exist
@@ -54,14 +55,17 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     source, target = Path(source), Path(target)
     config = read_config(source)
     quantization = config.get("quantization_config") or {}
-    factored = (quantization.get(SECTION) or {}).get("low_rank")
-    if not factored:
-        raise ValueError(f"{source} holds no low-rank layers: nothing to fold")
+    factored = read_section(quantization)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder")
     tensors = _Tensors(source)
-    dense = sorted(set(factored) | _fused_siblings(factored, tensors))
     schemes = _Schemes(quantization)
+    dense = sorted(factored.keys() | _cannot_fuse(factored, tensors, schemes))
+    if not dense:
+        raise ValueError(
+            f"{source} holds no low-rank layers and no unequal schemes in fused layers: "
+            "nothing to fold"
+        )
 
     state = {}
     for name in tensors:
@@ -83,15 +87,21 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     return dense
 
 
-def _fused_siblings(factored: dict[str, int], tensors: Mapping) -> set[str]:
-    """Quantized layers that share a fused layer with a factored one."""
-    siblings = set()
-    for layer in factored:
+def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes") -> set[str]:
+    """Quantized layers that stock vLLM fuses with a factored one, or at unequal schemes."""
+    packed = ".weight_packed"
+    quantized = {name.removesuffix(packed) for name in tensors if name.endswith(packed)}
+    found = set()
+    for layer in quantized | factored.keys():
         parent, _, leaf = layer.rpartition(".")
         for group in FUSED_LAYER_NAMES:
-            if leaf in group:
-                siblings |= {f"{parent}.{other}" for other in group if other != leaf}
-    return {layer for layer in siblings if f"{layer}.weight_packed" in tensors}
+            members = (
+                {f"{parent}.{other}" for other in group} & quantized if leaf in group else set()
+            )
+            kinds = {str(schemes.scheme(member)) for member in members}
+            if layer in factored or len(kinds) > 1:
+                found |= members
+    return found
 
 
 def _dense_layer(

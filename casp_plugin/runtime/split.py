@@ -208,6 +208,11 @@ class _StandIn(nn.Parameter):
 
     def weight_loader(self, _, weight: torch.Tensor, shard_id: str | int | None = None) -> None:
         index = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard_id, shard_id)
+        if index not in self.routes:
+            raise ValueError(
+                f"unexpected weight of shape {tuple(weight.shape)} for shard {shard_id}: the "
+                "checkpoint's weights and its quantization_config disagree"
+            )
         self.routes[index](weight, shard_id)
 
 

@@ -8,6 +8,7 @@ greedy continuation, and the log-probabilities of that. Or ``{"error": text}``.
 import json
 import os
 import sys
+import traceback
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # vLLM logs to stdout
@@ -54,11 +55,8 @@ def main() -> None:
         try:
             answer = serve(json.loads(line))
         except Exception as error:
-            causes = [str(error)]
-            while error.__cause__ or error.__context__:
-                error = error.__cause__ or error.__context__
-                causes.append(str(error))
-            answer = {"error": "\n".join(causes)}
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
