@@ -6,15 +6,23 @@ vLLM runs in an environment of its own, without llm-compressor: CASP_VLLM_PYTHON
 
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+import tiny_vlms
 import torch
 from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from transformers import AutoModelForCausalLM
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier
 from casp_plugin.fold import fold
@@ -100,35 +108,37 @@ PARTS = {
 EXPERTS = "re:.*mlp\\.(experts|shared_expert|gate$).*"
 
 
-def compress(source, output, batches, groups=PARTS, **low_rank):
+def compress(source, output, batches, groups=PARTS, ignore=(), processor=None, **low_rank):
+    """Factor q and k and quantize; ``source`` is a folder, or a model beside its processor."""
     recipe = [LowRankQKModifier(keep=0.5, rank_multiple=32, **low_rank)]
     if groups:
-        recipe.append(GPTQModifier(config_groups=groups, ignore=["lm_head", EXPERTS]))
-    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(output))
+        recipe.append(GPTQModifier(config_groups=groups, ignore=["re:.*lm_head", EXPERTS, *ignore]))
+    data = {"processor": processor, "dataset": batches}
+    oneshot(model=source, recipe=recipe, output_dir=str(output), **data)
     return output
 
 
 def expected(folder, prompts=PROMPTS, tokens=TOKENS):
     """What transformers makes of the checkpoint, in the worker's form."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        for _ in range(tokens + 1):
-            with torch.no_grad():
-                scores = model(ids).logits[0].log_softmax(-1)
-            ids = torch.cat([ids, scores[-1:].argmax(-1, keepdim=True)], dim=1)
-        made = ids[0, :-1]
-        logprobs = scores[:-1].gather(1, made[1:, None])[:, 0].tolist()
-        cut = len(prompt) - 1
-        answers.append(
-            {
-                "prompt": logprobs[:cut],
-                "tokens": made[len(prompt) :].tolist(),
-                "logprobs": logprobs[cut:],
-            }
-        )
-    return answers
+    return [answer(lambda ids: model(ids).logits, prompt, tokens) for prompt in prompts]
+
+
+@torch.no_grad()
+def answer(score, prompt, tokens=TOKENS):
+    """Greedy continuation of a prompt by a function from token ids to logits."""
+    ids = torch.tensor([prompt])
+    for _ in range(tokens + 1):
+        scores = score(ids)[0].log_softmax(-1)
+        ids = torch.cat([ids, scores[-1:].argmax(-1, keepdim=True)], dim=1)
+    made = ids[0, :-1]
+    logprobs = scores[:-1].gather(1, made[1:, None])[:, 0].tolist()
+    cut = len(prompt) - 1
+    return {
+        "prompt": logprobs[:cut],
+        "tokens": made[len(prompt) :].tolist(),
+        "logprobs": logprobs[cut:],
+    }
 
 
 def assert_same(answers, references, tolerance=1e-4):
@@ -161,6 +171,42 @@ def test_family(serve, batches, tmp_path, family):
     source = save_tiny_model(tmp_path / "in", family, **{**SIZES, **FAMILIES[family]})
     folder = compress(source, tmp_path / "out", batches)
     assert_same(serve(folder), expected(folder))
+
+
+LANGUAGE = "(language_model|text_model)"
+VISION = "re:.*(vision_tower|vision_model|visual|multi_modal_projector|connector).*"
+
+
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_vision_language_family(serve, batches, tmp_path, family):
+    """Text alone, and text with an image."""
+    source, folder = tmp_path / "in", tmp_path / "out"
+    tiny_vlms.save_tiny_vlm(source, family)
+    groups = {
+        name: {**group, "targets": [f"re:.*{LANGUAGE}{t[3:]}" for t in group["targets"]]}
+        for name, group in PARTS.items()
+    }
+    compress(
+        AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32),
+        folder,
+        batches,
+        groups,
+        [VISION],
+        processor=AutoTokenizer.from_pretrained(source),
+        targets=f"re:.*{LANGUAGE}.*[qk]_proj$",
+    )
+    for path in source.glob("*.json"):
+        if path.name != "config.json":
+            shutil.copy(path, folder)
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    references = [answer(lambda ids: model(input_ids=ids).logits, prompt) for prompt in PROMPTS]
+    with_image = tiny_vlms.scorer(model, tiny_vlms.image_inputs(folder, family))
+    references.append(answer(with_image, tiny_vlms.image_prompt(family, expanded=True)))
+    picture = tmp_path / "image.png"
+    tiny_vlms.image().save(picture)
+    question = {"prompt_token_ids": tiny_vlms.image_prompt(family), "image": str(picture)}
+    assert_same(serve(folder, [*PROMPTS, question]), references)
 
 
 @pytest.mark.parametrize("family", ["llama", "stablelm", "glm4"])
@@ -220,3 +266,53 @@ def test_folded_checkpoint(serve, batches, tmp_path):
     folder = compress(source, tmp_path / "out", batches)
     fold(folder, tmp_path / "folded")
     assert_same(serve(tmp_path / "folded"), expected(tmp_path / "folded"))
+
+
+@pytest.fixture
+def server(vllm_python, batches, tmp_path):
+    """A real `vllm serve OUT` on this machine: its address and the checkpoint."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(source)
+    folder = compress(source, tmp_path / "out", batches)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [Path(vllm_python).parent / "vllm", "serve", folder, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = tmp_path / "log"
+    process = subprocess.Popen(
+        [*command, "--enforce-eager"],
+        env=environment,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()[-3000:]
+        with suppress(OSError), urlopen(f"{address}/health") as response:
+            assert response.status == 200
+            break
+        time.sleep(0.5)
+    yield address, folder
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0, log.read_text()[-3000:]
+
+
+def test_server(server):
+    address, folder = server
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    words = "w5 w6 w7 w8 w9"
+    settings = {"model": str(folder), "temperature": 0, "max_tokens": TOKENS}
+    settings["extra_body"] = {"ignore_eos": True}
+    completion = client.completions.create(prompt=words, **settings)
+    message = {"role": "user", "content": words}
+    chat = client.chat.completions.create(messages=[message], **settings)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [reference] = expected(folder, [tokenizer(words).input_ids])
+    text = tokenizer.decode(reference["tokens"])
+    assert completion.choices[0].text.split() == text.split()
+    assert chat.choices[0].message.content.split() == text.split()

@@ -15,11 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 WORDS = 96  # token ids from 3 up to here are words of text, those from here on stand for images
 IDS = {
@@ -260,27 +256,16 @@ def image_inputs(folder, family):
     return {name: made[name] for name in processor.model_input_names if name in made}
 
 
-def expected(folder, family, prompt, tokens=6, inputs=None):
-    """What transformers makes of a prompt (with all image tokens) and `image_inputs`.
+def scorer(model, inputs):
+    """A function from token ids, shape (1, n), to the model's logits beside an image.
 
-    Returns one answer of vllm_site/worker.py, its "prompt" over the tokens given here.
+    :param inputs: of `image_inputs`
     """
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    inputs = dict(inputs or {})
 
-    def scores(ids):
+    def score(ids):
+        kinds = {}
         if "image_grid_thw" in inputs:
-            inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-        with torch.no_grad():
-            return model(input_ids=ids, use_cache=False, **inputs).logits[0].log_softmax(-1)
+            kinds["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        return model(input_ids=ids, use_cache=False, **kinds, **inputs).logits
 
-    ids = torch.tensor([prompt])
-    for _ in range(tokens):
-        ids = torch.cat([ids, scores(ids)[-1:].argmax(-1, keepdim=True)], 1)
-    logprobs = scores(ids)[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
-    cut = len(prompt) - 1
-    return {
-        "prompt": logprobs[:cut],
-        "tokens": ids[0, len(prompt) :].tolist(),
-        "logprobs": logprobs[cut:],
-    }
+    return score

@@ -1,8 +1,9 @@
 """Runs in vLLM's own environment: one request a line on stdin, one answer a line on stdout.
 
-A request is ``{"model": folder, "prompts": [token ids, ...], "tokens": n, "engine": {...}}``; the
-answer holds, for each prompt, the log-probabilities of its own tokens from the second on, the
-greedy continuation, and the log-probabilities of that. Or ``{"error": text}``.
+A request is ``{"model": folder, "prompts": [...], "tokens": n, "engine": {...}}``, a prompt a list
+of token ids or ``{"prompt_token_ids": [...], "image": path}``. The answer holds, for each prompt,
+the log-probabilities of its own tokens from the second on, the greedy continuation, and the
+log-probabilities of that. Or ``{"error": text}``.
 """
 
 import json
@@ -12,6 +13,16 @@ import traceback
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # vLLM logs to stdout
+
+
+def decoded(prompt: list[int] | dict) -> dict:
+    """What vLLM takes for a prompt of token ids, or of token ids and the path of an image."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    from PIL import Image
+
+    images = {"image": Image.open(prompt["image"])}
+    return {"prompt_token_ids": prompt["prompt_token_ids"], "multi_modal_data": images}
 
 
 def serve(request: dict) -> list[dict]:
@@ -24,9 +35,7 @@ def serve(request: dict) -> list[dict]:
             max_tokens=request["tokens"], temperature=0, logprobs=0, prompt_logprobs=0,
             ignore_eos=True,
         )  # fmt: skip
-        prompts = [
-            {"prompt_token_ids": p} if isinstance(p[0], int) else p for p in request["prompts"]
-        ]
+        prompts = [decoded(prompt) for prompt in request["prompts"]]
         answers = []
         for output in llm.generate(prompts, params, use_tqdm=False):
             made = output.outputs[0]
