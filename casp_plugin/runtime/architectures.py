@@ -2,10 +2,31 @@
 
 from collections.abc import Iterable
 
+from casp_plugin.checkpoint import read_section
+
 __all__ = ["TESTED", "refusal"]
 
 #: architectures that tests/test_serving.py serves: log-probabilities equal to transformers'
-TESTED = frozenset()
+TESTED = frozenset(
+    {
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "Glm4ForCausalLM",
+        "Idefics3ForConditionalGeneration",
+        "LlamaForCausalLM",
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+        "SmolVLMForConditionalGeneration",
+        "StableLmForCausalLM",
+    }
+)
 
 _REORDERS = "vLLM reorders the rows of q_proj and k_proj while loading, as if each were one weight"
 _UNSERVED = dict.fromkeys(
@@ -19,15 +40,19 @@ _UNSERVED = dict.fromkeys(
 )
 
 
-def refusal(architectures: Iterable[str], low_rank: bool, zero_points: bool) -> str | None:
-    """Why vLLM cannot serve a checkpoint, or None.
+def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
+    """Why vLLM would run a checkpoint wrongly, or None.
 
     :param architectures: ``architectures`` of its ``config.json``
-    :param low_rank: whether it holds factored layers
-    :param zero_points: whether a scheme of it is asymmetric
+    :param quantization: ``quantization_config`` of its ``config.json``
     """
+    what = []
+    if read_section(quantization):
+        what.append("low-rank layers")
+    groups = (quantization.get("config_groups") or {}).values()
+    if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):
+        what.append("zero points")
     for name in architectures:
-        if name in _UNSERVED and (low_rank or zero_points):
-            what = "low-rank layers" if low_rank else "zero points"
-            return f"{name} cannot be served with {what}: {_UNSERVED[name]}"
+        if what and name in _UNSERVED:
+            return f"{name} cannot be served with {' or '.join(what)}: {_UNSERVED[name]}"
     return None

@@ -53,13 +53,7 @@ class CaspConfig(CompressedTensorsConfig):
         """
         if SECTION not in hf_quant_cfg:
             return None
-        groups = hf_quant_cfg.get("config_groups", {}).values()
-        schemes = [group.get("weights") or {} for group in groups]
-        why = refusal(
-            getattr(hf_config, "architectures", None) or [],
-            low_rank=bool(read_section(hf_quant_cfg)),
-            zero_points=any(not scheme.get("symmetric", True) for scheme in schemes),
-        )
+        why = refusal(getattr(hf_config, "architectures", None) or [], hf_quant_cfg)
         if why is not None:
             raise ValueError(why)
         return METHOD
