@@ -1,6 +1,8 @@
 """The runtime in vLLM's own environment: layers, kernels and refusals, without a model."""
 
 import os
+import subprocess
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -491,6 +493,19 @@ def test_dummy_weights():
     layer = qkv(checkpoint)
     checkpoint.tensors = {}
     checkpoint.load(layer, "qkv_proj")
+
+
+def test_benchmark_script():
+    """Tries it on a CPU with small layers; without --cpu it skips."""
+    script = Path(__file__).parent.parent / "benchmarks" / "vllm_linear.py"
+    small = ["--cpu", "--hidden", "128", "--intermediate", "256", "--heads", "4"]
+    small += ["--group-size", "32", "--bits", "3", "--tokens", "1"]
+    run = partial(subprocess.run, capture_output=True, text=True)
+    done = run([sys.executable, script, *small])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| gate_up_proj, 3 bits |" in done.stdout
+    if not torch.cuda.is_available():
+        assert "nothing measured" in run([sys.executable, script]).stderr
 
 
 # --- config --------------------------------------------------------------------------------------
