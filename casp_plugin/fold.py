@@ -124,8 +124,8 @@ class _Schemes:
     """The quantization config of a checkpoint, by module name."""
 
     def __init__(self, quantization: dict):
-        self._dict = quantization
-        self._config = QuantizationConfig.model_validate(quantization)
+        self._dict = {"config_groups": {}, **quantization}  # none where nothing is quantized
+        self._config = QuantizationConfig.model_validate(self._dict)
 
     def scheme(self, module: str) -> QuantizationScheme:
         for by_class in (False, True):

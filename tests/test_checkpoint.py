@@ -1,6 +1,8 @@
 """Checkpoints: byte-exact, reloadable, whole or absent."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,8 @@ def test_low_rank_without_a_quantizer(tiny_llama, batches, tmp_path):
     assert all(finding.passed is not False for finding in check(out))
     with torch.no_grad():
         torch.testing.assert_close(logits(out), model(IDS).logits, atol=1e-5, rtol=0)
+    fold(out, tmp_path / "folded")
+    torch.testing.assert_close(logits(tmp_path / "folded"), logits(out), atol=1e-5, rtol=0)
 
 
 def test_fold_loads_without_us(compressed, tmp_path, monkeypatch):
@@ -242,3 +246,8 @@ def test_other_checkpoints_fall_through(tiny_llama, batches, tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as shard:
         assert not any(".up." in name for name in shard.keys())  # noqa: SIM118
     assert "casp" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_vllm_comes_in_only_when_asked():
+    code = "import sys, casp_plugin.runtime.vllm; sys.exit('vllm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

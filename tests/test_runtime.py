@@ -45,6 +45,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 
+from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
 from casp_plugin.runtime import config, kernels
 from casp_plugin.runtime.architectures import refusal
 from casp_plugin.runtime.config import CaspConfig
@@ -523,6 +524,16 @@ def test_register_is_idempotent():
 
 def test_serving_needs_no_llm_compressor():
     assert find_spec("llmcompressor") is None
+
+
+def test_transformers_says_that_it_needs_another_version():
+    """vLLM's compressed-tensors unpacks 3, 5, 6 and 7 bits in another way."""
+    section = {"format": 1, "low_rank": {}}
+    ours = CompressedTensorsConfig.from_dict(
+        {"quant_method": "compressed-tensors", "casp": section}
+    )
+    with pytest.raises(ImportError, match=r"compressed-tensors>=0.19.*found 0.17"):
+        CaspHfQuantizer(ours, pre_quantized=True).validate_environment()
 
 
 def test_claims_only_its_own():

@@ -260,6 +260,13 @@ def test_bfloat16(serve, batches, tmp_path):
         assert answer["prompt"] == pytest.approx(reference["prompt"], abs=0.3, rel=0.05)
 
 
+def test_compiled(serve, batches, tmp_path):
+    """As users run it: with torch.compile, which takes the split layers into its graph."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    folder = compress(source, tmp_path / "out", batches)
+    assert_same(serve(folder, enforce_eager=False), expected(folder))
+
+
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_tensor_parallel(vllm_python, batches, tmp_path, kv_heads):
     """Two processes; with one kv head both hold a copy of it."""
