@@ -26,7 +26,7 @@ logger = init_logger("vllm.casp_plugin")
 
 
 class CPULinearKernel(MPLinearKernel):
-    """Weight-only kernel for CPUs: 2 to 8 bits, any shape, float32 too.
+    """Kernel for integer weights on CPUs: 2 to 8 bits, any shape, float32 too.
 
     vLLM's own CPU kernel takes 4 bits, 16-bit activations and multiples of 32. Codes of 2 and
     3 bits are widened to it, which is exact: asymmetric codes and zero points stay as they are,
@@ -52,6 +52,7 @@ class CPULinearKernel(MPLinearKernel):
         config = self.config
         bits, signed_offset = config.weight_type.size_bits, config.weight_type.bias
         columns, rows = config.partition_weight_shape
+        self.widened = None
         packed, scales, zeros = self._get_weight_params(layer)
         if packed.output_dim != 0:
             raise ValueError(
@@ -64,7 +65,6 @@ class CPULinearKernel(MPLinearKernel):
         else:
             offsets = torch.full_like(scales.data, signed_offset, dtype=torch.uint8)
 
-        self.widened = None
         wide = _widened(config)
         if bits < 4 and _runs_on_stock_kernel(wide):
             if config.zero_points:
@@ -106,7 +106,7 @@ class WNA16(CompressedTensorsWNA16):
         try:
             super().create_weights(layer=layer, **kwargs)
         except ValueError as error:
-            if current_platform.is_cuda() and not has_humming():
+            if current_platform.is_cuda() and not has_humming() and self.num_bits not in (4, 8):
                 raise ValueError(
                     f"{self.layer_name}: no kernel for {self._described()}: "
                     "pip install humming-kernels"
