@@ -216,13 +216,25 @@ def test_vision_language_family(serve, batches, tmp_path, family):
     assert_same(serve(folder, [*PROMPTS, question]), references)
 
 
-MATRIX_FAMILIES = ["llama", "stablelm", "glm4"]
+MATRIX_FAMILIES = {
+    "llama": {},
+    "stablelm": {},  # does not tell vLLM what it fuses
+    "glm4": {},  # fuses gate and up on disk
+    "granitemoehybrid": {  # maps stacked parameters by hand
+        "layer_types": ["full_attention", "full_attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 128,
+        "position_embedding_type": "rope",
+        "attention_multiplier": 0.17,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+    },
+}
 
 
 @pytest.mark.parametrize("family", MATRIX_FAMILIES)
 def test_matrix_granularity(serve, batches, tmp_path, family):
-    """stablelm does not tell vLLM what it fuses; glm4 fuses gate and up on disk."""
-    source = save_tiny_model(tmp_path / "in", family, **SIZES)
+    source = save_tiny_model(tmp_path / "in", family, **{**SIZES, **MATRIX_FAMILIES[family]})
     recipe = [
         LowRankQKModifier(keep=0.5, targets="re:.*k_proj$", rank_multiple=32),
         BitAllocationModifier(

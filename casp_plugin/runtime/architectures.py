@@ -13,6 +13,7 @@ TESTED = frozenset(
         "Gemma3ForCausalLM",
         "Gemma3ForConditionalGeneration",
         "Glm4ForCausalLM",
+        "GraniteMoeHybridForCausalLM",
         "Idefics3ForConditionalGeneration",
         "LlamaForCausalLM",
         "LlavaForConditionalGeneration",
