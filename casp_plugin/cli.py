@@ -4,11 +4,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -158,9 +159,15 @@ def main() -> None:
     """Entry point: what a user got wrong is one line, not a traceback."""
     try:
         app()
-    except (ValueError, ValidationError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
-        sys.exit(1)
+    except ModuleNotFoundError as error:  # where the package only serves
+        _fail(f"{error}: this command needs pip install 'casp-plugin[compress]'")
+    except (ValueError, ValidationError, OSError, ImportError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception | str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", highlight=False)
+    sys.exit(1)
 
 
 def _skeleton(model: str):

@@ -526,6 +526,13 @@ def test_serving_needs_no_llm_compressor():
     assert find_spec("llmcompressor") is None
 
 
+def test_commands_say_what_they_need(tmp_path):
+    command = [Path(sys.executable).parent / "casp", "fold", tmp_path, tmp_path / "folded"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "casp-plugin[compress]" in done.stderr.replace("\n", "")
+
+
 def test_transformers_says_that_it_needs_another_version():
     """vLLM's compressed-tensors unpacks 3, 5, 6 and 7 bits in another way."""
     section = {"format": 1, "low_rank": {}}
