@@ -150,8 +150,9 @@ def _served(architectures: list[str], quantization: dict) -> Finding:
         return Finding("vLLM", False, why)
     untested = [name for name in architectures if name not in TESTED]
     if untested:
-        return Finding("vLLM", None, f"not tested with this plugin: {', '.join(untested)}")
-    return Finding("vLLM", True, "tested with this plugin: pip install casp-plugin beside vLLM")
+        detail = f"needs casp-plugin beside vLLM; not tested with {', '.join(untested)}"
+        return Finding("vLLM", None, detail)
+    return Finding("vLLM", None, "needs casp-plugin beside vLLM; tested with this architecture")
 
 
 def _reload(folder: Path) -> Finding:
