@@ -51,8 +51,9 @@ def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dt
 def missing_kernel(args: QuantizationArgs) -> str | None:
     """The extra package that stock vLLM on CUDA needs to run this scheme, or None.
 
-    Marlin and Machete run 4 and 8 bits symmetric and 4 bits asymmetric, in groups of 32, 64,
-    128 or per channel; everything else is left to Humming (package ``humming-kernels``).
+    Marlin runs 4 and 8 bits symmetric and 4 bits asymmetric, in groups of 32, 64, 128 or per
+    channel; everything else is left to Humming (package ``humming-kernels``). Machete, on
+    Hopper, would run 8 bits asymmetric too.
     """
     in_box = (4, 8) if args.symmetric else (4,)
     sizes = (None, -1, 32, 64, 128)
