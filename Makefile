@@ -63,7 +63,7 @@ lint: $(BIN)/.ready
 DATA ?= ../shared/data
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python benchmarks/compare.py $(DEMO)/SmolLM2-135M-Instruct \
-	  $(foreach b,2.28 2.56 3.30,$(foreach r,uniform paper casp,recipes/smollm2/$(r)_$(b).yaml)) \
+	  $(foreach b,2.28 2.56 3.30,$(foreach r,uniform paper casp matrix,recipes/smollm2/$(r)_$(b).yaml)) \
 	  --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl \
 	  --table benchmarks/results/smollm2_quality.md
 

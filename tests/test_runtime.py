@@ -587,13 +587,13 @@ def test_malformed_section(section, message):
 
 
 def test_layers_that_no_model_layer_takes(monkeypatch):
-    """The factors of an lm_head, say, or of a layer that vLLM fuses in a way of its own."""
+    """Layers that vLLM fuses in a way of its own, say. A part that it did not build is no error."""
     checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS["one scheme"]))
-    checkpoint.low_rank["lm_head"] = 16
+    checkpoint.low_rank |= {"attn.z_proj": 16, "vision_tower.fc1": 16}
     current = SimpleNamespace(model_config=SimpleNamespace(architectures=["SomeForCausalLM"]))
     layer = qkv(checkpoint)
     monkeypatch.setattr(config, "get_current_vllm_config", lambda: current)
-    with pytest.raises(ValueError, match=r"SomeForCausalLM.* 1 low-rank layers .*\(lm_head\)"):
+    with pytest.raises(ValueError, match=r"SomeForCausalLM.* 1 low-rank layers .*\(attn.z_proj\)"):
         checkpoint.load(layer, "qkv_proj")
 
 

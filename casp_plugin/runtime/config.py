@@ -42,6 +42,8 @@ class CaspConfig(CompressedTensorsConfig):
     low_rank: dict[str, int]
     #: factored layers that no layer of the model has asked for yet
     unclaimed: set[str]
+    #: parts of the model that were built: a vision tower is not where images are switched off
+    parts: set[str]
 
     @classmethod
     def override_quantization_method(
@@ -66,6 +68,7 @@ class CaspConfig(CompressedTensorsConfig):
         made = super().from_config(config)
         made.low_rank = read_section(config)
         made.unclaimed = set(made.low_rank)
+        made.parts = set()
         return made
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
@@ -74,6 +77,7 @@ class CaspConfig(CompressedTensorsConfig):
         self.unclaimed = set(self.low_rank)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        self.parts.add(prefix.partition(".")[0])
         if isinstance(layer, LinearBase):
             shards = self._shards(layer, prefix)
             if self._must_split(layer, prefix, shards):
@@ -88,12 +92,12 @@ class CaspConfig(CompressedTensorsConfig):
 
         :raises ValueError: if factored layers of the checkpoint are in no layer of the model
         """
-        if self.unclaimed and get_pp_group().world_size == 1:
+        lost = sorted(name for name in self.unclaimed if name.partition(".")[0] in self.parts)
+        if lost and get_pp_group().world_size == 1:
             architectures = get_current_vllm_config().model_config.architectures
-            names = ", ".join(sorted(self.unclaimed)[:4])
             raise ValueError(
-                f"{architectures} of vLLM cannot run {len(self.unclaimed)} low-rank layers of this "
-                f"checkpoint ({names}): serve the copy that `casp fold` writes"
+                f"{architectures} of vLLM cannot run {len(lost)} low-rank layers of this "
+                f"checkpoint ({', '.join(lost[:4])}): serve the copy that `casp fold` writes"
             )
         return super().get_checkpoint_weight_mapper()
 
