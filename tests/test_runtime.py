@@ -312,8 +312,10 @@ def test_readme_has_the_kernel_table(on_cuda):
     """CASP_UPDATE_README=1 writes it."""
     readme = Path(__file__).parent.parent / "README.md"
     before, begin, rest = readme.read_text().partition("<!-- kernels -->\n")
-    found, end, after = rest.partition("\n<!-- /kernels -->")
-    table = kernel_table(on_cuda)
+    found, end, after = rest.partition("<!-- /kernels -->\n")
+    assert begin
+    assert end
+    table = kernel_table(on_cuda) + "\n"
     if os.environ.get("CASP_UPDATE_README"):
         readme.write_text(before + begin + table + end + after)
     else:
