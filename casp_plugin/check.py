@@ -148,11 +148,9 @@ def _served(architectures: list[str], quantization: dict) -> Finding:
     why = refusal(architectures, quantization)
     if why is not None:
         return Finding("vLLM", False, why)
-    untested = [name for name in architectures if name not in TESTED]
-    if untested:
-        detail = f"needs casp-plugin beside vLLM; not tested with {', '.join(untested)}"
-        return Finding("vLLM", None, detail)
-    return Finding("vLLM", None, "needs casp-plugin beside vLLM; tested with this architecture")
+    untested = ", ".join(name for name in architectures if name not in TESTED)
+    known = f"not tested with {untested}" if untested else "tested with this architecture"
+    return Finding("vLLM", None, f"casp-plugin beside vLLM: {known}")
 
 
 def _reload(folder: Path) -> Finding:

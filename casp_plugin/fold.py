@@ -47,7 +47,7 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     fused layer cannot mix quantized and dense parts. So are those that it fuses but that have
     unequal schemes (granularity ``matrix``). Everything else keeps its bits.
 
-    :param source: folder of a checkpoint with a ``casp`` section
+    :param source: checkpoint folder
     :param target: folder to write; must not exist
     :return: names of the layers that are dense now
     :raises ValueError: if there is nothing to fold, or the target exists
@@ -95,9 +95,9 @@ def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes"
     for layer in quantized | factored.keys():
         parent, _, leaf = layer.rpartition(".")
         for group in FUSED_LAYER_NAMES:
-            members = (
-                {f"{parent}.{other}" for other in group} & quantized if leaf in group else set()
-            )
+            if leaf not in group:
+                continue
+            members = {f"{parent}.{other}" for other in group} & quantized
             kinds = {str(schemes.scheme(member)) for member in members}
             if layer in factored or len(kinds) > 1:
                 found |= members

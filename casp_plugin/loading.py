@@ -58,10 +58,15 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
 class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     """Puts the factored layers in place before the weights load."""
 
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        # a user may pass transformers' own config, which has no such attribute
+        self.section = getattr(quantization_config, SECTION, None)
+
     def validate_environment(self, *args, **kwargs):
         super().validate_environment(*args, **kwargs)
         installed = version("compressed-tensors")
-        if self.quantization_config.casp is not None and Version(installed) < _PACKING:
+        if self.section is not None and Version(installed) < _PACKING:
             raise ImportError(
                 f"transformers needs compressed-tensors>={_PACKING} to read this checkpoint, "
                 f"found {installed}: pip install 'casp-plugin[compress]' in an environment of its "
@@ -71,12 +76,11 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list) -> list:
         """transformers takes all experts for quantized; dense ones load as they always do."""
         updated = super().update_weight_conversions(weight_conversions)
-        if self.quantization_config.casp is None:
+        if self.section is None:
             return updated
         return updated + [known for known in weight_conversions if known not in updated]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
-        self.section = getattr(self.quantization_config, SECTION, None)
         if self.section is not None:
             install_factored_layers(model, read_section({SECTION: self.section}))
         if self.compressor.quantization_config is not None:
@@ -94,7 +98,7 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
         """The compressed state, also where a forward pass has decompressed the weights."""
-        if getattr(self, "section", None) is None:
+        if self.section is None:
             return super().get_state_dict_and_metadata(model)
         state = model.state_dict()
         for name, module in model.named_modules():

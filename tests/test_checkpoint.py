@@ -18,6 +18,7 @@ from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifie
 from casp_plugin.check import check
 from casp_plugin.checkpoint import whole_folder
 from casp_plugin.fold import fold
+from casp_plugin.loading import CaspHfQuantizer
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,15 @@ def test_other_checkpoints_fall_through(tiny_llama, batches, tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as shard:
         assert not any(".up." in name for name in shard.keys())  # noqa: SIM118
     assert "casp" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_transformers_own_config_is_no_section():
+    """What a user passes to from_pretrained for a checkpoint that is not ours."""
+    quantizer = CaspHfQuantizer(
+        CompressedTensorsConfig.from_dict({"quant_method": "compressed-tensors"})
+    )
+    quantizer.validate_environment()
+    assert quantizer.section is None
 
 
 def test_vllm_comes_in_only_when_asked():

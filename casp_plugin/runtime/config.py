@@ -5,10 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    LinearBase,
-)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
