@@ -52,7 +52,7 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, str(error))]
     findings = [
-        Finding("low-rank layers", None, f"{len(read_section(quantization))}"),
+        Finding("low-rank layers", None, f"{len(read_section(quantization).ranks)}"),
         _compare(on_disk, expected),
         _sizes(folder, on_disk),
         _kernels(quantization),

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from types import MethodType
@@ -24,6 +25,7 @@ __all__ = [
     "RECIPE_NAME",
     "SECTION",
     "SECTION_FORMAT",
+    "Section",
     "casp_section",
     "read_config",
     "read_section",
@@ -34,15 +36,36 @@ __all__ = [
 
 #: key inside ``quantization_config``
 SECTION = "casp"
-#: raised when an older version could not read the section any more
-SECTION_FORMAT = 1
+#: raised when an older version could not read the section any more; 2: shared latents
+SECTION_FORMAT = 2
+_READABLE = (1, 2)
 RECIPE_NAME = "recipe.yaml"
 
 
+@dataclass(frozen=True)
+class Section:
+    """What our section says.
+
+    :param ranks: rank of every factored layer, by module name
+    :param latent_of: the layer whose ``down`` a layer uses, for those that have none
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    latent_of: dict[str, str] = field(default_factory=dict)
+
+
 def casp_section(model: nn.Module) -> dict:
-    """The section for a model: the rank of every factored layer, by module name."""
-    factored = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    return {"format": SECTION_FORMAT, "low_rank": factored}
+    """The section for a model: the rank of every factored layer, and who shares a latent."""
+    factored = {m: n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {
+        "format": SECTION_FORMAT,
+        "low_rank": {name: module.rank for module, name in factored.items()},
+        "latent_of": {
+            name: factored[module.latent_of]
+            for module, name in factored.items()
+            if module.latent_of is not None
+        },
+    }
 
 
 def read_config(folder: Path | str) -> dict:
@@ -57,8 +80,8 @@ def read_config(folder: Path | str) -> dict:
         raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
 
 
-def read_section(quantization: dict) -> dict[str, int]:
-    """Ranks of the factored layers, by module name; empty for a checkpoint that is not ours.
+def read_section(quantization: dict) -> Section:
+    """Our section of a checkpoint; an empty one for a checkpoint that is not ours.
 
     :param quantization: ``quantization_config`` of a checkpoint
     :raises ValueError: if the section is malformed or of another format
@@ -66,19 +89,28 @@ def read_section(quantization: dict) -> dict[str, int]:
     where = f"quantization_config.{SECTION}"
     section = quantization.get(SECTION)
     if section is None:
-        return {}
+        return Section()
     ranks = section.get("low_rank") if isinstance(section, dict) else None
     if not isinstance(ranks, dict):
         raise ValueError(f"{where} is malformed: no table 'low_rank'")
-    if section.get("format") != SECTION_FORMAT:
+    if section.get("format") not in _READABLE:
         raise ValueError(
             f"{where}.format is {section.get('format')!r}; this version of casp-plugin reads "
-            f"format {SECTION_FORMAT}: upgrade casp-plugin"
+            f"formats up to {SECTION_FORMAT}: upgrade casp-plugin"
         )
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"{where}.low_rank: rank of {name} must be positive, got {rank!r}")
-    return ranks
+    latent_of = section.get("latent_of", {})
+    if not isinstance(latent_of, dict):
+        raise ValueError(f"{where} is malformed: 'latent_of' is no table")
+    for name, owner in latent_of.items():
+        if owner in latent_of or name not in ranks or ranks.get(owner) != ranks[name]:
+            raise ValueError(
+                f"{where}.latent_of: {name} cannot use the latent of {owner!r}: both must be "
+                "factored layers of one rank, and the other must have a latent of its own"
+            )
+    return Section(ranks, latent_of)
 
 
 def write_config(folder: Path, config: dict) -> None:

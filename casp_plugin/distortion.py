@@ -47,7 +47,7 @@ def rounding_delta(
 def rounding_error(
     module: nn.Linear | LowRankLinear,
     args: QuantizationArgs,
-    mean_square: torch.Tensor,
+    moment: torch.Tensor,
     row_weights: torch.Tensor,
 ) -> float:
     """Weighted output error of a linear layer under a scheme: ``sum_r w_r E[(dW x)_r^2]``.
@@ -57,13 +57,17 @@ def rounding_error(
 
     :param module: the layer, dense or factored
     :param args: the scheme of its weight, or of both its factors
-    :param mean_square: E[x^2] per channel of its input, shape (in,)
+    :param moment: of its input, E[x x^T], shape (in, in), or the diagonal E[x^2], shape (in,).
+        Rounding errors of different columns count as uncorrelated either way; but the latent of
+        a factored layer is known exactly from the whole moment only
     :param row_weights: w, shape (out,): one over the output energy for the relative error, the
         squared gradients for the expected change of the loss
     """
+    mean_square = moment if moment.ndim == 1 else moment.diagonal()
     if isinstance(module, LowRankLinear):
-        down, up = module.down.weight.float(), module.up.weight.float()
-        latent = down.square() @ mean_square.to(down)
+        down, up = module.latent.weight.float(), module.up.weight.float()
+        moment = moment.to(down)
+        latent = down.square() @ moment if moment.ndim == 1 else ((down @ moment) * down).sum(1)
         # E||U dD x||^2 with uncorrelated columns: row k of dD weighs sum_r w_r U_rk^2
         through = up.square().T @ row_weights.to(up)
         return _error(up, args, latent, row_weights) + _error(down, args, mean_square, through)

@@ -55,12 +55,12 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     source, target = Path(source), Path(target)
     config = read_config(source)
     quantization = config.get("quantization_config") or {}
-    factored = read_section(quantization)
+    section = read_section(quantization)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder")
     tensors = _Tensors(source)
     schemes = _Schemes(quantization)
-    dense = sorted(factored.keys() | _cannot_fuse(factored, tensors, schemes))
+    dense = sorted(section.ranks.keys() | _cannot_fuse(section.ranks, tensors, schemes))
     if not dense:
         raise ValueError(
             f"{source} holds no low-rank layers and no unequal schemes in fused layers: "
@@ -72,7 +72,8 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
         if not any(name.startswith(f"{layer}.") for layer in dense):
             state[name] = tensors[name]
     for layer in dense:
-        state |= _dense_layer(layer, layer in factored, tensors, schemes)
+        latent = section.latent_of.get(layer, layer) if layer in section.ranks else None
+        state |= _dense_layer(layer, latent, tensors, schemes)
 
     with whole_folder(target) as partial:
         save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
@@ -105,11 +106,15 @@ def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes"
 
 
 def _dense_layer(
-    layer: str, factored: bool, tensors: Mapping, schemes: "_Schemes"
+    layer: str, latent: str | None, tensors: Mapping, schemes: "_Schemes"
 ) -> dict[str, torch.Tensor]:
-    """Weight and bias of one layer, dequantized, factors multiplied in float32."""
-    if factored:
-        up, down = (schemes.weight(f"{layer}.{part}", tensors) for part in ("up", "down"))
+    """Weight and bias of one layer, dequantized, factors multiplied in float32.
+
+    :param latent: the factored layer that holds its ``down``; None for a dense one
+    """
+    if latent is not None:
+        up = schemes.weight(f"{layer}.up", tensors)
+        down = schemes.weight(f"{latent}.down", tensors)
         state = {f"{layer}.weight": (up.float() @ down.float()).to(up.dtype)}
         bias = f"{layer}.up.bias"
     else:

@@ -22,7 +22,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import cached_file
 
-from casp_plugin.checkpoint import RECIPE_NAME, SECTION, read_section, save_with_plan
+from casp_plugin.checkpoint import (
+    RECIPE_NAME,
+    SECTION,
+    Section,
+    read_section,
+    save_with_plan,
+)
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
@@ -116,25 +122,27 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         return state, {}
 
 
-def install_factored_layers(model: torch.nn.Module, ranks: dict[str, int]) -> None:
+def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
     """Replace linears by empty factored ones.
 
     :param model: the dense model, usually on the meta device
-    :param ranks: rank of every factored layer, by name
+    :param section: which layers are factored
     :raises ValueError: if a layer is missing or too small for its rank
     """
+    where = f"quantization_config.{SECTION}.low_rank"
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    for name, rank in ranks.items():
-        linear = linears.get(name)
+    # owners of a latent come before the layers that share it
+    for name in sorted(section.ranks, key=section.latent_of.__contains__):
+        linear, rank = linears.get(name), section.ranks[name]
         if linear is None:
-            raise ValueError(f"quantization_config.{SECTION}.low_rank: no linear layer {name!r}")
-        limit = min(linear.weight.shape)
-        if rank > limit:
+            raise ValueError(f"{where}: no linear layer {name!r}")
+        if rank > linear.in_features:
             raise ValueError(
-                f"quantization_config.{SECTION}.low_rank: rank of {name} must lie in "
-                f"[1, {limit}], got {rank}"
+                f"{where}: rank of {name} must lie in [1, {linear.in_features}], got {rank}"
             )
-        model.set_submodule(name, LowRankLinear.like(linear, rank))
+        owner = section.latent_of.get(name)
+        owner = None if owner is None else model.get_submodule(owner)
+        model.set_submodule(name, LowRankLinear.like(linear, rank, owner))
 
 
 def register() -> None:

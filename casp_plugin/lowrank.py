@@ -1,15 +1,31 @@
 """Low-rank factorisation of linear layers: pure functions on tensors.
 
 A linear layer ``y = W x`` with ``W`` of shape (out, in) is replaced by ``y = U (D x)`` with
-``D`` of shape (r, in) and ``U`` of shape (out, r). The best factors in the sense that
-matters, the error of the *output* over the calibration inputs,
+``D`` of shape (r, in) and ``U`` of shape (out, r). The best factors in the sense that matters
+are those that change the *output* least over the calibration inputs, where it hurts:
 
-    min_{rank r} E ||W x - W' x||^2 = min ||(W - W') H^(1/2)||_F^2,   H = E[x x^T],
+    min_{rank r} E[dy^T G dy],  dy = (W - W') x,   = min ||G^(1/2) (W - W') H^(1/2)||_F^2
 
-are the truncated SVD of the whitened weight, ``W H^(1/2) = P S Q^T`` (CASP, arXiv
-2503.05936, eq. 7; SVD-LLM, arXiv 2403.07378). Since ``P S Q^T H^(-1/2) = P P^T W``, the
-solution is the projection of W on the leading left singular vectors P, the eigenvectors of
-``W H W^T``: nothing has to be inverted, so rank-deficient statistics do no harm.
+with ``H = E[x x^T]`` and an output metric ``G``. They are the truncated SVD of
+``M = G^(1/2) W H^(1/2) = P S Q^T``, and since ``P P^T M H^(-1/2) = P P^T G^(1/2) W``, only G has
+to be inverted, never the often rank-deficient H: P are the eigenvectors of ``M M^T``.
+
+What to take for G:
+
+- the identity: every output counts the same. CASP (arXiv 2503.05936, eq. 7), SVD-LLM
+  (arXiv 2403.07378).
+- how much the attention output moves with the outputs of W_q and W_k, E[J^T J], J its derivative
+  at each token: what A3 (arXiv 2505.12942) and KQ-SVD (arXiv 2512.05916) weigh by hand, with
+  softmax, RoPE, norms and values of every head included.
+- the second moment of the gradient of the loss, E[g g^T]: the Kronecker factors of the Fisher
+  information (K-FAC, arXiv 1503.05671). Half the lost energy is then the change of the loss.
+
+Matrices that read one input, W_q and W_k, stacked as one of (out_q + out_k, in), share one
+latent ``D x``: each keeps its own rows of U.
+
+A product ``U D`` stays what it is for any orthogonal R in ``(U R)(R^T D)``. Factors of an SVD
+have a few large columns and many small ones, which rounds badly; balanced and rotated, all
+columns look alike (QuIP, arXiv 2307.13304, on weights; here on the latent, at no cost).
 """
 
 import math
@@ -17,7 +33,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Factors", "WhitenedWeight", "kept_share", "saves_parameters", "uniform_rank"]
+__all__ = [
+    "Factors",
+    "WhitenedWeight",
+    "quadratic_error",
+    "random_rotation",
+    "uniform_rank",
+]
 
 
 @dataclass(frozen=True)
@@ -35,12 +57,14 @@ class Factors:
 
 
 class WhitenedWeight:
-    """The spectrum of one weight under its input statistics, and factors of any rank from it.
+    """The spectrum of one weight under both its metrics, and factors of any rank from it.
 
-    :param weight: W, shape (out, in)
+    :param weight: W, shape (out, in); several matrices may be stacked
     :param second_moment: H = E[x x^T], shape (in, in); None for the plain SVD (H = I)
-    :param dampening_frac: share of the mean diagonal of H that is added to its diagonal, so
-        that directions the calibration data never showed still count a little
+    :param output_metric: G, shape (out, out), symmetric, positive semidefinite; None for the
+        identity
+    :param dampening_frac: share of the mean diagonal of H and of G that is added to their
+        diagonals, so that directions the calibration data never showed still count a little
     :raises ValueError: if a shape does not fit, or a value is not finite
     """
 
@@ -48,35 +72,44 @@ class WhitenedWeight:
         self,
         weight: torch.Tensor,
         second_moment: torch.Tensor | None = None,
+        output_metric: torch.Tensor | None = None,
         dampening_frac: float = 0.01,
     ):
         self.weight = weight.detach().to(torch.float64)
         if not torch.isfinite(self.weight).all():
             raise ValueError("weight holds NaN or infinite values")
-        if second_moment is None:
-            gram = self.weight @ self.weight.T
-        else:
-            moment = damped(second_moment, dampening_frac)
-            if moment.shape[0] != self.weight.shape[1]:
-                raise ValueError(
-                    f"second moment of {moment.shape[0]} channels does not fit a weight of "
-                    f"{self.weight.shape[1]} columns"
-                )
-            gram = self.weight @ moment @ self.weight.T
+        self._unweighted = None  # G^(-1/2)
+        weighted = self.weight
+        if output_metric is not None:
+            metric = damped(output_metric, dampening_frac, "output metric")
+            _fits("output metric", metric, self.weight.shape[0], "rows")
+            root, self._unweighted = _roots(metric)
+            weighted = root @ weighted
+        self._weighted = weighted  # G^(1/2) W
+        gram = weighted @ weighted.T
+        if second_moment is not None:
+            moment = damped(second_moment, dampening_frac, "second moment")
+            _fits("second moment", moment, self.weight.shape[1], "columns")
+            gram = weighted @ moment @ weighted.T
         energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        #: squared singular values of W H^(1/2), descending, shape (out,)
+        #: squared singular values of G^(1/2) W H^(1/2), descending, shape (out,)
         self.energies = energies.flip(0).clamp_min(0)
         self._left = vectors.flip(1)
+
+    def lost(self, rank: int) -> float:
+        """Energy lost at this rank, E[dy^T G dy]."""
+        return self.energies[rank:].sum().item()
 
     def error(self, rank: int) -> float:
         """Share of the output energy lost at this rank (0 for a zero matrix)."""
         total = self.energies.sum().item()
-        return self.energies[rank:].sum().item() / total if total > 0 else 0.0
+        return self.lost(rank) / total if total > 0 else 0.0
 
-    def factors(self, rank: int) -> Factors:
+    def factors(self, rank: int, rotation: torch.Tensor | None = None) -> Factors:
         """The best factors of this rank, balanced: both carry the square root of the spectrum.
 
         :param rank: 1 <= rank <= min(out, in)
+        :param rotation: R, orthogonal, shape (rank, rank), turns the latent; None for none
         :raises ValueError: if the rank is out of range
         """
         limit = min(self.weight.shape)
@@ -86,26 +119,70 @@ class WhitenedWeight:
         root = self.energies[:rank].pow(0.25)  # sqrt of the singular values
         # a vanishing direction cannot be balanced: it stays as it is, its output is zero anyway
         root = torch.where(root > root.max() * 1e-8, root, torch.ones_like(root))
-        return Factors(
-            down=(left.T @ self.weight) / root[:, None],
-            up=left * root,
-            error=self.error(rank),
-        )
+        down = (left.T @ self._weighted) / root[:, None]
+        up = left * root
+        if self._unweighted is not None:
+            up = self._unweighted @ up
+        if rotation is not None:
+            rotation = rotation.to(up)
+            up, down = up @ rotation, rotation.T @ down
+        return Factors(down=down, up=up, error=self.error(rank))
 
 
-def damped(second_moment: torch.Tensor, dampening_frac: float) -> torch.Tensor:
+def damped(moment: torch.Tensor, dampening_frac: float, what: str) -> torch.Tensor:
     """H + dampening_frac * mean(diag H) * I in float64; the identity where H is all zero.
 
+    :param what: how errors call it
     :raises ValueError: if H is not square or holds NaN or infinite values
     """
-    moment = second_moment.detach().to(torch.float64)
+    moment = moment.detach().to(torch.float64)
     if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-        raise ValueError(f"second moment must be square, got shape {tuple(moment.shape)}")
+        raise ValueError(f"{what} must be square, got shape {tuple(moment.shape)}")
     if not torch.isfinite(moment).all():
-        raise ValueError("second moment holds NaN or infinite values")
+        raise ValueError(f"{what} holds NaN or infinite values")
     eye = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal().mean()
     return moment + dampening_frac * mean * eye if mean > 0 else eye
+
+
+def _fits(what: str, moment: torch.Tensor, size: int, side: str) -> None:
+    if moment.shape[0] != size:
+        raise ValueError(
+            f"{what} of {moment.shape[0]} channels does not fit a weight of {size} {side}"
+        )
+
+
+def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """G^(1/2) and G^(-1/2); directions without any weight are left out of both."""
+    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+    kept = values > values.max() * 1e-12
+    root = torch.where(kept, values, 0).clamp_min(0).sqrt()
+    inverse = torch.where(kept, root, 1).reciprocal() * kept
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def random_rotation(size: int, seed: int = 0) -> torch.Tensor:
+    """A random orthogonal matrix (Haar), shape (size, size), float64, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    gauss = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gauss)
+    return q * r.diagonal().sign()
+
+
+def quadratic_error(
+    delta: torch.Tensor, second_moment: torch.Tensor, output_metric: torch.Tensor
+) -> float:
+    """``E[dy^T G dy] = tr(G dW H dW^T)`` of a weight error.
+
+    :param delta: dW, shape (out, in)
+    :param second_moment: H, shape (in, in)
+    :param output_metric: G, shape (out, out), or its diagonal, shape (out,)
+    """
+    delta = delta.to(torch.float64)
+    output = delta @ second_moment.to(delta) @ delta.T
+    metric = output_metric.to(delta)
+    metric = metric if metric.ndim == 2 else metric.diag()
+    return (metric * output).sum().item()
 
 
 def uniform_rank(out_features: int, in_features: int, keep: float, multiple: int) -> int:
@@ -113,13 +190,3 @@ def uniform_rank(out_features: int, in_features: int, keep: float, multiple: int
     ``keep`` times the parameters of the matrix."""
     exact = keep * out_features * in_features / (out_features + in_features)
     return max(1, math.floor(exact / multiple + 0.5)) * multiple
-
-
-def saves_parameters(out_features: int, in_features: int, rank: int) -> bool:
-    """Whether factors of this rank have fewer parameters than the matrix."""
-    return rank * (out_features + in_features) < out_features * in_features
-
-
-def kept_share(out_features: int, in_features: int, rank: int) -> float:
-    """Parameters of the factors over parameters of the matrix."""
-    return rank * (out_features + in_features) / (out_features * in_features)

@@ -12,7 +12,8 @@ class LowRankLinear(nn.Module):
     """A linear layer kept as two factors: ``y = up(down(x))``, ``W ~= up.weight @ down.weight``.
 
     Both factors are ordinary :class:`torch.nn.Linear` modules, so that quantizers,
-    observers and compressed-tensors treat them like any other layer.
+    observers and compressed-tensors treat them like any other layer. Layers that read one
+    input may share one latent: then only the first of them has a ``down``.
 
     :param in_features: size of the input
     :param out_features: size of the output
@@ -20,6 +21,7 @@ class LowRankLinear(nn.Module):
     :param bias: whether ``up`` carries the original layer's bias; ``down`` never has one
     :param device: where to create the factors
     :param dtype: data type of the factors
+    :param latent_of: the factored layer whose ``down`` this one uses; None for one of its own
     """
 
     def __init__(
@@ -30,13 +32,19 @@ class LowRankLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        latent_of: "LowRankLinear | None" = None,
     ):
         super().__init__()
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        # a tuple hides the other layer from torch, which would list its weights here as well
+        self._latent_of = () if latent_of is None else (latent_of,)
+        if latent_of is None:
+            self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def like(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
+    def like(
+        cls, linear: nn.Linear, rank: int, latent_of: "LowRankLinear | None" = None
+    ) -> "LowRankLinear":
         """An empty factored layer with the shapes, bias, device and dtype of ``linear``."""
         weight = linear.weight
         module = cls(
@@ -46,44 +54,65 @@ class LowRankLinear(nn.Module):
             bias=linear.bias is not None,
             device=weight.device,
             dtype=weight.dtype,
+            latent_of=latent_of,
         )
         return module.train(linear.training)
 
     @classmethod
     def from_factors(
-        cls, linear: nn.Linear, down: torch.Tensor, up: torch.Tensor
+        cls,
+        linear: nn.Linear,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        latent_of: "LowRankLinear | None" = None,
     ) -> "LowRankLinear":
         """The factored layer that replaces ``linear``.
 
         :param linear: layer to replace; gives bias, device and dtype
-        :param down: first factor, shape ``(rank, in_features)``
+        :param down: first factor, shape ``(rank, in_features)``; not read with ``latent_of``
         :param up: second factor, shape ``(out_features, rank)``
+        :param latent_of: the factored layer that holds ``down``
         """
-        module = cls.like(linear, down.shape[0])
+        module = cls.like(linear, up.shape[1], latent_of)
         with torch.no_grad():
-            module.down.weight.copy_(down)
+            if latent_of is None:
+                module.down.weight.copy_(down)
             module.up.weight.copy_(up)
             if linear.bias is not None:
                 module.up.bias.copy_(linear.bias)
         return module.requires_grad_(linear.weight.requires_grad)
 
     @property
+    def latent_of(self) -> "LowRankLinear | None":
+        """The layer whose ``down`` this one uses, None if it has its own."""
+        return self._latent_of[0] if self._latent_of else None
+
+    @property
+    def latent(self) -> nn.Linear:
+        """The first factor, wherever it is held."""
+        return self.down if self.latent_of is None else self.latent_of.down
+
+    @property
     def rank(self) -> int:
-        return self.down.out_features
+        return self.up.in_features
 
     @property
     def in_features(self) -> int:
-        return self.down.in_features
+        return self.latent.in_features
 
     @property
     def out_features(self) -> int:
         return self.up.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.down(x))
+        return self.up(self.latent(x))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        shared = ", shared latent" if self.latent_of is not None else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}{shared}"
+        )
 
 
 def named_linears(model: nn.Module) -> list[tuple[str, nn.Linear | LowRankLinear]]:

@@ -30,9 +30,11 @@ class Candidate(_Model):
     :param error: output error summed over the unit's linears, in the terms of the modifier's
         `importance`; None if unknown
     :param needs: package that stock vLLM on CUDA needs for this scheme, None if none
+    :param rank: rank of the unit's factors, None where its layers stay as they are
     """
 
     bits: int
+    rank: int | None = None
     group_size: int
     bytes: int
     error: float | None = None
@@ -43,7 +45,8 @@ class UnitPlan(_Model):
     """Linears that share one bit width.
 
     :param name: layer and members
-    :param modules: stored weights, name to (out, in); a factored layer stores two
+    :param modules: stored weights, name to (out, in), as chosen; a factored layer stores ``up``
+        and, unless it shares another's, ``down``
     :param weights: original weights of the unit's linears, before any factorisation
     :param importance: what the solver weighted the error with; None if unknown
     :param candidates: schemes on offer, by rising bits

@@ -6,6 +6,7 @@ members anyway: a low-rank q/k frees v.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressed_tensors.utils import is_match
@@ -15,7 +16,7 @@ from torch import nn
 
 from casp_plugin.modules import LowRankLinear, named_linears
 
-__all__ = ["Unit", "decoder_layers", "find_units", "matched_linears"]
+__all__ = ["Unit", "decoder_layers", "find_units", "matched_linears", "reading_together"]
 
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
@@ -92,6 +93,7 @@ def find_units(
     layers: list[str],
     granularity: str,
     share_layers: int,
+    together: Iterable[Iterable[str]] = (),
 ) -> list[Unit]:
     """Group linears into units.
 
@@ -100,20 +102,32 @@ def find_units(
     :param granularity: ``unit``: one width for each fused layer; ``layer``: one for each
         decoder layer; ``matrix``: one for each linear, experts of a layer still sharing theirs
     :param share_layers: number of adjacent decoder layers that share their widths
+    :param together: linears that are a unit of their own, whatever the granularity
     :raises ValueError: if the layers do not divide what was asked for
     """
     position = {layer: index for index, layer in enumerate(layers)}
+    owners = {name: tuple(names) for names in map(tuple, together) for name in names}
     members: dict[tuple, list[str]] = {}
     for name, module in linears.items():
         layer, local = _split(name, position)
-        key = _fused(local, isinstance(module, LowRankLinear), granularity == "matrix")
-        if layer is None:
+        key = _fused(local, module, granularity == "matrix")
+        if name in owners:
+            members.setdefault(owners[name], []).append(name)
+        elif layer is None:
             members.setdefault((None, key), []).append(name)
         else:
             block = position[layer] // share_layers
             key = () if granularity == "layer" else key
             members.setdefault((block, key), []).append(name)
     return [Unit(_label(names, position), tuple(names)) for names in members.values()]
+
+
+def reading_together(names: Iterable[str]) -> list[list[str]]:
+    """Linears by the fused layer that they are part of: those of one read the same input."""
+    groups: dict[tuple, list[str]] = {}
+    for name in names:
+        groups.setdefault(_fused(name, None, False), []).append(name)
+    return list(groups.values())
 
 
 def _split(name: str, position: dict[str, int]) -> tuple[str | None, str]:
@@ -126,15 +140,18 @@ def _split(name: str, position: dict[str, int]) -> tuple[str | None, str]:
     return None, name
 
 
-def _fused(local: str, factored: bool, apart: bool) -> tuple:
+def _fused(local: str, module: nn.Module | None, apart: bool) -> tuple:
     """Key that is equal for modules which the runtime holds in one fused layer.
 
-    :param apart: whether the runtime holds fused layers apart; experts it never does
+    :param module: the linear; factored ones are held apart from dense ones
+    :param apart: whether the runtime holds fused layers apart; experts and factored layers with
+        one latent it never does
     """
     if expert := _EXPERT.match(f".{local}"):
         return (expert[1],)
+    factored = isinstance(module, LowRankLinear)
     if apart:
-        return (local,)
+        return (id(module.latent),) if factored else (local,)
     parent, _, leaf = local.rpartition(".")
     for group in FUSED_LAYER_NAMES:
         if leaf in group:

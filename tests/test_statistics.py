@@ -97,22 +97,72 @@ def test_no_data(load_tiny):
 
 
 def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
-    monkeypatch.setattr("casp_plugin.statistics.GRADIENT_BATCHES", 2)
+    """Squares and second moments of the gradient for labels drawn from the predictions."""
+    monkeypatch.setattr("casp_plugin.statistics.GRADIENT_SAMPLES", 4)
     model = load_tiny()
-    found = collect(model, batches, Request(gradients=frozenset({Q, DOWN})))
+    request = Request(gradients=frozenset({Q, DOWN}), gradient_moments=frozenset({Q, K}))
+    found = collect(model, batches, request)
 
-    squares, tokens = 0, 0
-    outputs = []
-    hook = model.get_submodule(Q).register_forward_hook(lambda m, a, out: outputs.append(out))
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    gradients = {name: [] for name in (Q, K, DOWN)}
+    outputs = {}
+    for name in gradients:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: outputs.__setitem__(name, out)
+        )
     for batch in list(batches)[:2]:
-        logits = model(**batch).logits[:, :-1].flatten(0, 1)
-        targets = batch["input_ids"][:, 1:].flatten()
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, outputs.pop())
-        squares += gradient.double().square().sum((0, 1))
-        tokens += gradient.shape[0] * gradient.shape[1]
-    hook.remove()
-    torch.testing.assert_close(
-        found.gradient_squares[Q].double(), squares / tokens, rtol=1e-4, atol=0
-    )
+        logits = model(**batch).logits.flatten(0, 1)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        for name, g in zip(outputs, torch.autograd.grad(loss, outputs.values()), strict=True):
+            gradients[name].append(g.flatten(0, 1).double())
+    g = {name: torch.cat(rows) for name, rows in gradients.items()}
+    for name in (Q, DOWN):
+        torch.testing.assert_close(
+            found.gradient_squares[name].double(), g[name].square().mean(0), rtol=1e-4, atol=0
+        )
+    for name in (Q, K):
+        expected = g[name].T @ g[name] / len(g[name])
+        torch.testing.assert_close(
+            found.gradient_moments[name].double(), expected, rtol=1e-4, atol=1e-9
+        )
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_gradients_leave_the_model_as_it_was(load_tiny, batches):
+    model = load_tiny()
+    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    collect(model, batches, Request(gradients=frozenset({Q})))
+    assert not frozen.requires_grad
+    assert model.lm_head.weight.requires_grad
+    assert "forward" not in vars(model.get_submodule(LAYER))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
+    """Backward inside one attention module, along random directions of its output."""
+    monkeypatch.setattr("casp_plugin.statistics.GRADIENT_SAMPLES", 2)
+    model = load_tiny()
+    names = frozenset(name.replace("layers.1", f"layers.{i}") for i in (0, 1) for name in (Q, K))
+    found = collect(model, batches, Request(attention_moments=names))
+
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith(("self_attn", "q_proj", "k_proj")):
+            module.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
+        if name in ("model.layers.0", "model.layers.1"):
+            module.register_forward_pre_hook(lambda m, a, name=name: seen.__setitem__(name, a[0]))
+    model(**next(iter(batches)))
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    for index in range(2):
+        attended = seen[f"model.layers.{index}.self_attn"][0]
+        size = seen[f"model.layers.{index}"].norm(dim=-1, keepdim=True)
+        probe = torch.randn(attended.shape, generator=generator) / size
+        for name in (Q, K):
+            name = name.replace("layers.1", f"layers.{index}")
+            (g,) = torch.autograd.grad(attended, seen[name], probe, retain_graph=True)
+            g = g.flatten(0, 1).double()
+            torch.testing.assert_close(
+                found.attention_moments[name].double(), g.T @ g / len(g), rtol=1e-4, atol=1e-12
+            )
+    assert torch.is_grad_enabled()

@@ -128,6 +128,7 @@ def plan_recipe(
 def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifier]) -> _Run:
     """Check the recipe as a whole, then collect the statistics that all its modifiers need."""
     _dry_run(model, modifiers)
+    _check_finite(model)
     request = Request()
     for modifier in _own(modifiers):
         request |= modifier.request(model)
@@ -140,6 +141,12 @@ def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifi
     statistics = collect(model, dataloader, request)
     plan.calibration_tokens = statistics.tokens
     return _Run(plan, statistics)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} of the model holds NaN or infinite values")
 
 
 def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:

@@ -9,13 +9,16 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs
 from casp_plugin.distortion import rounding_error
+from casp_plugin.latent import Latent
+from casp_plugin.lowrank import quadratic_error
 from casp_plugin.modifiers.base import CaspModifier
+from casp_plugin.modifiers.factoring import install, point_awq_at_factors
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import Candidate, CompressionPlan, UnitPlan
 from casp_plugin.schemes import DEFAULT_OBSERVER, missing_kernel, stored_bytes, weight_args
@@ -95,6 +98,9 @@ class BitAllocationModifier(CaspModifier):
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
 
+    _latents: list[Latent] = PrivateAttr(default_factory=list)
+    _rank_multiple: int = PrivateAttr(default=1)
+
     @field_validator("targets", mode="before")
     @classmethod
     def _one_target(cls, value: str | list[str]) -> list[str]:
@@ -169,21 +175,37 @@ class BitAllocationModifier(CaspModifier):
         plan.settings[type(self).__name__] = self.settings
         plan.average_bits = self.average_bits
         linears = self._matched(model)
+        self._check_latents(linears)
         quantizer = self._quantizer(following, linears)
         schemes = self._schemes(quantizer)
         layers = decoder_layers(model)
-        units = find_units(linears, layers, self.granularity, self.share_layers)
+        together = [latent.linears for latent in self._latents]
+        units = find_units(linears, layers, self.granularity, self.share_layers, together)
         importances = self._importances(units, layers, statistics)
-        errors = self._errors(linears, schemes, statistics)
+        latents = {next(iter(latent.linears)): latent for latent in self._latents}
 
-        for unit, importance in zip(units, importances, strict=True):
-            plan.units.append(self._unit_plan(unit, importance, linears, schemes, errors))
+        progress = tqdm(units, desc="Measuring rounding errors", disable=statistics is None)
+        for unit, importance in zip(progress, importances, strict=True):
+            dense = {name: linears[name] for name in unit.modules}
+            latent = latents.get(unit.modules[0])
+            plan.units.append(self._unit_plan(unit, importance, dense, latent, schemes, statistics))
         plan.other_bytes = _other_bytes(model, plan)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
         self._choose(plan)
         if plan.decided and statistics is not None:
+            self._factor(model, plan, latents, following)
             self._hand_over(plan, schemes, quantizer)
+        self._latents = []  # the quantizer that follows needs the memory
+
+    def consider(self, latents: list[Latent], rank_multiple: int | None) -> None:
+        """Take over the choice between dense layers and factors.
+
+        :param latents: what may be factored, of the model that `prepare` will see
+        :param rank_multiple: ranks are multiples of this; None for the largest group size
+        """
+        self._latents = latents
+        self._rank_multiple = rank_multiple or max(self.group_sizes, default=1)
 
     def _matched(self, model: nn.Module) -> dict[str, nn.Linear | LowRankLinear]:
         return matched_linears(model, self.targets, self.ignore, f"{type(self).__name__}.targets")
@@ -255,25 +277,36 @@ class BitAllocationModifier(CaspModifier):
             )
         return importances
 
-    def _errors(
+    def _error(
         self,
-        linears: dict[str, nn.Linear | LowRankLinear],
-        schemes: dict[int, QuantizationArgs],
+        dense: dict[str, nn.Linear | LowRankLinear],
+        modules: dict[str, nn.Linear | LowRankLinear],
+        args: QuantizationArgs,
         statistics: Statistics | None,
-    ) -> dict[tuple[str, int], float] | None:
-        """Output error of every layer under every candidate: the expected change of the loss in
-        nats a token with `fisher`, relative to the layer's output energy otherwise."""
+    ) -> float | None:
+        """Output error of layers under a scheme: the expected change of the loss in nats a token
+        with `fisher`, summed relative to each layer's output energy otherwise.
+
+        :param dense: the layers as they are
+        :param modules: what becomes of them: themselves, or factors
+        """
         if self.solver != "exact" or statistics is None:
             return None
-        errors = defaultdict(float)
-        for name, module in tqdm(linears.items(), desc="Measuring rounding errors"):
-            if name not in statistics.mean_squares:
+        error = 0.0
+        for name, module in modules.items():
+            mean_square = statistics.mean_squares.get(name)
+            if mean_square is None:  # no token reached it
                 continue
+            moment = statistics.second_moments.get(name, mean_square)
             weights = self._row_weights(name, module, statistics)
-            for bits, args in schemes.items():
-                mean_square = statistics.mean_squares[name]
-                errors[name, bits] = rounding_error(module, args, mean_square, weights)
-        return errors
+            error += rounding_error(module, args, moment, weights)
+            if module is not dense[name]:
+                metric = weights
+                if self.importance == "fisher" and name in statistics.gradient_moments:
+                    metric = statistics.gradient_moments[name] / 2
+                factored = module.up.weight.double() @ module.latent.weight.double()
+                error += quadratic_error(factored - dense[name].weight, moment, metric)
+        return error
 
     def _row_weights(
         self, name: str, module: nn.Linear | LowRankLinear, statistics: Statistics
@@ -289,17 +322,40 @@ class BitAllocationModifier(CaspModifier):
         self,
         unit: Unit,
         importance: float | None,
-        linears: dict[str, nn.Linear | LowRankLinear],
+        dense: dict[str, nn.Linear | LowRankLinear],
+        latent: Latent | None,
         schemes: dict[int, QuantizationArgs],
-        errors: dict[tuple[str, int], float] | None,
+        statistics: Statistics | None,
     ) -> UnitPlan:
-        stored = {}
-        for name in unit.modules:
-            module = linears[name]
-            parts = {"": module}
-            if isinstance(module, LowRankLinear):
-                parts = {".down": module.down, ".up": module.up}
-            stored |= {name + suffix: part.weight for suffix, part in parts.items()}
+        """All candidates of a unit: every width and, with a latent, every rank."""
+        candidates = []
+        ranks = [] if latent is None else latent.ranks(self._rank_multiple)
+        for rank in (None, *ranks):
+            modules = dense if rank is None else latent.layers(rank)
+            stored = _stored(modules)
+            self._check_groups(stored, schemes)
+            candidates += [
+                Candidate(
+                    bits=bits,
+                    rank=rank,
+                    group_size=args.group_size or -1,
+                    bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
+                    error=self._error(dense, modules, args, statistics),
+                    needs=missing_kernel(args),
+                )
+                for bits, args in schemes.items()
+            ]
+        return UnitPlan(
+            name=unit.name,
+            modules=_shapes(dense),
+            weights=sum(module.in_features * module.out_features for module in dense.values()),
+            importance=importance,
+            candidates=candidates,
+        )
+
+    def _check_groups(
+        self, stored: dict[str, torch.Tensor], schemes: dict[int, QuantizationArgs]
+    ) -> None:
         for name, weight in stored.items():
             for bits, args in schemes.items():
                 if args.group_size and weight.shape[1] % args.group_size:
@@ -308,22 +364,47 @@ class BitAllocationModifier(CaspModifier):
                         f"not divide the {weight.shape[1]} columns of {name}; use a divisor, -1 "
                         "for one scale a row, or ignore the layer"
                     )
-        return UnitPlan(
-            name=unit.name,
-            modules={name: tuple(weight.shape) for name, weight in stored.items()},
-            weights=sum(linears[n].in_features * linears[n].out_features for n in unit.modules),
-            importance=importance,
-            candidates=[
-                Candidate(
-                    bits=bits,
-                    group_size=args.group_size or -1,
-                    bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
-                    error=None if errors is None else sum(errors[n, bits] for n in unit.modules),
-                    needs=missing_kernel(args),
+
+    def _check_latents(self, linears: dict[str, nn.Module]) -> None:
+        """Whether the choice of ranks that was left to this modifier can be made."""
+        if not self._latents:
+            return
+        for field, valid in (("solver", "exact"), ("share_layers", 1)):
+            if getattr(self, field) != valid:
+                raise ValueError(
+                    f"BitAllocationModifier.{field}: LowRankQKModifier with keep: auto needs "
+                    f"{valid}, got {getattr(self, field)}"
                 )
-                for bits, args in schemes.items()
-            ],
-        )
+        if self.granularity == "layer":
+            raise ValueError(
+                "BitAllocationModifier.granularity: LowRankQKModifier with keep: auto needs unit "
+                "or matrix, got layer"
+            )
+        missing = [n for latent in self._latents for n in latent.linears if n not in linears]
+        if missing:
+            raise ValueError(
+                f"BitAllocationModifier.ignore: {missing[0]} gets no bits, so LowRankQKModifier "
+                "with keep: auto cannot choose its rank: leave it out of both, or set keep to a "
+                "number"
+            )
+
+    def _factor(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        latents: dict[str, Latent],
+        following: list[Modifier],
+    ) -> None:
+        """Make the factors that were chosen."""
+        for unit in plan.units:
+            names = list(unit.modules)
+            latent = latents.get(names[0])
+            if latent is not None:
+                rank = unit.choice.rank
+                install(model, plan, latent, rank, None if rank else "dense is the better choice")
+                unit.modules = _shapes({name: model.get_submodule(name) for name in names})
+        if latents:
+            point_awq_at_factors(self, model, following)
 
     def _check_budget(self, plan: CompressionPlan) -> None:
         least, most = plan.reachable_bits
@@ -391,6 +472,21 @@ class BitAllocationModifier(CaspModifier):
         quantizer.requires_calibration_data |= any(
             args.observer == DEFAULT_OBSERVER for args in schemes.values()
         )
+
+
+def _stored(modules: dict[str, nn.Linear | LowRankLinear]) -> dict[str, torch.Tensor]:
+    """Weights that a checkpoint stores for these layers, by module name."""
+    stored = {}
+    for name, module in modules.items():
+        if isinstance(module, LowRankLinear):
+            stored |= {f"{name}.{part}": child.weight for part, child in module.named_children()}
+        else:
+            stored[name] = module.weight
+    return stored
+
+
+def _shapes(modules: dict[str, nn.Linear | LowRankLinear]) -> dict[str, tuple[int, int]]:
+    return {name: tuple(weight.shape) for name, weight in _stored(modules).items()}
 
 
 def _mean_influence(unit: Unit, influences: dict[str, float]) -> float:

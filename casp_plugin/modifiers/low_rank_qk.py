@@ -1,23 +1,24 @@
 """LowRankQKModifier: W_q and W_k become data-aware low-rank products."""
 
-import re
 from typing import Literal
 
+import torch
 from compressed_tensors.utils import is_match, match_name
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
-from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
-from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
 from pydantic import Field, field_validator
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.lowrank import WhitenedWeight, kept_share, saves_parameters, uniform_rank
+from casp_plugin.latent import Latent, global_ranks
+from casp_plugin.lowrank import WhitenedWeight, uniform_rank
 from casp_plugin.modifiers.base import CaspModifier
-from casp_plugin.modules import LowRankLinear, named_linears
-from casp_plugin.plan import CompressionPlan, LowRankPlan
+from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
+from casp_plugin.modifiers.factoring import install, point_awq_at_factors
+from casp_plugin.modules import named_linears
+from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics
-from casp_plugin.units import matched_linears
+from casp_plugin.units import matched_linears, reading_together
 
 __all__ = ["LowRankQKModifier"]
 
@@ -26,51 +27,65 @@ _FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 class LowRankQKModifier(CaspModifier):
     """
-    Replaces W_q and W_k by low-rank products that keep a share of their parameters: phase 1
-    of CASP (CVPR 2025, https://arxiv.org/abs/2503.05936). Attention is sparse, above all over
-    visual tokens, and sparsity bounds the error that compressing W_q and W_k causes.
+    Replaces W_q and W_k by low-rank products: phase 1 of CASP (CVPR 2025,
+    https://arxiv.org/abs/2503.05936). Attention is sparse, above all over visual tokens, and
+    sparsity bounds the error that compressing W_q and W_k causes.
 
     Sample yaml:
 
     ```yaml
     casp_stage:
       casp_modifiers:
-        LowRankQKModifier:
-          keep: 0.25
+        LowRankQKModifier: {}
         BitAllocationModifier:
           average_bits: 2.25
         GPTQModifier: {}
     ```
 
     Each W (out x in) becomes `LowRankLinear`: `down` (rank x in), then `up` (out x rank) with
-    the original bias. Both are Linear layers, so any quantizer that follows treats them like
-    the others. A matrix whose factors would not be smaller stays dense, and the plan says so.
+    the original bias. W_q and W_k share one `down`. All are Linear layers, so any quantizer that
+    follows treats them like the others. Matrices whose factors would not be smaller stay dense,
+    and the plan says so.
+
+    The paper's own way is `keep: 0.25`, `method: whitened`, `rank_allocation: uniform`,
+    `share_latent: false`, `rotate: false`.
 
     Lifecycle:
 
     - on_initialize
-        - collect the second moments of the layers' inputs (once for all casp modifiers)
-        - replace the modules
+        - collect the second moments of the layers' inputs and of what their outputs do (once
+          for all casp modifiers)
+        - replace the modules; with `keep: auto` leave the choice to BitAllocationModifier
         - point a following AWQModifier at the factors
 
-    :param keep: share of the parameters of each matrix that its factors keep, in (0, 1). The
-        rank is rounded to the nearest `rank_multiple`
+    :param keep: share of the parameters of W_q and W_k that their factors keep, in (0, 1); or
+        `auto`: the BitAllocationModifier that follows chooses, layer by layer, between factors of
+        every rank and dense layers, together with their bits
     :param ranks: explicit ranks instead of `keep`: one number for all, or a mapping from
         targets (names or `re:` patterns) to numbers
     :param targets: linear layers to factor, in llm-compressor's matching syntax
     :param ignore: layers to leave dense although they match
-    :param method: `whitened` minimises the error of the layer's output over the calibration
-        inputs; `svd` the error of the weight itself, without any data
+    :param method: what the factors are best for. `fisher`: the expected loss, by the second
+        moment of its gradient at the layers' outputs (a backward pass over a few sequences);
+        `attention`: the output of the attention module, no backward pass through the model;
+        `whitened`: the layer's own output; `svd`: the weight itself, without any data
+    :param rank_allocation: `global`: the ranks that lose least in all, within `keep` of all
+        parameters; `uniform`: `keep` in every layer
+    :param share_latent: W_q and W_k of a layer share one `down`
+    :param rotate: turn the latents by a random rotation, so that the factors round well
     :param rank_multiple: ranks are multiples of this. Defaults to the group size that the
         modifiers after this one use, because the rank is the column count of `up`
-    :param dampening_frac: share of the mean diagonal added to the diagonal of the second moment
+    :param dampening_frac: share of the mean diagonal added to the diagonals of the second moments
     """
 
-    keep: float = Field(default=0.25, gt=0, lt=1)
+    keep: float | Literal["auto"] = "auto"
     ranks: int | dict[str, int] | None = None
     targets: list[str] = Field(default_factory=lambda: ["re:.*\\.q_proj$", "re:.*\\.k_proj$"])
     ignore: list[str] = Field(default_factory=list)
-    method: Literal["svd", "whitened"] = "whitened"
+    method: Literal["svd", "whitened", "attention", "fisher"] = "fisher"
+    rank_allocation: Literal["uniform", "global"] = "global"
+    share_latent: bool = True
+    rotate: bool = True
     rank_multiple: int | None = Field(default=None, ge=1)
     dampening_frac: float = Field(default=0.01, ge=0)
 
@@ -78,6 +93,13 @@ class LowRankQKModifier(CaspModifier):
     @classmethod
     def _one_target(cls, value: str | list[str]) -> list[str]:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("keep")
+    @classmethod
+    def _valid_keep(cls, value: float | str) -> float | str:
+        if value != "auto" and not 0 < value < 1:
+            raise ValueError(f"keep must lie in (0, 1), or be auto; got {value}")
+        return value
 
     @field_validator("ranks")
     @classmethod
@@ -87,10 +109,20 @@ class LowRankQKModifier(CaspModifier):
                 raise ValueError(f"ranks must be positive, got {rank}")
         return value
 
+    @property
+    def proposes(self) -> bool:
+        """Whether the ranks are left to BitAllocationModifier."""
+        return self.keep == "auto" and self.ranks is None
+
     def request(self, model: nn.Module) -> Request:
-        if self.method == "svd":
-            return Request()
-        return Request(second_moments=frozenset(self._matched(model)))
+        linears = frozenset(self._matched(model))
+        none = frozenset()
+        return Request(
+            # with bits chosen at once, what a rank loses is measured on the same inputs
+            second_moments=linears if self.method != "svd" or self.proposes else none,
+            gradient_moments=linears if self.method == "fisher" else none,
+            attention_moments=linears if self.method == "attention" else none,
+        )
 
     def prepare(
         self,
@@ -100,33 +132,66 @@ class LowRankQKModifier(CaspModifier):
         following: list[Modifier],
     ) -> None:
         plan.settings[type(self).__name__] = self.settings
+        latents = self._latents(model, statistics)
+        if self.proposes:
+            self._propose(latents, following)
+            return
         multiple = self.rank_multiple or _group_size(following)
-        replaced = False
-        matched = self._matched(model).items()
-        for name, module in tqdm(matched, desc="Factoring W_q, W_k", disable=statistics is None):
-            shape = (module.out_features, module.in_features)
-            rank = self._rank(name, shape, multiple)
-            if not saves_parameters(*shape, rank):
-                note = f"factors of rank {rank} would not be smaller"
-                plan.low_rank.append(
-                    LowRankPlan(module=name, shape=shape, rank=None, keep=1, note=note)
-                )
-                continue
-            entry = LowRankPlan(module=name, shape=shape, rank=rank, keep=kept_share(*shape, rank))
-            if statistics is None:
-                factored = LowRankLinear.like(module, rank)
-            else:
-                factored, entry.error = self._factor(name, module, rank, statistics)
-            model.set_submodule(name, factored)
-            plan.low_rank.append(entry)
-            replaced = True
-        if replaced:
-            self._point_awq_at_factors(model, following)
+        for latent, rank in zip(latents, self._ranks(latents, multiple), strict=True):
+            note = None
+            if rank is not None and (latent.kept(rank) >= 1 or rank > min(latent.shape)):
+                rank, note = None, f"factors of rank {rank} would not be smaller"
+            install(model, plan, latent, rank, note)
+        point_awq_at_factors(self, model, following)
         if self.ranks is None and plan.kept > 1.25 * self.keep:
             plan.warnings.append(
                 f"LowRankQKModifier keeps {plan.kept:.3f} of the q/k parameters instead of "
                 f"{self.keep}: ranks are multiples of {multiple} (rank_multiple)"
             )
+
+    def _propose(self, latents: list[Latent], following: list[Modifier]) -> None:
+        """Leave the latents to the BitAllocationModifier that follows."""
+        chooser = next((m for m in following if isinstance(m, BitAllocationModifier)), None)
+        if chooser is None:
+            raise ValueError(
+                "LowRankQKModifier.keep: auto leaves the ranks to a BitAllocationModifier, and "
+                "none follows in the recipe: add one, or set keep to a number such as 0.25"
+            )
+        chooser.consider(latents, self.rank_multiple)
+
+    def _latents(self, model: nn.Module, statistics: Statistics | None) -> list[Latent]:
+        """What may be factored, with spectra where there are statistics."""
+        matched = self._matched(model)
+        groups = reading_together(matched) if self.share_latent else [[name] for name in matched]
+        return [
+            Latent(
+                {name: matched[name] for name in names},
+                None if statistics is None else self._spectrum(names, matched, statistics),
+                self.rotate,
+            )
+            for names in tqdm(groups, desc="Factoring W_q, W_k", disable=statistics is None)
+        ]
+
+    def _spectrum(
+        self, names: list[str], linears: dict[str, nn.Linear], statistics: Statistics
+    ) -> WhitenedWeight:
+        """The stacked weights of one latent, whitened by the method's metrics."""
+        moment = metric = None
+        if self.method != "svd":
+            moment = statistics.second_moments.get(names[0])
+            if moment is None:
+                raise ValueError(f"LowRankQKModifier: no calibration token reached {names[0]}")
+        if self.method in ("fisher", "attention"):
+            found = {
+                "fisher": statistics.gradient_moments,
+                "attention": statistics.attention_moments,
+            }[self.method]
+            metric = torch.block_diag(*(found[name] for name in names))
+        try:
+            weight = torch.cat([linears[name].weight for name in names])
+            return WhitenedWeight(weight, moment, metric, self.dampening_frac)
+        except ValueError as error:
+            raise ValueError(f"LowRankQKModifier: {', '.join(names)}: {error}") from None
 
     def _matched(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linears to factor, or the error that says why there are none."""
@@ -140,9 +205,25 @@ class LowRankQKModifier(CaspModifier):
             )
         return matched_linears(model, self.targets, self.ignore, field)
 
-    def _rank(self, name: str, shape: tuple[int, int], multiple: int) -> int:
-        if self.ranks is None:
-            return uniform_rank(*shape, self.keep, multiple)
+    def _ranks(self, latents: list[Latent], multiple: int) -> list[int | None]:
+        if self.ranks is not None:
+            return [self._given_rank(latent) for latent in latents]
+        # without statistics a uniform rank stands in for what they would say
+        if self.rank_allocation == "global" and latents[0].spectrum is not None:
+            return global_ranks(latents, multiple, self.keep)
+        return [uniform_rank(*latent.shape, self.keep, multiple) for latent in latents]
+
+    def _given_rank(self, latent: Latent) -> int:
+        """The explicit rank of the layers of a latent."""
+        found = {name: self._given_rank_of(name) for name in latent.linears}
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"LowRankQKModifier.ranks: {found} differ, but these layers share one latent: "
+                "give them one rank, or set share_latent to false"
+            )
+        return next(iter(found.values()))
+
+    def _given_rank_of(self, name: str) -> int:
         if isinstance(self.ranks, int):
             return self.ranks
         for target, rank in self.ranks.items():
@@ -151,42 +232,6 @@ class LowRankQKModifier(CaspModifier):
         raise ValueError(
             f"LowRankQKModifier.ranks: no entry matches {name}; entries: {list(self.ranks)}"
         )
-
-    def _factor(
-        self, name: str, module: nn.Linear, rank: int, statistics: Statistics
-    ) -> tuple[LowRankLinear, float]:
-        moment = None
-        if self.method == "whitened":
-            moment = statistics.second_moments.get(name)
-            if moment is None:
-                raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
-        try:
-            factors = WhitenedWeight(module.weight, moment, self.dampening_frac).factors(rank)
-        except ValueError as error:
-            raise ValueError(f"LowRankQKModifier: {name}: {error}") from None
-        return LowRankLinear.from_factors(module, factors.down, factors.up), factors.error
-
-    def _point_awq_at_factors(self, model: nn.Module, following: list[Modifier]) -> None:
-        """AWQ scales the layers that read a norm's output; in a factored layer that is ``down``."""
-
-        def readers(pattern: str) -> str:
-            matched = [(n, m) for n, m in model.named_modules() if is_match(n, m, pattern)]
-            if not any(isinstance(module, LowRankLinear) for _, module in matched):
-                return pattern
-            names = [f"{n}.down" if isinstance(m, LowRankLinear) else n for n, m in matched]
-            return f"re:^({'|'.join(map(re.escape, names))})$"
-
-        for modifier in following:
-            if isinstance(modifier, AWQModifier) and modifier.mappings is None:
-                mappings = [
-                    AWQMapping(
-                        mapping.smooth_layer,
-                        [readers(layer) for layer in mapping.balance_layers],
-                        mapping.activation_hook_target,
-                    )
-                    for mapping in get_layer_mappings_from_model(model)
-                ]
-                self.hand_over(modifier, "mappings", mappings)
 
 
 def _group_size(following: list[Modifier]) -> int:

@@ -48,7 +48,7 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     :param quantization: ``quantization_config`` of its ``config.json``
     """
     what = []
-    if read_section(quantization):
+    if read_section(quantization).ranks:
         what.append("low-rank layers")
     groups = (quantization.get("config_groups") or {}).values()
     if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):

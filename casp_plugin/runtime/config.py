@@ -37,6 +37,8 @@ class CaspConfig(CompressedTensorsConfig):
 
     #: rank of every factored layer, by its name in the checkpoint, mapped to vLLM's names
     low_rank: dict[str, int]
+    #: the layer whose down factor a layer uses, named likewise
+    latent_of: dict[str, str]
     #: factored layers that no layer of the model has asked for yet
     unclaimed: set[str]
     #: parts of the model that were built: a vision tower is not where images are switched off
@@ -63,7 +65,8 @@ class CaspConfig(CompressedTensorsConfig):
         :raises ValueError: if the section is malformed or of another format
         """
         made = super().from_config(config)
-        made.low_rank = read_section(config)
+        section = read_section(config)
+        made.low_rank, made.latent_of = section.ranks, section.latent_of
         made.unclaimed = set(made.low_rank)
         made.parts = set()
         return made
@@ -72,6 +75,9 @@ class CaspConfig(CompressedTensorsConfig):
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.low_rank = hf_to_vllm_mapper.apply_dict(self.low_rank)
         self.unclaimed = set(self.low_rank)
+        owners = hf_to_vllm_mapper.apply_list(list(self.latent_of.values()))
+        names = hf_to_vllm_mapper.apply_list(list(self.latent_of))
+        self.latent_of = dict(zip(names, owners, strict=True))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self.parts.add(prefix.partition(".")[0])
@@ -107,7 +113,9 @@ class CaspConfig(CompressedTensorsConfig):
         fused = leaf in self.packed_modules_mapping or not named.isdisjoint(names)
         if not fused or prefix in named or len(names) != len(layer.output_partition_sizes):
             names = [prefix]  # one linear on disk too
-        return [Shard(name, self.low_rank.get(name)) for name in names]
+        return [
+            Shard(name, self.low_rank.get(name), self.latent_of.get(name, name)) for name in names
+        ]
 
     def _must_split(self, layer: LinearBase, prefix: str, shards: list[Shard]) -> bool:
         """Whether vLLM's own one matmul for all shards cannot do."""

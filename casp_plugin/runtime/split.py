@@ -29,10 +29,12 @@ class Shard:
 
     :param name: its name in the checkpoint, as vLLM maps it
     :param rank: rank of its factors, None if it is dense
+    :param latent_of: the linear that holds its down factor, itself or another of the layer
     """
 
     name: str
     rank: int | None
+    latent_of: str
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,23 @@ class _Part:
     :param suffix: what its name adds to the shard's: "", "down" or "up"
     :param name: its name in the checkpoint
     :param rows: rows that this rank runs
+    :param reads: position of the shard whose latent it reads; None for the layer's input
     """
 
     shard: int
     suffix: str
     name: str
     rows: Rows
+    reads: int | None = None
 
 
 class SplitLinearMethod(LinearMethodBase):
     """Runs each part of a layer as a linear of its own, with its own scheme and kernel.
 
     ``first`` holds the linears that read the layer's input: dense shards and down factors,
-    joined into one matmul where they can be; ``second`` the up factors. Both are ordinary
-    layers of vLLM, so schemes, kernels and post-processing are those of any other model.
+    ``second`` the up factors. Parts that read the same and have one scheme are joined into one
+    matmul. All are ordinary layers of vLLM, so schemes, kernels and post-processing are those of
+    any other model.
 
     Weights arrive under the names of the fused layer (``qkv_proj.down.weight_packed``, shard
     "q"). Empty parameters of these names stand in the layer until all is loaded and pass on
@@ -92,41 +97,50 @@ class SplitLinearMethod(LinearMethodBase):
         self.expected: set[tuple[str, int]] = set()
         self.loaded: set[tuple[str, int]] = set()
         first, second = [], []
+        position = {shard.name: index for index, shard in enumerate(self.shards)}
         rows_of_shards = rows_of_rank(layer, output_partition_sizes)
         for index, (shard, rows) in enumerate(zip(self.shards, rows_of_shards, strict=True)):
             if shard.rank is None:
                 first.append(_Part(index, "", shard.name, rows))
-            else:
+                continue
+            latent = position.get(shard.latent_of)
+            if latent is None:
+                raise ValueError(
+                    f"{shard.name} shares the latent of {shard.latent_of}, which vLLM holds in "
+                    f"another layer than {layer.prefix}: serve the copy that `casp fold` writes"
+                )
+            if latent == index:
                 whole = Rows(0, shard.rank, shard.rank)
                 first.append(_Part(index, "down", f"{shard.name}.down", whole))
-                second.append(_Part(index, "up", f"{shard.name}.up", rows))
+            second.append(_Part(index, "up", f"{shard.name}.up", rows, latent))
 
-        self.groups = self._joined(layer, first)
+        self.first = self._joined(layer, first)
+        self.second = self._joined(layer, second)
         layer.first = nn.ModuleList()
-        for parts in self.groups:
-            child = self._linear(layer, input_size, parts, params_dtype)
-            layer.first.append(child)
-            for position, part in enumerate(parts):
-                self._expect(layer, part, child, [position] if len(parts) > 1 else [])
-        layer.second = nn.ModuleDict()
-        for part in second:
-            child = self._linear(layer, self.shards[part.shard].rank, [part], params_dtype)
-            layer.second[str(part.shard)] = child
-            self._expect(layer, part, child, [])
+        for parts in self.first:
+            layer.first.append(self._linear(layer, input_size, parts, params_dtype))
+        layer.second = nn.ModuleList()
+        for parts in self.second:
+            rank = self.shards[parts[0].shard].rank
+            layer.second.append(self._linear(layer, rank, parts, params_dtype))
             if layer.has_bias:
-                load = partial(_load_bias, layer)
-                _stand_in(layer, "up.bias", params_dtype).routes[part.shard] = load
+                bias = _stand_in(layer, "up.bias", params_dtype)
+                bias.routes |= {part.shard: partial(_load_bias, layer) for part in parts}
 
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         outputs: list[torch.Tensor | None] = [None] * len(self.shards)
-        for parts, child in zip(self.groups, layer.first, strict=True):
+        for parts, child in zip(self.first, layer.first, strict=True):
             pieces = child(x).split([part.rows.length for part in parts], dim=-1)
             for part, piece in zip(parts, pieces, strict=True):
                 outputs[part.shard] = piece
-        for index, up in layer.second.items():
-            outputs[int(index)] = up(outputs[int(index)].contiguous())
+        latents = list(outputs)
+        for parts, child in zip(self.second, layer.second, strict=True):
+            latent = latents[parts[0].reads].contiguous()
+            pieces = child(latent).split([part.rows.length for part in parts], dim=-1)
+            for part, piece in zip(parts, pieces, strict=True):
+                outputs[part.shard] = piece
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
 
@@ -149,6 +163,8 @@ class SplitLinearMethod(LinearMethodBase):
         groups: list[list[_Part]] = []
         for part in parts:
             for group in groups:
+                if group[0].reads != part.reads:
+                    continue
                 together = [*group, part]
                 names = [p.name for p in together]
                 if can_join(self.config, layer, names, [p.rows.length for p in together]):
@@ -161,7 +177,7 @@ class SplitLinearMethod(LinearMethodBase):
     def _linear(
         self, layer: LinearBase, columns: int, parts: list[_Part], dtype: torch.dtype
     ) -> LinearBase:
-        """The layer of vLLM that runs some parts on this rank."""
+        """The layer of vLLM that runs some parts on this rank, ready to load."""
         rows = [part.rows.length for part in parts]
         settings = {
             "bias": False,
@@ -171,12 +187,16 @@ class SplitLinearMethod(LinearMethodBase):
             "return_bias": False,
         }
         if isinstance(layer, RowParallelLinear) and parts[0].suffix == "down":
-            return RowParallelLinear(
+            child = RowParallelLinear(
                 columns, *rows, reduce_results=False, disable_tp=layer.disable_tp, **settings
             )
-        if len(parts) == 1:
-            return ReplicatedLinear(columns, *rows, **settings)
-        return MergedColumnParallelLinear(columns, rows, disable_tp=True, **settings)
+        elif len(parts) == 1:
+            child = ReplicatedLinear(columns, *rows, **settings)
+        else:
+            child = MergedColumnParallelLinear(columns, rows, disable_tp=True, **settings)
+        for position, part in enumerate(parts):
+            self._expect(layer, part, child, [position] if len(parts) > 1 else [])
+        return child
 
     def _expect(
         self, layer: LinearBase, part: _Part, child: LinearBase, position: list[int]
