@@ -15,6 +15,7 @@ from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.runtime.architectures import TESTED, refusal
 from casp_plugin.schemes import missing_kernel
+from casp_plugin.transforms import stored_transforms
 
 __all__ = ["Finding", "check"]
 
@@ -89,7 +90,8 @@ def _expected_tensors(folder: Path, quantization: dict) -> dict[str, tuple[int, 
     quantizer = CaspHfQuantizer(CompressedTensorsConfig.from_dict(quantization), pre_quantized=True)
     quantizer.validate_environment()
     quantizer.preprocess_model(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict() | stored_transforms(quantizer.transforms, model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, module in model.named_modules():
         zeros = f"{name}.weight_zero_point"
         if zeros in shapes:  # packed along the rows, which compressing on meta leaves out

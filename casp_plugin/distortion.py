@@ -12,6 +12,7 @@ from torch import nn
 
 from casp_plugin.importance import output_error
 from casp_plugin.modules import LowRankLinear
+from casp_plugin.transforms import rotate
 
 __all__ = ["rounding_delta", "rounding_error"]
 
@@ -47,31 +48,34 @@ def rounding_delta(
 def rounding_error(
     module: nn.Linear | LowRankLinear,
     args: QuantizationArgs,
-    moment: torch.Tensor,
+    mean_square: torch.Tensor,
     row_weights: torch.Tensor,
+    latent: torch.Tensor | None = None,
+    block: int = 1,
 ) -> float:
     """Weighted output error of a linear layer under a scheme: ``sum_r w_r E[(dW x)_r^2]``.
 
-    A factored layer has both factors rounded: the error of ``down`` passes through ``up``,
-    and the latent's second moment follows from the input's.
+    A factored layer has both factors rounded: the error of ``down`` passes through ``up``.
+    Rounding errors of different columns count as uncorrelated.
 
     :param module: the layer, dense or factored
     :param args: the scheme of its weight, or of both its factors
-    :param moment: of its input, E[x x^T], shape (in, in), or the diagonal E[x^2], shape (in,).
-        Rounding errors of different columns count as uncorrelated either way; but the latent of
-        a factored layer is known exactly from the whole moment only
+    :param mean_square: E[x^2] per channel of its input, shape (in,), of the rotated one where
+        it is rotated
     :param row_weights: w, shape (out,): one over the output energy for the relative error, the
         squared gradients for the expected change of the loss
+    :param latent: E[(D x)^2], shape (rank,), where it is known; otherwise it follows from the
+        input's, channels taken as uncorrelated
+    :param block: size of the Hadamard blocks that rotate the input
     """
-    mean_square = moment if moment.ndim == 1 else moment.diagonal()
     if isinstance(module, LowRankLinear):
-        down, up = module.latent.weight.float(), module.up.weight.float()
-        moment = moment.to(down)
-        latent = down.square() @ moment if moment.ndim == 1 else ((down @ moment) * down).sum(1)
+        down, up = rotate(module.latent.weight.float(), block), module.up.weight.float()
+        if latent is None:
+            latent = down.square() @ mean_square.to(down)
         # E||U dD x||^2 with uncorrelated columns: row k of dD weighs sum_r w_r U_rk^2
         through = up.square().T @ row_weights.to(up)
         return _error(up, args, latent, row_weights) + _error(down, args, mean_square, through)
-    return _error(module.weight, args, mean_square, row_weights)
+    return _error(rotate(module.weight.float(), block), args, mean_square, row_weights)
 
 
 def _error(

@@ -58,6 +58,11 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     section = read_section(quantization)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder")
+    if quantization.get("transform_config"):
+        raise ValueError(
+            f"{source} rotates the inputs of its layers, which stock transformers does not run: "
+            "serve it with this plugin"
+        )
     tensors = _Tensors(source)
     schemes = _Schemes(quantization)
     dense = sorted(section.ranks.keys() | _cannot_fuse(section.ranks, tensors, schemes))

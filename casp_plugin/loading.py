@@ -4,13 +4,16 @@ The compressed-tensors quantizer and config of transformers are replaced by subc
 know the ``casp`` section and do nothing else for checkpoints without it.
 """
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import get_direct_state_dict
 from packaging.version import Version
 from transformers import CompressedTensorsConfig as _CompressedTensorsConfig
@@ -31,6 +34,7 @@ from casp_plugin.checkpoint import (
 )
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.transforms import check_transforms, stored_transforms
 
 __all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "register"]
 
@@ -46,14 +50,28 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
     config of their own to ``from_pretrained``.
 
     :param casp: the section, None for checkpoints that are not ours
+    :param transform_config: rotations of inputs, which transformers itself leaves out
     """
 
-    def __init__(self, *args, casp: dict | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        casp: dict | None = None,
+        transform_config: dict | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.casp = casp
+        self.transform_config = None
+        if transform_config:
+            self.transform_config = TransformConfig.model_validate(transform_config)
 
     def to_dict(self) -> dict:
+        transforms, self.transform_config = self.transform_config, None
         config = super().to_dict()
+        self.transform_config = transforms
+        if transforms is not None:
+            config["transform_config"] = transforms.model_dump(mode="json")
         if self.casp is not None:
             config[SECTION] = self.casp
             if self.is_quantized:  # what is saved is compressed, also after a forward pass
@@ -68,6 +86,11 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         # a user may pass transformers' own config, which has no such attribute
         self.section = getattr(quantization_config, SECTION, None)
+        self.transforms = None
+        if self.section is not None:
+            self.transforms = quantization_config.transform_config
+            if self.transforms is not None:
+                check_transforms(self.transforms)
 
     def validate_environment(self, *args, **kwargs):
         super().validate_environment(*args, **kwargs)
@@ -89,12 +112,17 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.section is not None:
             install_factored_layers(model, read_section({SECTION: self.section}))
+            # made again from the config below
+            ignored = {re.escape(name) for name in stored_transforms(self.transforms, model)}
+            known = model._keys_to_ignore_on_load_unexpected or set()
+            model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
         if self.compressor.quantization_config is not None:
             super()._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)
         if self.section is not None:
+            rotate_inputs(model, self.transforms)
             plan, recipe = _beside(model, PLAN_NAME), _beside(model, RECIPE_NAME)
             save_with_plan(
                 model,
@@ -143,6 +171,17 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
         owner = section.latent_of.get(name)
         owner = None if owner is None else model.get_submodule(owner)
         model.set_submodule(name, LowRankLinear.like(linear, rank, owner))
+
+
+def rotate_inputs(model: torch.nn.Module, transforms: TransformConfig | None) -> None:
+    """Put in place the transforms of a checkpoint that run each time; its weights are rotated."""
+    if transforms is None:
+        return
+    online = transforms.model_copy(deep=True)
+    for scheme in online.config_groups.values():
+        scheme.apply = [args for args in scheme.apply if args.is_online()]
+    apply_transform_config(model, online)
+    setattr(model, TRANSFORM_CONFIG_NAME, transforms)  # what is saved again
 
 
 def register() -> None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from casp_plugin.importance import token_influence
+from casp_plugin.transforms import rotate
 from casp_plugin.units import decoder_layers
 
 __all__ = ["Request", "Statistics", "collect"]
@@ -33,7 +34,8 @@ class Request:
     """What to measure, by module name.
 
     :param second_moments: linears whose input second moment E[x x^T] is wanted
-    :param mean_squares: linears whose E[x^2] per input channel is wanted
+    :param mean_squares: linears whose E[x^2] per input channel is wanted, each with the size of the
+        Hadamard blocks that will rotate its input, 1 for none
     :param energies: linears whose output energy is wanted
     :param influences: decoder layers whose block influence is wanted
     :param gradients: linears for whose outputs the squared gradient of the loss is wanted
@@ -43,7 +45,7 @@ class Request:
     """
 
     second_moments: frozenset[str] = frozenset()
-    mean_squares: frozenset[str] = frozenset()
+    mean_squares: frozenset[tuple[str, int]] = frozenset()
     energies: frozenset[str] = frozenset()
     influences: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
@@ -60,7 +62,7 @@ class Request:
     @property
     def linears(self) -> frozenset[str]:
         """Every linear that something is measured at on the way forward."""
-        return self.second_moments | self.mean_squares | self.energies
+        return self.second_moments | {name for name, _ in self.mean_squares} | self.energies
 
     @property
     def differentiated(self) -> frozenset[str]:
@@ -74,7 +76,8 @@ class Statistics:
 
     :param second_moments: E[x x^T], shape (in, in), float32; modules that share one input
         share one tensor
-    :param mean_squares: E[x^2] per input channel, shape (in,), float32
+    :param mean_squares: E[x^2] per input channel, shape (in,), float32, of the rotated input where
+        a rotation was asked for
     :param output_energies: E||W x||^2, the bias left out
     :param influences: block influence per decoder layer
     :param gradient_squares: E[g^2] per output channel, g the gradient of the loss, summed over a
@@ -200,15 +203,18 @@ class _Collector:
     def __init__(self, request: Request):
         self.request = request
         self.moments: dict[str, _Mean] = {}
-        self.squares: dict[str, _Mean] = {}
+        self.squares: dict[tuple[str, int], _Mean] = {}
         self.outputs: dict[str, _Mean] = {}
         self.influences: dict[str, _Mean] = {}
         self.gradients: dict[str, _Mean] = {}
         self.gradient_moments: dict[str, _Mean] = {}
         self.attention = _AttentionProbe(request.attention_moments, self.tokens_of)
         self.mask: torch.Tensor | None = None
-        # q, k and v read the very same tensor: one of them accumulates for all
+        self._blocks = dict(request.mean_squares)
+        # q, k and v read the very same tensor: the first of them names it, the first that wants a
+        # sum over it makes it
         self._owner: dict[str, str] = {}
+        self._summing: dict = {}
         self._last: tuple[str, torch.Tensor] | None = None
 
     def tokens_of(self, values: torch.Tensor) -> torch.Tensor:
@@ -216,6 +222,10 @@ class _Collector:
         if self.mask is not None and values.shape[:-1] == self.mask.shape:
             return values[self.mask]
         return values.reshape(-1, values.shape[-1])
+
+    def _sums(self, key, name: str) -> bool:
+        """Whether this layer sums something up for all that read the same input."""
+        return self._summing.setdefault(key, name) == name
 
     def on_linear(self, name: str):
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor):
@@ -226,16 +236,16 @@ class _Collector:
             owner = self._owner[name]
             self._last = (owner, inputs)
             wanted = self.request
-            moment, squares = (
-                name in names and (owner == name or owner not in names)
-                for names in (wanted.second_moments, wanted.mean_squares)
-            )
+            block = self._blocks.get(name)
+            moment = name in wanted.second_moments and self._sums(owner, name)
+            squares = block is not None and self._sums((owner, block), name)
             if moment or squares:
                 x = self.tokens_of(inputs.detach()).float()
                 if moment:
-                    self.moments.setdefault(name, _Mean()).add(x.T @ x, len(x))
+                    self.moments.setdefault(owner, _Mean()).add(x.T @ x, len(x))
                 if squares:
-                    self.squares.setdefault(name, _Mean()).add(x.square().sum(0), len(x))
+                    mean = self.squares.setdefault((owner, block), _Mean())
+                    mean.add(rotate(x, block).square().sum(0), len(x))
             if name in wanted.energies:
                 y = self.tokens_of(output.detach()).float()
                 y = y if module.bias is None else y - module.bias.float()
@@ -288,14 +298,20 @@ class _Collector:
             yield
 
     def result(self, tokens: int) -> Statistics:
-        def shared(found: dict[str, _Mean], wanted: Iterable[str]) -> dict[str, torch.Tensor]:
-            means = {name: mean.value for name, mean in found.items()}
-            owners = {name: name if name in means else self._owner.get(name) for name in wanted}
-            return {name: means[owner] for name, owner in owners.items() if owner in means}
-
+        moments, squares = (
+            {key: mean.value for key, mean in found.items()}
+            for found in (self.moments, self.squares)
+        )
+        seen = self._owner
         return Statistics(
-            second_moments=shared(self.moments, self.request.second_moments),
-            mean_squares=shared(self.squares, self.request.mean_squares),
+            second_moments={
+                name: moments[seen[name]] for name in self.request.second_moments if name in seen
+            },
+            mean_squares={
+                name: squares[seen[name], block]
+                for name, block in self.request.mean_squares
+                if name in seen
+            },
             output_energies={n: m.value.item() for n, m in self.outputs.items()},
             influences={n: m.value.item() for n, m in self.influences.items()},
             gradient_squares={n: m.value for n, m in self.gradients.items()},

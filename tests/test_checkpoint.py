@@ -204,6 +204,14 @@ Q = "model.layers.0.self_attn.q_proj"
             {"format": 1, "low_rank": {"model.layers.0.self_attn.q_proj": 10**9}},
             r"lie in \[1, 64\]",
         ),
+        (
+            {
+                "format": 2,
+                "low_rank": {"model.layers.0.self_attn.k_proj": 16},
+                "latent_of": {"model.layers.0.self_attn.k_proj": "model.layers.0.self_attn.q_proj"},
+            },
+            "k_proj cannot use the latent of",
+        ),
         ({"format": 1, "low_rank": {"model.layers.0.self_attn.q_proj": "16"}}, "got '16'"),
         ("oops", "malformed"),
     ],

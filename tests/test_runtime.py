@@ -105,6 +105,8 @@ class Checkpoint:
         self.weights = {}
         self.groups = {}
         self.low_rank = {}
+        self.latent_of = {}
+        self.transforms = {}
         self.fused = FUSED
 
     def add(self, name, rows, columns, bits=None, symmetric=False, bias=False):
@@ -141,13 +143,34 @@ class Checkpoint:
         self.weights[name] = self.weights[f"{name}.up"] @ self.weights[f"{name}.down"]
         return self
 
+    def share(self, name, rows, columns, owner, up=None, bias=False):
+        """A factored linear with the latent of another."""
+        self.low_rank[name] = rank = self.low_rank[owner]
+        self.latent_of[name] = owner
+        self.add(f"{name}.up", rows, rank, bias=bias, **(up or {}))
+        self.weights[name] = self.weights[f"{name}.up"] @ self.weights[f"{owner}.down"]
+        return self
+
+    def rotate(self, block, ignore=(), kind="hadamard"):
+        """Rotate the inputs of all layers, as QuIPModifier spells it."""
+        places = ({"location": "input"}, {"location": "weight_input", "inverse": True})
+        apply = [{"targets": ["Linear"], "ignore": list(ignore), **place} for place in places]
+        self.transforms = {"config_groups": {"v": {"type": kind, "head_dim": block}}}
+        self.transforms["config_groups"]["v"]["apply"] = apply
+        return self
+
     def config(self):
         made = CaspConfig.from_config(
             {
+                "transform_config": self.transforms,
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
                 "config_groups": self.groups,
-                "casp": {"format": 1, "low_rank": self.low_rank},
+                "casp": {
+                    "format": 2,
+                    "low_rank": self.low_rank,
+                    "latent_of": self.latent_of,
+                },
             }
         )
         made.packed_modules_mapping = self.fused
@@ -356,9 +379,10 @@ def qkv(checkpoint, bias=False):
 
 
 def add_qkv(checkpoint, q, k, v, bias=False):
-    """q, k, v: arguments of ``add``, or of ``factor`` where they name factors."""
+    """q, k, v: arguments of ``add``, or of ``factor`` or ``share`` where they name factors."""
     for leaf, rows, how in (("q", Q_ROWS, q), ("k", KV_ROWS, k), ("v", KV_ROWS, v)):
         put = checkpoint.factor if "rank" in how else checkpoint.add
+        put = checkpoint.share if "owner" in how else put
         put(f"attn.{leaf}_proj", rows, HIDDEN, bias=bias, **how)
     return checkpoint
 
@@ -382,6 +406,17 @@ LAYOUTS = {
         {"bits": 7},
     ),
     "only k": ({"bits": 3}, {"rank": 16, "down": {"bits": 3}}, {"bits": 3}),
+    "shared": (
+        {"rank": 32, "down": {"bits": 4}, "up": {"bits": 4}},
+        {"owner": "attn.q_proj", "up": {"bits": 4}},
+        {"bits": 4},
+    ),
+    "shared, each its own": (
+        {"rank": 32, "down": {"bits": 3}, "up": {"bits": 2, "symmetric": True}},
+        {"owner": "attn.q_proj", "up": {"bits": 5}},
+        {"bits": 7},
+    ),
+    "shared, 16 bits": ({"rank": 16}, {"owner": "attn.q_proj"}, {"bits": 2}),
     "dense, unequal": ({"bits": 2}, {"bits": 3}, {"bits": 4, "symmetric": True}),
     "dense, one of 16 bits": ({"bits": 2}, {"bits": 2}, {}),
 }
@@ -462,13 +497,87 @@ def test_row_parallel_factors(ranks, on_rank):
     assert_close(total, x.double() @ checkpoint.weights["o_proj"].t())
 
 
+def hadamard(x, block):
+    """Slow and obvious: one block after the other, entries (-1)^popcount(i & j)."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    matrix = torch.tensor(signs, dtype=torch.float64) / block**0.5
+    return torch.cat([part @ matrix for part in x.double().split(block, -1)], -1)
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["up as well", "not up"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotated_inputs_of_qkv(layout, ranks, up, on_rank):
+    checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS[layout]))
+    checkpoint.rotate(16, [] if up else ["re:.*proj[.]up$"])
+    x = torch.randn(3, HIDDEN)
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        layer = checkpoint.load(qkv(checkpoint), "qkv_proj")
+        expected = []
+        for leaf, rows in (("q", Q_ROWS), ("k", KV_ROWS), ("v", KV_ROWS)):
+            name = f"attn.{leaf}_proj"
+            if name in checkpoint.low_rank:
+                owner = checkpoint.latent_of.get(name, name)
+                latent = hadamard(x, 16) @ checkpoint.weights[f"{owner}.down"].t()
+                latent = hadamard(latent, 16) if up else latent
+                y = latent @ checkpoint.weights[f"{name}.up"].t()
+            else:
+                y = hadamard(x, 16) @ checkpoint.weights[name].t()
+            expected.append(y[:, rank * rows // ranks : (rank + 1) * rows // ranks])
+        assert_close(layer(x)[0], torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rotated_input_of_a_row_parallel_layer(ranks, on_rank):
+    checkpoint = Checkpoint().add("o_proj", 32, HIDDEN, 4).rotate(16)
+    x = torch.randn(3, HIDDEN)
+    total = 0
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        layer = RowParallelLinear(
+            HIDDEN, 32, False, reduce_results=False, quant_config=checkpoint.config(),
+            prefix="o_proj",
+        )  # fmt: skip
+        total += checkpoint.load(layer, "o_proj")(x.chunk(ranks, -1)[rank])[0]
+    assert_close(total, hadamard(x, 16) @ checkpoint.weights["o_proj"].t())
+
+
+def test_rotations_that_cannot_run(on_rank):
+    with pytest.raises(ValueError, match=r"'v' is of type 'random-matrix': use transform_type"):
+        Checkpoint().rotate(16, kind="random-matrix").config()
+    checkpoint = Checkpoint().add("o_proj", 32, HIDDEN, 4).rotate(64)
+    on_rank(0, 2)
+    with pytest.raises(ValueError, match=r"32 columns cannot be rotated in blocks of 64"):
+        RowParallelLinear(
+            HIDDEN, 32, False, quant_config=checkpoint.config(), prefix="o_proj"
+        )  # fmt: skip
+
+
 def test_equal_schemes_share_the_first_matmul():
     layers = {}
-    for layout in ("one scheme", "each its own", "16 bits", "only k"):
+    for layout in LAYOUTS:
         layers[layout] = qkv(add_qkv(Checkpoint(), *LAYOUTS[layout]))
-    matmuls = {layout: len(layer.first) for layout, layer in layers.items()}
+    matmuls = {layout: (len(each.first), len(each.second)) for layout, each in layers.items()}
     # "one scheme": KV_ROWS and ranks of 16 at 4 bits fill whole words; at 3 bits they do not
-    assert matmuls == {"one scheme": 1, "each its own": 3, "16 bits": 1, "only k": 3}
+    assert matmuls == {
+        "16 bits": (1, 2),
+        "one scheme": (1, 2),
+        "each its own": (3, 2),
+        "only k": (3, 1),
+        "shared": (1, 1),
+        "shared, each its own": (2, 2),
+        "shared, 16 bits": (2, 1),
+        "dense, unequal": (3, 0),
+        "dense, one of 16 bits": (2, 0),
+    }
+
+
+def test_a_latent_from_another_layer_is_refused():
+    checkpoint = Checkpoint().factor("other.q_proj", Q_ROWS, HIDDEN, 16)
+    checkpoint.share("attn.k_proj", KV_ROWS, HIDDEN, "other.q_proj")
+    with pytest.raises(ValueError, match=r"shares the latent of other\.q_proj.*casp fold"):
+        qkv(checkpoint.add("attn.q_proj", Q_ROWS, HIDDEN).add("attn.v_proj", KV_ROWS, HIDDEN))
 
 
 def test_stock_layers_stay_stock():
@@ -581,7 +690,7 @@ def test_all_models_that_reorder_rows_are_known():
 
 @pytest.mark.parametrize(
     ("section", "message"),
-    [("oops", "malformed"), ({"format": 2, "low_rank": {}}, "upgrade casp-plugin")],
+    [("oops", "malformed"), ({"format": 3, "low_rank": {}}, "upgrade casp-plugin")],
 )
 def test_malformed_section(section, message):
     with pytest.raises(ValueError, match=message):

@@ -21,6 +21,7 @@ import torch
 from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform import QuIPModifier
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
@@ -100,7 +101,7 @@ def scheme(bits, *targets, symmetric=False, group_size=32):
     return {"targets": list(targets), "weights": weights}
 
 
-# every part has a scheme of its own; q's first factor and v agree, so they run as one matmul
+# every part has a scheme of its own; the latent and v agree, so they run as one matmul
 PARTS = {
     "w2": scheme(2, "re:.*up_proj$"),
     "w3": scheme(3, "re:.*q_proj.down$", "re:.*v_proj$"),
@@ -117,7 +118,7 @@ EXPERTS = "re:.*mlp\\.(experts|shared_expert|gate$).*"
 
 def compress(source, output, batches, groups=PARTS, ignore=(), processor=None, **low_rank):
     """Factor q and k and quantize; ``source`` is a folder, or a model beside its processor."""
-    recipe = [LowRankQKModifier(keep=0.5, rank_multiple=32, **low_rank)]
+    recipe = [LowRankQKModifier(keep=0.5, rank_multiple=32, **{"ranks": 32, **low_rank})]
     if groups:
         recipe.append(GPTQModifier(config_groups=groups, ignore=["re:.*lm_head", EXPERTS, *ignore]))
     data = {"processor": processor, "dataset": batches}
@@ -245,6 +246,44 @@ def test_matrix_granularity(serve, batches, tmp_path, family):
     folder = tmp_path / "out"
     model = oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder))
     assert len({unit.choice.bits for unit in model.casp_plan.units}) > 1
+    assert_same(serve(folder), expected(folder))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_latents_of_their_own(serve, batches, tmp_path, family):
+    source = save_tiny_model(tmp_path / "in", family, **SIZES)
+    folder = compress(source, tmp_path / "out", batches, share_latent=False)
+    assert_same(serve(folder), expected(folder))
+
+
+def test_ranks_and_bits_chosen_at_once(serve, batches, tmp_path):
+    """Some layers factored, others dense; v at a width of its own in all."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    recipe = [
+        LowRankQKModifier(),
+        BitAllocationModifier(average_bits=4.6, candidates=[2, 3, 4, 6], group_size=32),
+        GPTQModifier(),
+    ]
+    folder = tmp_path / "out"
+    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder))
+    assert_same(serve(folder), expected(folder))
+
+
+def test_rotated_inputs(serve, batches, tmp_path):
+    """Hadamard blocks at the input of every layer, factored or not."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    recipe = [
+        QuIPModifier(
+            transform_type="hadamard",
+            transform_block_size=32,
+            ignore=["lm_head", "re:.*_proj[.]up$"],
+        ),
+        LowRankQKModifier(),
+        BitAllocationModifier(average_bits=4.6, candidates=[2, 3, 4, 6], group_size=32),
+        GPTQModifier(),
+    ]
+    folder = tmp_path / "out"
+    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder))
     assert_same(serve(folder), expected(folder))
 
 

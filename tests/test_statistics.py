@@ -1,6 +1,7 @@
 """What the hooks collect against a plain pass over the same activations."""
 
 import pytest
+import scipy.linalg
 import torch
 
 from casp_plugin.modules import named_linears
@@ -32,7 +33,7 @@ def test_against_recorded_activations(load_tiny, batches):
     model = load_tiny()
     request = Request(
         second_moments=frozenset({Q, K}),
-        mean_squares=frozenset({DOWN}),
+        mean_squares=frozenset({(DOWN, 1)}),
         energies=frozenset({Q}),
         influences=frozenset({LAYER}),
     )
@@ -54,10 +55,26 @@ def test_against_recorded_activations(load_tiny, batches):
 
 
 def test_layers_with_one_input_share_one_tensor(load_tiny, batches):
-    found = collect(load_tiny(), batches, Request(frozenset({Q, K}), frozenset({Q, V, DOWN})))
+    found = collect(
+        load_tiny(), batches, Request(frozenset({Q, K}), frozenset({(Q, 1), (V, 1), (DOWN, 1)}))
+    )
     assert found.second_moments[Q] is found.second_moments[K]
     assert found.mean_squares[Q] is found.mean_squares[V]
     assert set(found.mean_squares) == {Q, V, DOWN}
+
+
+def test_rotated_inputs(load_tiny, batches):
+    """Layers with one input, rotated or not: each gets the squares that its weight will meet."""
+    model = load_tiny()
+    found = collect(model, batches, Request(mean_squares=frozenset({(Q, 16), (K, 16), (V, 1)})))
+    x, _ = recorded(model, batches, Q)
+    matrix = torch.tensor(scipy.linalg.hadamard(16)).double() / 4
+    turned = x @ torch.block_diag(*[matrix] * 4)
+    for name, values in ((Q, turned), (K, turned), (V, x)):
+        torch.testing.assert_close(
+            found.mean_squares[name].double(), values.square().mean(0), rtol=1e-5, atol=1e-8
+        )
+    assert found.mean_squares[Q] is found.mean_squares[K]
 
 
 def test_padding_does_not_count(load_tiny):

@@ -12,17 +12,20 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from compressed_tensors.transform import TransformConfig
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
 from casp_plugin.checkpoint import save_with_plan
-from casp_plugin.modules import skeleton
+from casp_plugin.modules import LowRankLinear, skeleton
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics, collect
+from casp_plugin.transforms import check_transforms, input_block
 
 __all__ = ["CaspModifier", "plan_recipe"]
 
@@ -45,6 +48,7 @@ class CaspModifier(Modifier):
     """
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
+    _transforms: TransformConfig | None = PrivateAttr(default=None)
 
     @abstractmethod
     def request(self, model: nn.Module) -> Request:
@@ -85,6 +89,13 @@ class CaspModifier(Modifier):
         for modifier, field in self._handed_over:
             setattr(modifier, field, None)
         return True
+
+    def input_block(self, name: str, module: nn.Linear | LowRankLinear) -> int:
+        """Size of the Hadamard blocks by which a transform of the recipe rotates the input of a
+        layer, of its `down` where it is factored; 1 for none."""
+        if isinstance(module, LowRankLinear):
+            name, module = f"{name}.down", module.latent
+        return input_block(self._transforms, name, module, module.in_features)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -130,7 +141,9 @@ def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifi
     _dry_run(model, modifiers)
     _check_finite(model)
     request = Request()
+    transforms = _transforms(modifiers)
     for modifier in _own(modifiers):
+        modifier._transforms = transforms
         request |= modifier.request(model)
     plan = _new_plan(model)
     if not request:
@@ -141,6 +154,29 @@ def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifi
     statistics = collect(model, dataloader, request)
     plan.calibration_tokens = statistics.tokens
     return _Run(plan, statistics)
+
+
+def _transforms(modifiers: list[Modifier]) -> TransformConfig | None:
+    """Rotations that a modifier of the recipe will apply once the plan is made.
+
+    :raises ValueError: for transforms that do not go with a plan
+    """
+    found = None
+    for modifier in modifiers:
+        if isinstance(modifier, SpinQuantModifier):
+            raise ValueError(
+                "SpinQuantModifier rotates the weights after they were measured: run it in a call "
+                "of oneshot of its own first"
+            )
+        if isinstance(modifier, QuIPModifier):
+            modifier = modifier.model_copy(deep=True)
+            modifier.on_initialize(None)  # fills its transform_config, touches nothing else
+            found = modifier.transform_config
+            try:
+                check_transforms(found)
+            except ValueError as error:
+                raise ValueError(f"QuIPModifier: {error}") from None
+    return found
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -154,7 +190,9 @@ def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
     modifiers = [modifier.model_copy(deep=True) for modifier in modifiers]
     plan = _new_plan(model)
     bare = skeleton(model)
+    transforms = _transforms(modifiers)
     for modifier in _own(modifiers):
+        modifier._transforms = transforms
         modifier.prepare(bare, plan, None, _after(modifier, modifiers))
     return plan
 

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.transform import TransformConfig
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
@@ -23,6 +24,7 @@ from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import Candidate, CompressionPlan, UnitPlan
 from casp_plugin.schemes import DEFAULT_OBSERVER, missing_kernel, stored_bytes, weight_args
 from casp_plugin.statistics import Request, Statistics
+from casp_plugin.transforms import stored_transforms
 from casp_plugin.units import Unit, decoder_layers, find_units, matched_linears
 
 __all__ = ["BitAllocationModifier"]
@@ -155,11 +157,13 @@ class BitAllocationModifier(CaspModifier):
 
     def request(self, model: nn.Module) -> Request:
         measured = self.solver == "exact"
-        linears = frozenset(self._matched(model))
+        matched = self._matched(model)
+        linears = frozenset(matched)
         none = frozenset()
+        squares = frozenset((name, self.input_block(name, m)) for name, m in matched.items())
         fisher, influenced = self.importance == "fisher", self.importance == "block_influence"
         return Request(
-            mean_squares=linears if measured else none,
+            mean_squares=squares if measured else none,
             energies=linears if measured and not fisher else none,
             influences=frozenset(decoder_layers(model)) if influenced else none,
             gradients=linears if fisher else none,
@@ -189,7 +193,7 @@ class BitAllocationModifier(CaspModifier):
             dense = {name: linears[name] for name in unit.modules}
             latent = latents.get(unit.modules[0])
             plan.units.append(self._unit_plan(unit, importance, dense, latent, schemes, statistics))
-        plan.other_bytes = _other_bytes(model, plan)
+        plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
         self._choose(plan)
@@ -297,9 +301,14 @@ class BitAllocationModifier(CaspModifier):
             mean_square = statistics.mean_squares.get(name)
             if mean_square is None:  # no token reached it
                 continue
-            moment = statistics.second_moments.get(name, mean_square)
+            moment = statistics.second_moments.get(name)
             weights = self._row_weights(name, module, statistics)
-            error += rounding_error(module, args, moment, weights)
+            latent = None
+            if isinstance(module, LowRankLinear) and moment is not None:
+                down = module.latent.weight.float()
+                latent = ((down @ moment) * down).sum(1)
+            block = self.input_block(name, module)
+            error += rounding_error(module, args, mean_square, weights, latent, block)
             if module is not dense[name]:
                 metric = weights
                 if self.importance == "fisher" and name in statistics.gradient_moments:
@@ -514,9 +523,12 @@ def _closed_form_costs(units: list[UnitPlan], budget: int) -> list[list[float]]:
     return distance_costs(wishes, [[c.bits for c in u.candidates] for u in units], sizes)
 
 
-def _other_bytes(model: nn.Module, plan: CompressionPlan) -> int:
+def _other_bytes(
+    model: nn.Module, plan: CompressionPlan, transforms: TransformConfig | None
+) -> int:
     """Bytes of all tensors that a checkpoint stores beside the units' weights."""
     units = {f"{name}.weight" for unit in plan.units for name in unit.modules}
     stored = dict(model.named_parameters())  # tied weights once
     stored |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    stored |= stored_transforms(transforms, model)
     return sum(t.numel() * t.dtype.itemsize for name, t in stored.items() if name not in units)

@@ -1,10 +1,11 @@
 """vLLM's compressed-tensors config, for checkpoints with a ``casp`` section."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -14,14 +15,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
     CompressedTensorsWNA16,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 
 from casp_plugin.checkpoint import SECTION, read_section
 from casp_plugin.runtime.architectures import refusal
 from casp_plugin.runtime.kernels import WNA16
 from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
-
-if TYPE_CHECKING:
-    from vllm.model_executor.models.utils import WeightsMapper
+from casp_plugin.transforms import check_transforms, input_block
 
 __all__ = ["METHOD", "CaspConfig"]
 
@@ -69,6 +69,8 @@ class CaspConfig(CompressedTensorsConfig):
         made.low_rank, made.latent_of = section.ranks, section.latent_of
         made.unclaimed = set(made.low_rank)
         made.parts = set()
+        if made.transform_config is not None:
+            check_transforms(made.transform_config)
         return made
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
@@ -84,10 +86,15 @@ class CaspConfig(CompressedTensorsConfig):
         if isinstance(layer, LinearBase):
             shards = self._shards(layer, prefix)
             if self._must_split(layer, prefix, shards):
-                if self.transform_config is not None:
-                    raise ValueError(f"{prefix}: transforms and low-rank layers do not go together")
                 self.unclaimed -= {shard.name for shard in shards}
                 return SplitLinearMethod(self, shards)
+        elif isinstance(layer, RoutedExperts) and self.transform_config is not None:
+            expert = f"{prefix}.0.gate_proj"
+            if input_block(self.transform_config, expert, torch.nn.Linear(1, 1), 0) != 1:
+                raise ValueError(
+                    f"{prefix}: the inputs of experts cannot be rotated: put them into "
+                    "QuIPModifier.ignore"
+                )
         return super().get_quant_method(layer, prefix)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
@@ -102,7 +109,11 @@ class CaspConfig(CompressedTensorsConfig):
                 f"{architectures} of vLLM cannot run {len(lost)} low-rank layers of this "
                 f"checkpoint ({', '.join(lost[:4])}): serve the copy that `casp fold` writes"
             )
-        return super().get_checkpoint_weight_mapper()
+        mapper = super().get_checkpoint_weight_mapper()
+        # matrices that follow from the config
+        groups = self.transform_config.config_groups if self.transform_config is not None else ()
+        unread = {f".{group}_input.weight": None for group in groups}
+        return mapper | WeightsMapper(orig_to_new_suffix=unread)
 
     def _shards(self, layer: LinearBase, prefix: str) -> list[Shard]:
         """The checkpoint's linears that vLLM holds in one layer."""
@@ -120,6 +131,9 @@ class CaspConfig(CompressedTensorsConfig):
     def _must_split(self, layer: LinearBase, prefix: str, shards: list[Shard]) -> bool:
         """Whether vLLM's own one matmul for all shards cannot do."""
         if any(shard.rank for shard in shards):
+            return True
+        columns = layer.input_size
+        if any(input_block(self.transform_config, s.name, layer, columns) > 1 for s in shards):
             return True
         rows = layer.output_partition_sizes
         cut = isinstance(layer, ColumnParallelLinear) and layer.tp_size > 1

@@ -1,5 +1,6 @@
-"""One vLLM linear layer run as several: factored parts, unequal schemes."""
+"""One vLLM linear layer run as several: factored parts, unequal schemes, rotated inputs."""
 
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from casp_plugin.runtime.packing import narrow_packed
+from casp_plugin.transforms import input_block, rotate
 
 __all__ = ["Rows", "Shard", "SplitLinearMethod", "can_join", "rows_of_rank"]
 
@@ -55,13 +57,15 @@ class _Part:
     :param name: its name in the checkpoint
     :param rows: rows that this rank runs
     :param reads: position of the shard whose latent it reads; None for the layer's input
+    :param block: size of the Hadamard blocks that rotate what it reads; 1 for none
     """
 
     shard: int
     suffix: str
     name: str
     rows: Rows
-    reads: int | None = None
+    reads: int | None
+    block: int
 
 
 class SplitLinearMethod(LinearMethodBase):
@@ -83,6 +87,9 @@ class SplitLinearMethod(LinearMethodBase):
     def __init__(self, config: CompressedTensorsConfig, shards: list[Shard]):
         self.config = config
         self.shards = shards
+        # the parts' own config: what they read is rotated here, once for all
+        self.plain = copy(config)
+        self.plain.transform_config = None
 
     def create_weights(
         self,
@@ -99,9 +106,16 @@ class SplitLinearMethod(LinearMethodBase):
         first, second = [], []
         position = {shard.name: index for index, shard in enumerate(self.shards)}
         rows_of_shards = rows_of_rank(layer, output_partition_sizes)
+
+        def part(index: int, suffix: str, rows: Rows, reads: int | None = None) -> _Part:
+            name = ".".join(filter(None, (self.shards[index].name, suffix)))
+            columns = input_size_per_partition if reads is None else self.shards[index].rank
+            block = input_block(self.config.transform_config, name, layer, columns)
+            return _Part(index, suffix, name, rows, reads, block)
+
         for index, (shard, rows) in enumerate(zip(self.shards, rows_of_shards, strict=True)):
             if shard.rank is None:
-                first.append(_Part(index, "", shard.name, rows))
+                first.append(part(index, "", rows))
                 continue
             latent = position.get(shard.latent_of)
             if latent is None:
@@ -110,9 +124,8 @@ class SplitLinearMethod(LinearMethodBase):
                     f"another layer than {layer.prefix}: serve the copy that `casp fold` writes"
                 )
             if latent == index:
-                whole = Rows(0, shard.rank, shard.rank)
-                first.append(_Part(index, "down", f"{shard.name}.down", whole))
-            second.append(_Part(index, "up", f"{shard.name}.up", rows, latent))
+                first.append(part(index, "down", Rows(0, shard.rank, shard.rank)))
+            second.append(part(index, "up", rows, latent))
 
         self.first = self._joined(layer, first)
         self.second = self._joined(layer, second)
@@ -131,16 +144,19 @@ class SplitLinearMethod(LinearMethodBase):
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         outputs: list[torch.Tensor | None] = [None] * len(self.shards)
-        for parts, child in zip(self.first, layer.first, strict=True):
-            pieces = child(x).split([part.rows.length for part in parts], dim=-1)
+        rotated = {block: rotate(x, block) for block in {parts[0].block for parts in self.first}}
+
+        def run(parts: list[_Part], child: LinearBase, inputs: torch.Tensor) -> None:
+            pieces = child(inputs).split([part.rows.length for part in parts], dim=-1)
             for part, piece in zip(parts, pieces, strict=True):
                 outputs[part.shard] = piece
+
+        for parts, child in zip(self.first, layer.first, strict=True):
+            run(parts, child, rotated[parts[0].block])
         latents = list(outputs)
         for parts, child in zip(self.second, layer.second, strict=True):
-            latent = latents[parts[0].reads].contiguous()
-            pieces = child(latent).split([part.rows.length for part in parts], dim=-1)
-            for part, piece in zip(parts, pieces, strict=True):
-                outputs[part.shard] = piece
+            latent = rotate(latents[parts[0].reads], parts[0].block)
+            run(parts, child, latent.contiguous())
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
 
@@ -163,7 +179,7 @@ class SplitLinearMethod(LinearMethodBase):
         groups: list[list[_Part]] = []
         for part in parts:
             for group in groups:
-                if group[0].reads != part.reads:
+                if (group[0].reads, group[0].block) != (part.reads, part.block):
                     continue
                 together = [*group, part]
                 names = [p.name for p in together]
@@ -182,11 +198,11 @@ class SplitLinearMethod(LinearMethodBase):
         settings = {
             "bias": False,
             "params_dtype": dtype,
-            "quant_config": self.config,
+            "quant_config": self.plain,
             "prefix": parts[0].name,
             "return_bias": False,
         }
-        if isinstance(layer, RowParallelLinear) and parts[0].suffix == "down":
+        if isinstance(layer, RowParallelLinear) and parts[0].suffix != "up":
             child = RowParallelLinear(
                 columns, *rows, reduce_results=False, disable_tp=layer.disable_tp, **settings
             )
