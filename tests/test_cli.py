@@ -112,7 +112,7 @@ def test_bad_recipe_is_one_line(tiny_llama, files, capsys, monkeypatch):
     (files / "recipe.yaml").write_text(RECIPE.replace("0.4", "1.4"))
     error = error_of(capsys, monkeypatch, *run_arguments(tiny_llama, files))
     assert "keep" in error
-    assert "less than 1" in error
+    assert "keep must lie in (0, 1)" in error
     assert not (files / "out").exists()
 
 

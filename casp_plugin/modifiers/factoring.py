@@ -2,7 +2,7 @@
 
 import re
 
-from compressed_tensors.utils import is_match
+from compressed_tensors.utils import match_modules_set
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
@@ -49,28 +49,35 @@ def install(
 def point_awq_at_factors(
     modifier: CaspModifier, model: nn.Module, following: list[Modifier]
 ) -> None:
-    """AWQ scales the layers that read a norm's output; in a factored layer that is ``down``."""
+    """AWQ scales the layers that read a norm's output; in a factored layer that is ``down``.
 
-    def readers(pattern: str) -> str:
-        matched = [(n, m) for n, m in model.named_modules() if is_match(n, m, pattern)]
-        if not any(isinstance(module, LowRankLinear) for _, module in matched):
-            return pattern
-        names = []
-        for name, module in matched:
-            if not isinstance(module, LowRankLinear):
-                names.append(name)
-            elif module.latent_of is None:
-                names.append(f"{name}.down")
-        return f"re:^({'|'.join(map(re.escape, names))})$"
+    A mapping that meets a factored layer becomes one for each norm, with the names of what reads
+    it, because that may differ from layer to layer.
+    """
+    names = {module: name for name, module in model.named_modules()}
+
+    def reader(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, LowRankLinear):
+            return module
+        return module.down if module.latent_of is None else None
+
+    def exact(module: nn.Module) -> str:
+        return f"re:^{re.escape(names[module])}$"
+
+    def pointed(mapping: AWQMapping) -> list[AWQMapping]:
+        patterns = (mapping.smooth_layer, *mapping.balance_layers)
+        found = list(match_modules_set(model, patterns))
+        balanced = [module for _, *groups in found for group in groups for module in group]
+        if not any(isinstance(module, LowRankLinear) for module in balanced):
+            return [mapping]
+        made = []
+        for [norm], *groups in found:
+            readers = [reader(module) for group in groups for module in group]
+            balance = [exact(module) for module in readers if module is not None]
+            made.append(AWQMapping(exact(norm), balance, mapping.activation_hook_target))
+        return made
 
     for awq in following:
         if isinstance(awq, AWQModifier) and awq.mappings is None:
-            mappings = [
-                AWQMapping(
-                    mapping.smooth_layer,
-                    [readers(layer) for layer in mapping.balance_layers],
-                    mapping.activation_hook_target,
-                )
-                for mapping in get_layer_mappings_from_model(model)
-            ]
-            modifier.hand_over(awq, "mappings", mappings)
+            mappings = get_layer_mappings_from_model(model)
+            modifier.hand_over(awq, "mappings", [m for old in mappings for m in pointed(old)])
