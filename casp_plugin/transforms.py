@@ -12,7 +12,7 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from compressed_tensors.utils import is_match
 from torch import nn
 
-__all__ = ["check_transforms", "input_block", "rotate", "stored_transforms"]
+__all__ = ["check_transforms", "input_block", "rotate", "rotate_moment", "stored_transforms"]
 
 
 def check_transforms(config: TransformConfig) -> None:
@@ -70,6 +70,11 @@ def rotate(values: torch.Tensor, block: int) -> torch.Tensor:
         return values
     matrix = deterministic_hadamard_matrix(block, values.dtype, values.device) * block**-0.5
     return (values.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+
+
+def rotate_moment(moment: torch.Tensor, block: int) -> torch.Tensor:
+    """E[x x^T] of the rotated input from that of the input, shape (columns, columns)."""
+    return rotate(rotate(moment, block).T, block)
 
 
 def stored_transforms(config: TransformConfig | None, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -51,8 +51,11 @@ class CaspModifier(Modifier):
     _transforms: TransformConfig | None = PrivateAttr(default=None)
 
     @abstractmethod
-    def request(self, model: nn.Module) -> Request:
-        """Statistics of the dense model that this modifier needs."""
+    def request(self, model: nn.Module, following: list[Modifier]) -> Request:
+        """Statistics of the dense model that this modifier needs.
+
+        :param following: modifiers that come later in the recipe
+        """
 
     @abstractmethod
     def prepare(
@@ -144,7 +147,7 @@ def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifi
     transforms = _transforms(modifiers)
     for modifier in _own(modifiers):
         modifier._transforms = transforms
-        request |= modifier.request(model)
+        request |= modifier.request(model, _after(modifier, modifiers))
     plan = _new_plan(model)
     if not request:
         return _Run(plan, Statistics())

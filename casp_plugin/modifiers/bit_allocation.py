@@ -4,25 +4,23 @@ from collections import defaultdict
 from typing import Literal
 
 import numpy as np
-import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformConfig
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization import QuantizationMixin
+from llmcompressor.modifiers.quantization import QuantizationMixin, QuantizationModifier
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs
-from casp_plugin.distortion import rounding_error
 from casp_plugin.latent import Latent
-from casp_plugin.lowrank import quadratic_error
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install, point_awq_at_factors
 from casp_plugin.modules import LowRankLinear
-from casp_plugin.plan import Candidate, CompressionPlan, UnitPlan
-from casp_plugin.schemes import DEFAULT_OBSERVER, missing_kernel, stored_bytes, weight_args
+from casp_plugin.plan import CompressionPlan, UnitPlan
+from casp_plugin.pricing import Pricing, stored_shapes
+from casp_plugin.schemes import DEFAULT_OBSERVER, weight_args
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
 from casp_plugin.units import Unit, decoder_layers, find_units, matched_linears
@@ -77,6 +75,9 @@ class BitAllocationModifier(CaspModifier):
         1 - cosine similarity of a decoder layer's input and output, as in the paper; `uniform`;
         or a mapping from names (a unit, a decoder layer, a module, a `re:` pattern) to positive
         numbers, 1 for units that no entry matches
+    :param rounding: how the measured errors are made: `gptq`, one layer at a time on the second
+        moments of its input, which take (columns x columns) floats for every layer; `nearest`; or
+        `auto`: `gptq` unless the quantizer that follows rounds to nearest
     :param solver: `exact`: least sum of importance x measured rounding error, by a
         multiple-choice knapsack; `closed_form`: bits as near as the budget allows to the
         paper's b_l = B + 1/2 log2(s_l / geometric mean); not with `fisher`, which has no one
@@ -94,6 +95,7 @@ class BitAllocationModifier(CaspModifier):
     group_size: int | dict[int, int] = 128
     symmetric: bool = False
     importance: Literal["fisher", "block_influence", "uniform"] | dict[str, float] = "fisher"
+    rounding: Literal["auto", "gptq", "nearest"] = "auto"
     solver: Literal["exact", "closed_form"] = "exact"
     granularity: Literal["unit", "layer", "matrix"] = "unit"
     share_layers: int = Field(default=1, ge=1)
@@ -155,14 +157,16 @@ class BitAllocationModifier(CaspModifier):
     def _group_size(self, bits: int) -> int:
         return self.group_size[bits] if isinstance(self.group_size, dict) else self.group_size
 
-    def request(self, model: nn.Module) -> Request:
+    def request(self, model: nn.Module, following: list[Modifier]) -> Request:
         measured = self.solver == "exact"
         matched = self._matched(model)
         linears = frozenset(matched)
         none = frozenset()
         squares = frozenset((name, self.input_block(name, m)) for name, m in matched.items())
         fisher, influenced = self.importance == "fisher", self.importance == "block_influence"
+        quantizer = self._quantizer(following, matched)
         return Request(
+            second_moments=linears if measured and self._by_gptq(quantizer) else none,
             mean_squares=squares if measured else none,
             energies=linears if measured and not fisher else none,
             influences=frozenset(decoder_layers(model)) if influenced else none,
@@ -182,6 +186,14 @@ class BitAllocationModifier(CaspModifier):
         self._check_latents(linears)
         quantizer = self._quantizer(following, linears)
         schemes = self._schemes(quantizer)
+        pricing = Pricing(
+            schemes,
+            statistics if self.solver == "exact" else None,
+            fisher=self.importance == "fisher",
+            by_gptq=self._by_gptq(quantizer),
+            input_block=self.input_block,
+            rank_multiple=self._rank_multiple,
+        )
         layers = decoder_layers(model)
         together = [latent.linears for latent in self._latents]
         units = find_units(linears, layers, self.granularity, self.share_layers, together)
@@ -192,7 +204,7 @@ class BitAllocationModifier(CaspModifier):
         for unit, importance in zip(progress, importances, strict=True):
             dense = {name: linears[name] for name in unit.modules}
             latent = latents.get(unit.modules[0])
-            plan.units.append(self._unit_plan(unit, importance, dense, latent, schemes, statistics))
+            plan.units.append(pricing.unit(unit.name, importance, dense, latent))
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
@@ -247,6 +259,12 @@ class BitAllocationModifier(CaspModifier):
                 )
         return quantizer
 
+    def _by_gptq(self, quantizer: QuantizationMixin) -> bool:
+        """Whether errors are measured with GPTQ."""
+        if self.rounding == "auto":
+            return not isinstance(quantizer, QuantizationModifier)
+        return self.rounding == "gptq"
+
     def _schemes(self, quantizer: QuantizationMixin) -> dict[int, QuantizationArgs]:
         """Weight scheme of each candidate, with the observer that the quantizer asks for."""
         observer = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
@@ -280,99 +298,6 @@ class BitAllocationModifier(CaspModifier):
                 f"BitAllocationModifier.importance: {unused} match no unit; units are {known}, ..."
             )
         return importances
-
-    def _error(
-        self,
-        dense: dict[str, nn.Linear | LowRankLinear],
-        modules: dict[str, nn.Linear | LowRankLinear],
-        args: QuantizationArgs,
-        statistics: Statistics | None,
-    ) -> float | None:
-        """Output error of layers under a scheme: the expected change of the loss in nats a token
-        with `fisher`, summed relative to each layer's output energy otherwise.
-
-        :param dense: the layers as they are
-        :param modules: what becomes of them: themselves, or factors
-        """
-        if self.solver != "exact" or statistics is None:
-            return None
-        error = 0.0
-        for name, module in modules.items():
-            mean_square = statistics.mean_squares.get(name)
-            if mean_square is None:  # no token reached it
-                continue
-            moment = statistics.second_moments.get(name)
-            weights = self._row_weights(name, module, statistics)
-            latent = None
-            if isinstance(module, LowRankLinear) and moment is not None:
-                down = module.latent.weight.float()
-                latent = ((down @ moment) * down).sum(1)
-            block = self.input_block(name, module)
-            error += rounding_error(module, args, mean_square, weights, latent, block)
-            if module is not dense[name]:
-                metric = weights
-                if self.importance == "fisher" and name in statistics.gradient_moments:
-                    metric = statistics.gradient_moments[name] / 2
-                factored = module.up.weight.double() @ module.latent.weight.double()
-                error += quadratic_error(factored - dense[name].weight, moment, metric)
-        return error
-
-    def _row_weights(
-        self, name: str, module: nn.Linear | LowRankLinear, statistics: Statistics
-    ) -> torch.Tensor:
-        """What a squared error at each output channel of a layer costs, shape (out,)."""
-        if self.importance == "fisher":  # second-order: half the curvature
-            squares = statistics.gradient_squares.get(name)
-            return torch.zeros(module.out_features) if squares is None else squares / 2
-        energy = statistics.output_energies[name]
-        return torch.full((module.out_features,), 1 / energy if energy > 0 else 0.0)
-
-    def _unit_plan(
-        self,
-        unit: Unit,
-        importance: float | None,
-        dense: dict[str, nn.Linear | LowRankLinear],
-        latent: Latent | None,
-        schemes: dict[int, QuantizationArgs],
-        statistics: Statistics | None,
-    ) -> UnitPlan:
-        """All candidates of a unit: every width and, with a latent, every rank."""
-        candidates = []
-        ranks = [] if latent is None else latent.ranks(self._rank_multiple)
-        for rank in (None, *ranks):
-            modules = dense if rank is None else latent.layers(rank)
-            stored = _stored(modules)
-            self._check_groups(stored, schemes)
-            candidates += [
-                Candidate(
-                    bits=bits,
-                    rank=rank,
-                    group_size=args.group_size or -1,
-                    bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
-                    error=self._error(dense, modules, args, statistics),
-                    needs=missing_kernel(args),
-                )
-                for bits, args in schemes.items()
-            ]
-        return UnitPlan(
-            name=unit.name,
-            modules=_shapes(dense),
-            weights=sum(module.in_features * module.out_features for module in dense.values()),
-            importance=importance,
-            candidates=candidates,
-        )
-
-    def _check_groups(
-        self, stored: dict[str, torch.Tensor], schemes: dict[int, QuantizationArgs]
-    ) -> None:
-        for name, weight in stored.items():
-            for bits, args in schemes.items():
-                if args.group_size and weight.shape[1] % args.group_size:
-                    raise ValueError(
-                        f"BitAllocationModifier.group_size: {args.group_size} ({bits} bits) does "
-                        f"not divide the {weight.shape[1]} columns of {name}; use a divisor, -1 "
-                        "for one scale a row, or ignore the layer"
-                    )
 
     def _check_latents(self, linears: dict[str, nn.Module]) -> None:
         """Whether the choice of ranks that was left to this modifier can be made."""
@@ -411,7 +336,7 @@ class BitAllocationModifier(CaspModifier):
             if latent is not None:
                 rank = unit.choice.rank
                 install(model, plan, latent, rank, None if rank else "dense is the better choice")
-                unit.modules = _shapes({name: model.get_submodule(name) for name in names})
+                unit.modules = stored_shapes({name: model.get_submodule(name) for name in names})
         if latents:
             point_awq_at_factors(self, model, following)
 
@@ -481,21 +406,6 @@ class BitAllocationModifier(CaspModifier):
         quantizer.requires_calibration_data |= any(
             args.observer == DEFAULT_OBSERVER for args in schemes.values()
         )
-
-
-def _stored(modules: dict[str, nn.Linear | LowRankLinear]) -> dict[str, torch.Tensor]:
-    """Weights that a checkpoint stores for these layers, by module name."""
-    stored = {}
-    for name, module in modules.items():
-        if isinstance(module, LowRankLinear):
-            stored |= {f"{name}.{part}": child.weight for part, child in module.named_children()}
-        else:
-            stored[name] = module.weight
-    return stored
-
-
-def _shapes(modules: dict[str, nn.Linear | LowRankLinear]) -> dict[str, tuple[int, int]]:
-    return {name: tuple(weight.shape) for name, weight in _stored(modules).items()}
 
 
 def _mean_influence(unit: Unit, influences: dict[str, float]) -> float:

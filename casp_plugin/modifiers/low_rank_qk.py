@@ -114,7 +114,7 @@ class LowRankQKModifier(CaspModifier):
         """Whether the ranks are left to BitAllocationModifier."""
         return self.keep == "auto" and self.ranks is None
 
-    def request(self, model: nn.Module) -> Request:
+    def request(self, model: nn.Module, following: list[Modifier]) -> Request:
         linears = frozenset(self._matched(model))
         none = frozenset()
         return Request(

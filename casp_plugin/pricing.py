@@ -1,0 +1,146 @@
+"""What each candidate of a unit takes and costs: bytes, and the measured error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import nn
+
+from casp_plugin.distortion import rounding_error
+from casp_plugin.latent import Latent
+from casp_plugin.lowrank import quadratic_error
+from casp_plugin.modules import LowRankLinear
+from casp_plugin.plan import Candidate, UnitPlan
+from casp_plugin.schemes import missing_kernel, stored_bytes
+from casp_plugin.statistics import Statistics
+from casp_plugin.transforms import rotate_moment
+
+__all__ = ["Pricing", "stored_shapes"]
+
+Layers = dict[str, nn.Linear | LowRankLinear]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """Prices the candidates of a unit: every bit width and, with a latent, every rank.
+
+    Errors are expected changes of the loss in nats a token with `fisher`; otherwise they are
+    relative to each layer's output energy, summed over the unit's layers.
+
+    :param schemes: weight scheme of each bit width on offer
+    :param statistics: of the dense model; None leaves the errors unknown
+    :param fisher: weigh output errors by the squared gradients of the loss
+    :param by_gptq: round by GPTQ where a layer's second moments are known, else to nearest
+    :param input_block: size of the Hadamard blocks that will rotate the input of a layer
+    :param rank_multiple: ranks are multiples of this
+    """
+
+    schemes: dict[int, QuantizationArgs]
+    statistics: Statistics | None
+    fisher: bool
+    by_gptq: bool
+    input_block: Callable[[str, nn.Linear | LowRankLinear], int]
+    rank_multiple: int
+
+    def unit(
+        self, name: str, importance: float | None, dense: Layers, latent: Latent | None
+    ) -> UnitPlan:
+        """
+        :param name: of the unit
+        :param importance: what the solver weighs its errors with
+        :param dense: its layers as they are
+        :param latent: what they may become
+        :raises ValueError: if a group size does not divide the columns of a weight
+        """
+        candidates = []
+        ranks = [] if latent is None else latent.ranks(self.rank_multiple)
+        for rank in (None, *ranks):
+            layers = dense if rank is None else latent.layers(rank)
+            stored = _stored(layers)
+            self._check_groups(stored)
+            known = self.statistics is not None
+            lost = self._lost(dense, layers) if known and rank is not None else 0.0
+            candidates += [
+                Candidate(
+                    bits=bits,
+                    rank=rank,
+                    group_size=args.group_size or -1,
+                    bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
+                    error=lost + self._rounding(layers, args) if known else None,
+                    needs=missing_kernel(args),
+                )
+                for bits, args in self.schemes.items()
+            ]
+        return UnitPlan(
+            name=name,
+            modules=stored_shapes(dense),
+            weights=sum(layer.in_features * layer.out_features for layer in dense.values()),
+            importance=importance,
+            candidates=candidates,
+        )
+
+    def _rounding(self, layers: Layers, args: QuantizationArgs) -> float:
+        """Error of rounding layers, or their factors, under a scheme."""
+        error = 0.0
+        for name, layer in layers.items():
+            mean_square = self.statistics.mean_squares.get(name)
+            if mean_square is None:  # no token reached it
+                continue
+            block = self.input_block(name, layer)
+            second = self.statistics.second_moments.get(name)
+            by_gptq = self.by_gptq and second is not None
+            moment = rotate_moment(second, block) if by_gptq else mean_square
+            latent = None
+            if isinstance(layer, LowRankLinear) and second is not None:
+                down = layer.latent.weight.float()
+                latent = down @ second @ down.T
+                latent = latent if by_gptq else latent.diagonal()
+            weights = self._row_weights(name, layer)
+            error += rounding_error(layer, args, moment, weights, latent, block)
+        return error
+
+    def _lost(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:
+        """Error of factors that are not rounded."""
+        error = 0.0
+        for name, layer in factored.items():
+            metric = self._row_weights(name, layer)
+            if self.fisher and name in self.statistics.gradient_moments:
+                metric = self.statistics.gradient_moments[name] / 2
+            product = layer.up.weight.double() @ layer.latent.weight.double()
+            moment = self.statistics.second_moments[name]
+            error += quadratic_error(product - dense[name].weight, moment, metric)
+        return error
+
+    def _row_weights(self, name: str, layer: nn.Linear | LowRankLinear) -> torch.Tensor:
+        """What a squared error at each output channel of a layer costs, shape (out,)."""
+        if self.fisher:  # second-order: half the curvature
+            squares = self.statistics.gradient_squares.get(name)
+            return torch.zeros(layer.out_features) if squares is None else squares / 2
+        energy = self.statistics.output_energies[name]
+        return torch.full((layer.out_features,), 1 / energy if energy > 0 else 0.0)
+
+    def _check_groups(self, stored: dict[str, torch.Tensor]) -> None:
+        for name, weight in stored.items():
+            for bits, args in self.schemes.items():
+                if args.group_size and weight.shape[1] % args.group_size:
+                    raise ValueError(
+                        f"BitAllocationModifier.group_size: {args.group_size} ({bits} bits) does "
+                        f"not divide the {weight.shape[1]} columns of {name}; use a divisor, -1 "
+                        "for one scale a row, or ignore the layer"
+                    )
+
+
+def stored_shapes(layers: Layers) -> dict[str, tuple[int, int]]:
+    """Shapes of the weights that a checkpoint stores for layers, by module name."""
+    return {name: tuple(weight.shape) for name, weight in _stored(layers).items()}
+
+
+def _stored(layers: Layers) -> dict[str, torch.Tensor]:
+    stored = {}
+    for name, layer in layers.items():
+        if isinstance(layer, LowRankLinear):
+            stored |= {f"{name}.{part}": child.weight for part, child in layer.named_children()}
+        else:
+            stored[name] = layer.weight
+    return stored
