@@ -12,7 +12,14 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-__all__ = ["BudgetError", "choose", "closed_form_bits", "distance_costs", "reachable_bytes"]
+__all__ = [
+    "BudgetError",
+    "choose",
+    "closed_form_bits",
+    "distance_costs",
+    "pareto",
+    "reachable_bytes",
+]
 
 #: the solver stops once the cost is provably this close to the best
 RELATIVE_GAP = 1e-9
@@ -97,6 +104,29 @@ def choose(
         total = sum(row[i] for row, i in zip(bytes_, fullest, strict=True))
         chosen = _knapsack(costs, bytes_, total - slack, budget)
     return chosen
+
+
+def pareto(
+    costs: Sequence[Sequence[float]], bytes_: Sequence[Sequence[int]], points: int
+) -> list[tuple[int, float]]:
+    """Least cost at budgets spread evenly over what the candidates reach, both ends included.
+
+    :param costs: cost of each candidate, L lists
+    :param bytes_: bytes of each candidate, same shape
+    :param points: number of budgets, at least two
+    :return: (bytes taken, total cost), both monotone
+    """
+    least, most = reachable_bytes(bytes_)
+    found = []
+    for budget in np.linspace(least, most, points).astype(int).tolist():
+        chosen = choose(costs, bytes_, budget, slack=budget)
+        found.append(
+            (
+                sum(row[i] for row, i in zip(bytes_, chosen, strict=True)),
+                sum(row[i] for row, i in zip(costs, chosen, strict=True)),
+            )
+        )
+    return found
 
 
 def _knapsack(

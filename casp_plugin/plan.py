@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich import box
 from rich.table import Table
 
-__all__ = ["PLAN_NAME", "Candidate", "CompressionPlan", "LowRankPlan", "UnitPlan"]
+__all__ = ["PLAN_NAME", "Candidate", "CompressionPlan", "LowRankPlan", "ParetoPoint", "UnitPlan"]
 
 PLAN_NAME = "casp_plan.json"
 
@@ -84,6 +84,17 @@ class LowRankPlan(_Model):
     note: str | None = None
 
 
+class ParetoPoint(_Model):
+    """The best that the same tables allow at another budget.
+
+    :param average_bits: over the units' original weights, everything counted
+    :param error: importance x error summed over the units
+    """
+
+    average_bits: float
+    error: float
+
+
 class CompressionPlan(_Model):
     """The whole decision.
 
@@ -95,6 +106,7 @@ class CompressionPlan(_Model):
     :param average_bits: the budget, as given; None if no bits were allocated
     :param low_rank: every linear that was considered for factors
     :param units: every unit that bits were chosen for
+    :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
     :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases)
     :param warnings: what a user should know before deploying
     """
@@ -108,6 +120,7 @@ class CompressionPlan(_Model):
     average_bits: float | None = None
     low_rank: list[LowRankPlan] = Field(default_factory=list)
     units: list[UnitPlan] = Field(default_factory=list)
+    pareto: list[ParetoPoint] = Field(default_factory=list)
     other_bytes: int | None = None
     warnings: list[str] = Field(default_factory=list)
 
@@ -175,6 +188,8 @@ class CompressionPlan(_Model):
             tables.append(self._low_rank_table())
         if self.units:
             tables.append(self._unit_table())
+        if self.pareto:
+            tables.append(self._pareto_table())
         tables.append(self._total_table())
         return tables
 
@@ -196,18 +211,29 @@ class CompressionPlan(_Model):
     def _unit_table(self) -> Table:
         table = Table(title="Bits", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("unit", overflow="fold", min_width=38)
-        for column in ("importance", "bits", "error", "bytes"):
+        for column in ("importance", "rank", "bits", "error", "bytes"):
             table.add_column(column, justify="right")
         for unit in self.units:
             options = [unit.choice] if unit.choice else unit.candidates
             sizes = [c.bytes for c in options]
+            ranks = dict.fromkeys("dense" if c.rank is None else str(c.rank) for c in options)
             table.add_row(
                 unit.name,
                 _shown(unit.importance, ".4g"),
-                "|".join(str(c.bits) for c in options),
+                "" if list(ranks) == ["dense"] else "|".join(ranks),
+                "|".join(map(str, dict.fromkeys(c.bits for c in options))),
                 _shown(options[0].error if unit.choice else None, ".4f"),
                 f"{sizes[0]:,}" if unit.choice else f"from {min(sizes):,}",
             )
+        return table
+
+    def _pareto_table(self) -> Table:
+        title = "Budgets: expected error, importance x error over all units"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("average bits", "error"):
+            table.add_column(column, justify="right")
+        for point in self.pareto:
+            table.add_row(f"{point.average_bits:.3f}", f"{point.error:.4f}")
         return table
 
     def _total_table(self) -> Table:

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from casp_plugin.allocation import BudgetError, choose, closed_form_bits, distance_costs
+from casp_plugin.allocation import (
+    BudgetError,
+    choose,
+    closed_form_bits,
+    distance_costs,
+    pareto,
+)
 
 costs_and_bytes = st.lists(
     st.lists(
@@ -106,3 +112,13 @@ def test_distance_costs_clip_to_the_candidates():
     costs = distance_costs([9.0, 2.4], [[2, 3, 4], [2, 3, 4]], [1, 10])
     assert costs[0] == [4, 1, 0]
     assert costs[1] == pytest.approx([1.6, 3.6, 25.6])
+
+
+def test_pareto_is_the_best_choice_at_each_budget():
+    costs, sizes = [[9.0, 4.0, 1.0], [5.0, 2.0, 1.5]], [[2, 3, 5], [1, 2, 4]]
+    found = pareto(costs, sizes, 7)
+    pairs = list(itertools.product(range(3), repeat=2))
+    for budget, (taken, cost) in zip(range(3, 10), found, strict=True):
+        fitting = [(i, j) for i, j in pairs if sizes[0][i] + sizes[1][j] <= budget]
+        assert taken <= budget
+        assert cost == min(costs[0][i] + costs[1][j] for i, j in fitting)

@@ -115,14 +115,16 @@ def plan_recipe(
     model: nn.Module,
     recipe: str | Recipe | list[Modifier],
     dataloader: Iterable[dict] | None = None,
+    statistics: Statistics | None = None,
 ) -> CompressionPlan:
     """The plan that a recipe leads to, without quantizing anything.
 
-    :param model: the model; it may live on the meta device if no ``dataloader`` is given. With
-        a ``dataloader`` its q/k are replaced where the recipe says so
+    :param model: the model; it may live on the meta device if nothing is known about the data.
+        Otherwise its q/k are replaced where the recipe says so
     :param recipe: anything that llm-compressor takes as a recipe
     :param dataloader: calibration batches; without them everything that needs statistics
         stays unknown
+    :param statistics: what was measured before, instead of ``dataloader``
     :raises ValueError: for any setting that cannot work on this model
     """
     modifiers = Recipe.create_instance(recipe).modifiers
@@ -131,16 +133,22 @@ def plan_recipe(
             "the recipe holds neither LowRankQKModifier nor BitAllocationModifier: "
             f"{[type(modifier).__name__ for modifier in modifiers]}"
         )
-    if dataloader is None:
+    if dataloader is None and statistics is None:
         return _dry_run(model, modifiers)
-    run = _start(model, dataloader, modifiers)
+    run = _start(model, dataloader, modifiers, statistics)
     for modifier in _own(modifiers):
         modifier.prepare(model, run.plan, run.statistics, _after(modifier, modifiers))
     return run.plan
 
 
-def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifier]) -> _Run:
-    """Check the recipe as a whole, then collect the statistics that all its modifiers need."""
+def _start(
+    model: nn.Module,
+    dataloader: Iterable | None,
+    modifiers: list[Modifier],
+    statistics: Statistics | None = None,
+) -> _Run:
+    """Check the recipe as a whole, then collect the statistics that all its modifiers need,
+    unless they are there."""
     _dry_run(model, modifiers)
     _check_finite(model)
     request = Request()
@@ -150,12 +158,13 @@ def _start(model: nn.Module, dataloader: Iterable | None, modifiers: list[Modifi
         request |= modifier.request(model, _after(modifier, modifiers))
     plan = _new_plan(model)
     if not request:
-        return _Run(plan, Statistics())
-    if dataloader is None:
+        statistics = Statistics()
+    elif statistics is None and dataloader is None:
         names = " and ".join(type(modifier).__name__ for modifier in _own(modifiers))
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
-    statistics = collect(model, dataloader, request)
-    plan.calibration_tokens = statistics.tokens
+    if statistics is None:
+        statistics = collect(model, dataloader, request)
+    plan.calibration_tokens = statistics.tokens or None
     return _Run(plan, statistics)
 
 

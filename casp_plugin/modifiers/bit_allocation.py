@@ -13,12 +13,12 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.allocation import choose, closed_form_bits, distance_costs
+from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.latent import Latent
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install, point_awq_at_factors
 from casp_plugin.modules import LowRankLinear
-from casp_plugin.plan import CompressionPlan, UnitPlan
+from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, stored_shapes
 from casp_plugin.schemes import DEFAULT_OBSERVER, weight_args
 from casp_plugin.statistics import Request, Statistics
@@ -29,6 +29,8 @@ __all__ = ["BitAllocationModifier"]
 
 #: bits of the average that may stay unspent
 TOLERANCE = 0.01
+#: budgets that a plan tells the cost of
+PARETO_POINTS = 9
 _QUANTIZERS = "GPTQModifier, QuantizationModifier or AutoRoundModifier"
 
 
@@ -383,6 +385,10 @@ class BitAllocationModifier(CaspModifier):
             return
         else:
             costs = [[u.importance * c.error for c in u.candidates] for u in plan.units]
+            plan.pareto = [
+                ParetoPoint(average_bits=taken * 8 / plan.weights, error=cost)
+                for taken, cost in pareto(costs, bytes_, PARETO_POINTS)
+            ]
         chosen = choose(costs, bytes_, budget, slack=int(TOLERANCE * plan.weights / 8))
         for unit, index in zip(plan.units, chosen, strict=True):
             unit.chosen = index

@@ -1,0 +1,268 @@
+"""What each choice is worth: low rank alone, and plans at equal bytes, on one model in one go.
+
+    python benchmarks/ablation.py MODEL --dataset D --heldout H --table T.md
+
+Statistics and error tables are made once; every row is then assembled from them: weights rounded
+by llm-compressor's GPTQ, each layer on the second moments of the unquantized model (one-shot), and
+scored. ``compare.py`` runs whole recipes instead, with errors passed on from layer to layer.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import torch
+import typer
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform import QuIPModifier
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import casp_plugin.pricing
+from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
+from casp_plugin.calibration import calibration_loader, load_text
+from casp_plugin.distortion import rounding_delta
+from casp_plugin.evaluation import Scores, evaluate, loss_interval
+from casp_plugin.modules import LowRankLinear, named_linears
+from casp_plugin.schemes import weight_args
+from casp_plugin.statistics import Request, Statistics, collect
+from casp_plugin.transforms import rotate, rotate_moment
+from casp_plugin.units import decoder_layers
+
+EACH = {"share_latent": False}
+LOW_RANK = {
+    "each matrix alone, plain SVD": {"method": "svd", **EACH},
+    "each alone, whitened (paper)": {"method": "whitened", **EACH},
+    "shared latent, whitened": {"method": "whitened"},
+    "shared latent, attention": {"method": "attention"},
+    "shared latent, fisher": {"method": "fisher"},
+}
+PAPER = {"keep": 0.25, "method": "whitened", "rank_allocation": "uniform", **EACH, "rotate": False}
+BY_LAYER = {"granularity": "layer"}
+#: low rank (None: none), bits, and whether inputs are rotated
+PLANS = {
+    "uniform": (None, {"importance": "uniform", "solver": "closed_form", **BY_LAYER}, False),
+    "random layers": (None, {"importance": "random", "solver": "closed_form", **BY_LAYER}, False),
+    "block influence, layers": (None, {"importance": "block_influence", **BY_LAYER}, False),
+    "paper: low rank, block influence": (
+        PAPER,
+        {"importance": "block_influence", "solver": "closed_form", **BY_LAYER},
+        False,
+    ),
+    "fisher, layers": (None, BY_LAYER, False),
+    "fisher, fused units": (None, {}, False),
+    "fisher, v apart": (None, {"granularity": "matrix"}, False),
+    "one knapsack, nearest": ({}, {"rounding": "nearest"}, False),
+    "one knapsack, attention": ({"method": "attention"}, {}, False),
+    "one knapsack": ({}, {}, False),
+    "one knapsack, not rotated latents": ({"rotate": False}, {}, False),
+    "Hadamard, uniform": (None, {"importance": "uniform", "solver": "closed_form"}, True),
+    "Hadamard, one knapsack": ({}, {}, True),
+}
+BASELINE = "uniform"
+
+
+class Bench:
+    """A model, its statistics, and held-out texts to score assembled models on."""
+
+    def __init__(self, model: str, texts, heldout: list[str], max_length: int, group_size: int):
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        self.loader = calibration_loader(texts, self.tokenizer, max_length)
+        self.heldout, self.max_length, self.group_size = heldout, max_length, group_size
+        self.linears = [name for name, _ in named_linears(self.model) if name != "lm_head"]
+        self.logits = {}
+        self.deltas = {}
+
+    def collect(self) -> Statistics:
+        """Everything that any row needs."""
+        linears = frozenset(self.linears)
+        qk = frozenset(n for n in self.linears if n.endswith(("q_proj", "k_proj")))
+        request = Request(
+            second_moments=linears,
+            mean_squares=frozenset((name, 1) for name in linears),
+            energies=linears,
+            influences=frozenset(decoder_layers(self.model)),
+            gradients=linears,
+            gradient_moments=qk,
+            attention_moments=qk,
+        )
+        return collect(self.model, self.loader, request)
+
+    def score(self, model: nn.Module) -> Scores:
+        """Against the unquantized model, whose predictions are kept."""
+
+        def reference(ids):
+            key = tuple(ids[0].tolist())
+            if key not in self.logits:
+                self.logits[key] = self.model(ids).logits
+            return SimpleNamespace(logits=self.logits[key])
+
+        reference.device = self.model.device
+        return evaluate(model, self.tokenizer, self.heldout, self.max_length, reference)
+
+    def low_rank(self, fields: dict, statistics: Statistics) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        plan_recipe(model, [LowRankQKModifier(keep=0.25, **fields)], statistics=statistics)
+        return model
+
+    def plan(
+        self, name: str, average_bits: float, statistics: Statistics, seed: int
+    ) -> tuple[nn.Module, CompressionPlan]:
+        """A copy of the model, factored and rounded as a row says."""
+        low_rank, bits, rotated = PLANS[name]
+        if bits.get("importance") == "random":
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(len(decoder_layers(self.model)), generator=generator)
+            layers = zip(decoder_layers(self.model), drawn.exp().tolist(), strict=True)
+            bits = {**bits, "importance": dict(layers)}
+        recipe = [] if low_rank is None else [LowRankQKModifier(**low_rank)]
+        if rotated:
+            recipe.append(
+                QuIPModifier(
+                    transform_type="hadamard",
+                    transform_block_size=self.group_size,
+                    ignore=["lm_head", "re:.*_proj[.]up$"],
+                )
+            )
+        recipe += [
+            BitAllocationModifier(average_bits=average_bits, group_size=self.group_size, **bits),
+            GPTQModifier(),
+        ]
+        model = copy.deepcopy(self.model)
+        plan = plan_recipe(model, recipe, statistics=statistics)
+        block = self.group_size if rotated else 1
+        for unit in plan.units:
+            args = weight_args(unit.choice.bits, self.group_size)
+            for module in unit.modules:
+                self.round(model, module, args, statistics, block)
+        return model, plan
+
+    @torch.no_grad()
+    def round(self, model: nn.Module, name: str, args, statistics: Statistics, block: int) -> None:
+        """Round one weight by GPTQ; rotated there and back again where its input would be."""
+        owner, _, factor = name.rpartition(".")
+        factor = factor if factor in ("down", "up") else ""
+        moment = statistics.second_moments[owner if factor else name]
+        if factor == "up":
+            down = model.get_submodule(owner).latent.weight.float()
+            moment, block = down @ moment @ down.T, 1
+        weight = model.get_submodule(name).weight
+        key = (name, args.num_bits, block)
+        delta = None if factor else self.deltas.get(key)
+        if delta is None:
+            turned = rotate(weight.float(), block)
+            delta = rotate(rounding_delta(turned, args, rotate_moment(moment, block)), block)
+            if not factor:
+                self.deltas[key] = delta.to(weight.dtype)
+        weight.add_(delta)
+
+
+def remembering(function):
+    """Errors of the same weight under the same scheme are measured once for all rows."""
+    known = {}
+
+    def remembered(layer, args, moment, row_weights, latent=None, block=1):
+        parts = [layer]
+        if isinstance(layer, LowRankLinear):
+            parts = [layer.latent, layer.up]
+        weights = [part.weight.double().sum().item() for part in parts]
+        facts = (row_weights.sum().item(), moment.ndim, args.num_bits, block)
+        key = (*weights, *facts)
+        if key not in known:
+            known[key] = function(layer, args, moment, row_weights, latent, block)
+        return known[key]
+
+    return remembered
+
+
+def rows(
+    bench: Bench, budgets: list[float], seed: int
+) -> Iterator[tuple[str, str, Scores, CompressionPlan | None]]:
+    """(table, name, scores, plan) of every row."""
+    statistics = bench.collect()
+    yield "bf16", "unquantized", bench.score(bench.model), None
+    for allocation in ("uniform", "global"):
+        for name, fields in LOW_RANK.items():
+            model = bench.low_rank({**fields, "rank_allocation": allocation}, statistics)
+            yield f"low rank, {allocation} ranks", name, bench.score(model), None
+    casp_plugin.pricing.rounding_error = remembering(casp_plugin.pricing.rounding_error)
+    for budget in budgets:
+        for name in PLANS:
+            try:
+                model, plan = bench.plan(name, budget, statistics, seed)
+            except ValueError as error:
+                print(f"{name} at {budget}: {error}")
+                continue
+            yield f"{budget:.2f} bits", name, bench.score(model), plan
+
+
+def main(
+    model: str,
+    dataset: str = "bundled",
+    heldout: str = "bundled",
+    samples: int = 32,
+    heldout_samples: int = 12,
+    max_length: int = 512,
+    group_size: int = 64,
+    budgets: Annotated[list[float], typer.Option(help="Average bits.")] = (2.2816, 2.79, 3.2972),
+    table: Annotated[Path | None, typer.Option(help="Write the table in Markdown here.")] = None,
+    seed: int = 0,
+) -> None:
+    """Score every row."""
+    start = time.perf_counter()
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if heldout == "bundled":
+        heldout = str(Path(casp_plugin.__file__).parent / "text" / "heldout.jsonl")
+    texts = load_text(dataset, tokenizer, samples, seed=seed)
+    scored = load_text(heldout, tokenizer, heldout_samples)["text"]
+    bench = Bench(model, texts, scored, max_length, group_size)
+    found, baseline = [], {}
+    for kind, name, scores, plan in rows(bench, list(budgets), seed):
+        if name == BASELINE:
+            baseline[kind] = scores
+        found.append(_cells(kind, name, scores, plan, baseline.get(kind)))
+        print(f"{time.perf_counter() - start:.0f} s:", *found[-1], flush=True)
+    columns = ("table", "row", "bits", "whole model", "perplexity", "KL", "perplexity ratio")
+    shown = Table(*columns)
+    for row in found:
+        shown.add_row(*row)
+    Console(width=140).print(shown)
+    if table is not None:
+        names = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
+        lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *found)]
+        lines += [
+            "",
+            f"{model}, {samples} x {max_length} tokens of {dataset}, scored on {len(scored)} texts "
+            f"of {heldout}, groups of {group_size}, seed {seed}; one-shot GPTQ; "
+            f"{time.perf_counter() - start:.0f} seconds; "
+            + ", ".join(f"{name} {version(name)}" for name in names)
+            + ".",
+        ]
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text("\n".join(lines) + "\n")
+
+
+def _cells(
+    kind: str, name: str, scores: Scores, plan: CompressionPlan | None, baseline: Scores | None
+) -> list[str]:
+    cells = [kind, name, "", "", f"{scores.perplexity:.2f}", f"{scores.kl:.4f}", ""]
+    if plan is not None:
+        everything = plan.total_bytes * 8 / (plan.weights + plan.other_bytes / 2)
+        cells[2:4] = f"{plan.reached_bits:.3f}", f"{everything:.3f}"
+    if baseline is not None and baseline is not scores:
+        low, high = (float(torch.tensor(end).exp()) for end in loss_interval(scores, baseline))
+        ratio = scores.perplexity / baseline.perplexity
+        cells[6] = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+    return cells
+
+
+if __name__ == "__main__":
+    typer.run(main)
