@@ -12,7 +12,7 @@ VLLM := .venv-vllm
 VLLM_ENV := PYTHONPATH=tests/vllm_site VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-vllm lint bench clean
+.PHONY: demo test test-vllm lint bench ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -63,9 +63,15 @@ lint: $(BIN)/.ready
 DATA ?= ../shared/data
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python benchmarks/compare.py $(DEMO)/SmolLM2-135M-Instruct \
-	  $(foreach b,2.28 2.56 3.30,$(foreach r,uniform paper casp matrix,recipes/smollm2/$(r)_$(b).yaml)) \
+	  $(foreach b,2.28 2.56 3.30,$(foreach r,uniform paper casp uniform_hadamard hadamard,recipes/smollm2/$(r)_$(b).yaml)) \
 	  --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl \
 	  --table benchmarks/results/smollm2_quality.md
+
+# what each choice is worth by itself
+ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(BIN)/python benchmarks/ablation.py $(DEMO)/SmolLM2-135M-Instruct \
+	  --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl \
+	  --table benchmarks/results/smollm2_ablation.md
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(DEMO)

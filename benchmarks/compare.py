@@ -3,11 +3,14 @@ print quality and cost side by side.
 
     python benchmarks/compare.py MODEL RECIPE... --dataset D --heldout H --table T.md
 
-The first row is the model as it is. ``casp time`` is what LowRankQK and BitAllocation took
-over what the rest of the same oneshot call took, saving included.
+The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
+the first of them. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the
+same oneshot call took, saving included. With --rows a run that was stopped goes on where it was.
 """
 
+import hashlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -21,7 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(pretty_exceptions_enable=False)
-COLUMNS = ("recipe", "bits", "tensor bytes", "perplexity", "KL", "seconds", "casp time")
+COLUMNS = (
+    "recipe",
+    "bits",
+    "whole model",
+    "tensor bytes",
+    "perplexity",
+    "KL",
+    "perplexity ratio",
+    "seconds",
+    "casp time",
+)
 
 
 @app.command()
@@ -33,23 +46,46 @@ def compare(
     samples: int = 32,
     heldout_samples: int = 32,
     max_length: int = 512,
+    seed: Annotated[list[int], typer.Option(help="Give it several times for several runs.")] = (0,),
     keep: Annotated[Path | None, typer.Option(help="Keep the checkpoints here.")] = None,
     table: Annotated[Path | None, typer.Option(help="Write the table in Markdown here.")] = None,
-    seed: int = 0,
+    rows: Annotated[Path | None, typer.Option(help="Keep finished runs here, one a line.")] = None,
 ) -> None:
     """Compress by each recipe and compare."""
     evaluation = [heldout, str(heldout_samples), str(max_length)]
-    rows = [{"recipe": "unquantized", "seconds": 0.0, **_measure(model, model, evaluation)}]
+    done = {}
+    if rows is not None and rows.exists():
+        done = {row["key"]: row for row in map(json.loads, rows.read_text().splitlines())}
+
+    def run(recipe: Path | None, seed: int) -> dict:
+        text = "" if recipe is None else recipe.read_text()
+        facts = [model, text, dataset, str(samples), str(seed), *evaluation]
+        key = hashlib.sha256("\0".join(facts).encode()).hexdigest()
+        if key not in done:
+            if recipe is None:
+                row = {"recipe": "unquantized", "seconds": 0.0}
+                row |= _measure(model, model, evaluation)
+            else:
+                out = (keep or Path(temporary)) / recipe.stem
+                row = {"recipe": recipe.stem}
+                row |= _compress(model, recipe, dataset, samples, max_length, seed, out)
+                row |= _measure(str(out), model, evaluation)
+            done[key] = {"key": key, **row}
+            if rows is not None:
+                rows.parent.mkdir(parents=True, exist_ok=True)
+                with rows.open("a") as file:
+                    file.write(json.dumps(done[key]) + "\n")
+        return done[key]
+
     with TemporaryDirectory() as temporary:
+        found = [[run(None, seed[0])]]
         for recipe in recipes:
-            out = (keep or Path(temporary)) / recipe.stem
-            cost = _compress(model, recipe, dataset, samples, max_length, seed, out)
-            rows.append({"recipe": recipe.stem, **cost, **_measure(str(out), model, evaluation)})
-            _show(rows)
-    print(f"\n{rows[-1]['recipe']} continues {PROMPT!r}:\n{rows[-1]['text']}\n")
+            found.append([run(recipe, number) for number in seed])
+            _show(found)
+    print(f"\n{found[-1][0]['recipe']} continues {PROMPT!r}:\n{found[-1][0]['text']}\n")
     if table is not None:
         table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(_markdown(rows, sys.argv[2:]))
+        table.write_text(_markdown(found, sys.argv[2:]))
 
 
 PROMPT = "A compiler is a program that"
@@ -57,7 +93,9 @@ PROMPT = "A compiler is a program that"
 
 def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     """One oneshot run; seconds in all and in the casp modifiers."""
+    import torch
     from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoTokenizer, set_seed
 
     from casp_plugin.calibration import dataset_arguments, load_text
@@ -73,6 +111,8 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
         finally:
             spent.append(time.perf_counter() - start)
 
+    if not torch.accelerator.is_available():  # AWQ pins host memory all the same
+        IntermediatesCache.pin_memory = lambda *args, **kwargs: None
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = load_text(dataset, tokenizer, samples, seed=seed)
     set_seed(seed)
@@ -135,45 +175,78 @@ def measure(folder: str, reference: str, heldout: str, samples: int, max_length:
         json.dumps(
             {
                 "bits": (total - other) * 8 / weights,
+                "whole": total * 8 / sum(p.numel() for p in original.parameters()),
                 "bytes": total,
-                "perplexity": scores.perplexity,
-                "kl": scores.kl or 0.0,
-                "tokens": scores.tokens,
+                "texts": [(one.tokens, one.loss, one.divergence or 0.0) for one in scores.texts],
                 "text": text,
             }
         )
     )
 
 
-def _cells(row: dict) -> list[str]:
-    casp = row.get("casp_time")
+def _mean(runs: list[dict]):
+    """Scores with the losses of each text averaged over the seeds."""
+    from casp_plugin.evaluation import Scores, TextScore
+
+    texts = []
+    for same in zip(*(run["texts"] for run in runs), strict=True):
+        tokens, loss, divergence = (sum(column) / len(same) for column in zip(*same, strict=True))
+        texts.append(TextScore(round(tokens), loss, divergence))
+    return Scores(tuple(texts))
+
+
+def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
+    from casp_plugin.evaluation import loss_interval
+
+    first, scores = runs[0], _mean(runs)
+    perplexity = f"{scores.perplexity:.2f}"
+    if len(runs) > 1:
+        each = [_mean([run]).perplexity for run in runs]
+        perplexity += f" ({min(each):.1f} to {max(each):.1f})"
+    ratio = ""
+    if baseline is not None and baseline is not runs:
+        low, high = loss_interval(scores, _mean(baseline))
+        ratio = f"{scores.perplexity / _mean(baseline).perplexity:.3f} "
+        ratio += f"[{math.exp(low):.3f}, {math.exp(high):.3f}]"
+    casp = sum(run.get("casp_time", 0) for run in runs) / len(runs)
     return [
-        row["recipe"],
-        f"{row['bits']:.4f}",
-        f"{row['bytes']:,}",
-        f"{row['perplexity']:.2f}",
-        f"{row['kl']:.4f}",
-        f"{row['seconds']:.0f}",
+        first["recipe"],
+        f"{first['bits']:.4f}",
+        f"{first['whole']:.3f}",
+        f"{first['bytes']:,}",
+        perplexity,
+        f"{scores.kl:.4f}",
+        ratio,
+        f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
         f"+{casp:.0%}" if casp else "",
     ]
 
 
-def _show(rows: list[dict]) -> None:
+def _rows(found: list[list[dict]]) -> list[list[str]]:
+    """Cells of every row; the first recipe of a budget is what the others are compared with."""
+    baselines = {}
+    for runs in found[1:]:
+        baselines.setdefault(runs[0]["recipe"].rpartition("_")[2], runs)
+    return [_cells(runs, baselines.get(runs[0]["recipe"].rpartition("_")[2])) for runs in found]
+
+
+def _show(found: list[list[dict]]) -> None:
     table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console(width=110).print(table)
+    for cells in _rows(found):
+        table.add_row(*cells)
+    Console(width=150).print(table)
 
 
-def _markdown(rows: list[dict], arguments: list[str]) -> str:
+def _markdown(found: list[list[dict]], arguments: list[str]) -> str:
     names = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
     lines = [
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+        *("| " + " | ".join(cells) + " |" for cells in _rows(found)),
         "",
         f"Made by `python benchmarks/compare.py {' '.join(arguments)}`",
-        f"({rows[0]['tokens']:,} tokens scored; "
+        f"({_mean(found[0]).tokens:,} tokens scored; perplexity ratio with the 95 % interval of a "
+        "paired bootstrap over the texts; "
         + ", ".join(f"{name} {version(name)}" for name in names)
         + ").",
     ]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import casp_plugin.modifiers.base
 from casp_plugin import BitAllocationModifier, LowRankLinear, LowRankQKModifier, plan_recipe
+from casp_plugin.statistics import Request, collect
 
 
 def low_rank(**fields):
@@ -56,6 +57,71 @@ def test_families_and_dtypes(tmp_path, batches, model_type, dtype):
         ours, theirs = model(ids).logits, reloaded(ids).logits
     assert torch.isfinite(ours).all()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("granularity", ["unit", "matrix"])
+@pytest.mark.parametrize("method", ["svd", "whitened", "attention", "fisher"])
+def test_ranks_and_bits_chosen_at_once(tiny_llama, batches, tmp_path, method, granularity):
+    recipe = [
+        LowRankQKModifier(method=method),
+        bits(average_bits=4.8, granularity=granularity),
+        GPTQModifier(),
+    ]
+    model = compress(tiny_llama, recipe, batches, tmp_path / "out")
+    plan = model.casp_plan
+    assert plan.reached_bits <= 4.8
+    units = [unit for unit in plan.units if unit.name.endswith("q_proj+k_proj")]
+    assert len(units) == 2
+    for unit, entry in zip(units, plan.low_rank[::2], strict=True):
+        assert {c.rank for c in unit.candidates} == {None, 16, 32}
+        assert {c.bits for c in unit.candidates} == {2, 3, 4, 8}
+        layer = model.get_submodule(entry.module)
+        assert unit.choice.rank == entry.rank == getattr(layer, "rank", None)
+        assert set(unit.modules) <= {name for name, _ in model.named_modules()}
+    assert any(unit.choice.rank for unit in units)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(3, 96, (2, 16))
+    torch.testing.assert_close(model(ids).logits, reloaded(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_plan_without_data_shows_every_rank(load_tiny):
+    plan = plan_recipe(load_tiny(), [LowRankQKModifier(), bits(), GPTQModifier()])
+    [unit, *_] = [unit for unit in plan.units if unit.name.endswith("q_proj+k_proj")]
+    assert {(c.rank, c.error) for c in unit.candidates} == {(None, None), (16, None), (32, None)}
+    assert not plan.decided
+
+
+@pytest.mark.parametrize("share_latent", [True, False])
+def test_global_ranks_keep_what_was_asked(load_tiny, batches, share_latent):
+    model = load_tiny()
+    recipe = [low_rank(keep=0.45, rank_multiple=4, share_latent=share_latent), GPTQModifier()]
+    plan = plan_recipe(model, recipe, batches)
+    assert 0.35 < plan.kept <= 0.45
+    attention = model.model.layers[0].self_attn
+    assert (attention.k_proj.latent_of is attention.q_proj) is share_latent
+
+
+def test_plan_tells_other_budgets(load_tiny, batches):
+    plan = plan_recipe(load_tiny(), [bits(), GPTQModifier()], batches)
+    points = [(point.average_bits, point.error) for point in plan.pareto]
+    assert points == sorted(points)
+    assert [error for _, error in points] == sorted([e for _, e in points], reverse=True)
+    least, most = plan.reachable_bits
+    assert (points[0][0], points[-1][0]) == pytest.approx((least, most))
+
+
+def test_statistics_measured_before(load_tiny, batches):
+    """A plan from statistics of one's own is the plan from the data."""
+    recipe = [bits(importance="block_influence", rounding="nearest"), GPTQModifier()]
+    expected = plan_recipe(load_tiny(), recipe, batches)
+    names = frozenset(name for unit in expected.units for name in unit.modules)
+    request = Request(
+        mean_squares=frozenset((name, 1) for name in names),
+        energies=names,
+        influences=frozenset(f"model.layers.{i}" for i in range(2)),
+    )
+    statistics = collect(load_tiny(), batches, request)
+    assert plan_recipe(load_tiny(), recipe, statistics=statistics) == expected
 
 
 @pytest.mark.parametrize("method", ["whitened", "svd"])
@@ -172,6 +238,9 @@ def test_low_rank_alone_ahead_of_a_stock_quantizer(tiny_llama, batches, tmp_path
 
 BAD_FIELDS = [
     (LowRankQKModifier, {"keep": 0}, "keep"),
+    (LowRankQKModifier, {"keep": "some"}, "auto"),
+    (LowRankQKModifier, {"rank_allocation": "best"}, "rank_allocation"),
+    (BitAllocationModifier, {"average_bits": 3, "rounding": "down"}, "rounding"),
     (LowRankQKModifier, {"keep": 1}, "keep"),
     (LowRankQKModifier, {"keep": -0.2}, "keep"),
     (LowRankQKModifier, {"ranks": 0}, "ranks must be positive"),
@@ -202,7 +271,19 @@ def test_bad_fields(modifier, fields, message):
         modifier(**fields)
 
 
+AUTO = LowRankQKModifier()
 BAD_RECIPES = [
+    ([AUTO, GPTQModifier()], "leaves the ranks to a BitAllocationModifier, and none follows"),
+    (
+        [AUTO, bits(solver="closed_form", importance="uniform"), GPTQModifier()],
+        "BitAllocationModifier.solver: .* keep: auto needs exact, got closed_form",
+    ),
+    ([AUTO, bits(share_layers=2), GPTQModifier()], "keep: auto needs 1, got 2"),
+    ([AUTO, bits(granularity="layer"), GPTQModifier()], "needs unit or matrix, got layer"),
+    (
+        [AUTO, bits(ignore=["lm_head", "re:.*k_proj"]), GPTQModifier()],
+        r"layers\.0\.self_attn\.k_proj gets no bits, so LowRankQKModifier",
+    ),
     ([bits()], "add a quantizing modifier after it"),
     ([bits(), GPTQModifier(scheme="W4A16")], "must leave scheme unset"),
     ([bits(), QuantizationModifier(targets=["re:.*up_proj"])], "must leave targets unset"),

@@ -6,7 +6,7 @@ from conftest import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from casp_plugin.modules import LowRankLinear, named_linears, skeleton
-from casp_plugin.units import decoder_layers, find_units, matched_linears
+from casp_plugin.units import decoder_layers, find_units, matched_linears, reading_together
 
 
 def units_of(model, granularity="unit", share_layers=1):
@@ -41,6 +41,35 @@ def test_low_rank_frees_v(load_tiny):
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.k_proj+v_proj",
     ]
+
+
+@pytest.mark.parametrize("granularity", ["unit", "matrix"])
+def test_what_is_chosen_together_is_a_unit(load_tiny, granularity):
+    model = load_tiny()
+    linears = matched_linears(model, ["re:.*[.]0[.]self_attn.*"], [], "targets")
+    together = [[f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qk"]]
+    units = find_units(linears, decoder_layers(model), granularity, 1, together)
+    assert [unit.name.rpartition(".")[2] for unit in units] == ["q_proj+k_proj", "v_proj", "o_proj"]
+
+
+def test_one_latent_is_one_unit(load_tiny):
+    """Whatever the granularity: its ``down`` has one width."""
+    model = load_tiny()
+    q, k = (f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qk")
+    factor(model, q, "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj")
+    owner = model.get_submodule(q)
+    model.set_submodule(k, LowRankLinear.like(model.get_submodule(k), 8, owner))
+    names = [unit.name for unit in units_of(model, "matrix")]
+    assert "model.layers.0.self_attn.q_proj+k_proj" in names
+    assert {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"} <= set(names)
+
+
+def test_reading_together():
+    names = [f"l.{i}.attn.{leaf}_proj" for i in range(2) for leaf in "qkvo"]
+    groups = reading_together([*names, "l.0.mlp.up_proj"])
+    assert groups[0] == ["l.0.attn.q_proj", "l.0.attn.k_proj", "l.0.attn.v_proj"]
+    assert groups[1:3] == [["l.0.attn.o_proj"], names[4:7]]
+    assert groups[-1] == ["l.0.mlp.up_proj"]
 
 
 def test_one_width_a_layer(load_tiny):

@@ -88,10 +88,13 @@ class CaspModifier(Modifier):
         return True
 
     def on_finalize(self, state: State, **kwargs) -> bool:
-        # the recipe saved beside the checkpoint is the user's own
+        self.release()  # the recipe saved beside the checkpoint is the user's own
+        return True
+
+    def release(self) -> None:
+        """Take back what was handed over."""
         for modifier, field in self._handed_over:
             setattr(modifier, field, None)
-        return True
 
     def input_block(self, name: str, module: nn.Linear | LowRankLinear) -> int:
         """Size of the Hadamard blocks by which a transform of the recipe rotates the input of a
@@ -138,6 +141,8 @@ def plan_recipe(
     run = _start(model, dataloader, modifiers, statistics)
     for modifier in _own(modifiers):
         modifier.prepare(model, run.plan, run.statistics, _after(modifier, modifiers))
+    for modifier in _own(modifiers):
+        modifier.release()
     return run.plan
 
 
