@@ -376,6 +376,11 @@ def _backward(
     model: nn.Module, batch: dict, mask: torch.Tensor | None, generator: torch.Generator
 ) -> None:
     """Forward, and backward of the summed loss against sampled labels, down to the activations."""
+    # images begin a path of their own: what they pass through has gradients too
+    batch = {
+        k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in batch.items()
+    }
     with torch.enable_grad():
         logits = model(**batch).logits.float()
         scores = logits.log_softmax(-1)

@@ -2,7 +2,9 @@
 
 import pytest
 import scipy.linalg
+import tiny_vlms
 import torch
+from transformers import AutoModelForImageTextToText
 
 from casp_plugin.modules import named_linears
 from casp_plugin.statistics import Request, collect
@@ -183,3 +185,23 @@ def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
                 found.attention_moments[name].double(), g.T @ g / len(g), rtol=1e-4, atol=1e-12
             )
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_images_have_gradients_too(tmp_path, family):
+    """Language model and vision tower of a model that sees: what every importance needs."""
+    tiny_vlms.save_tiny_vlm(tmp_path, family)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([tiny_vlms.image_prompt(family, expanded=True)])
+    batch = {"input_ids": ids, **tiny_vlms.image_inputs(tmp_path, family)}
+    named = [name for name, _ in named_linears(model) if name.endswith("q_proj")]
+    text = {name for name in named if "vision" not in name}
+    request = Request(gradient_moments=frozenset(named), attention_moments=frozenset(text))
+    found = collect(model, [batch], request)
+    assert set(found.attention_moments) == text
+    unused = (
+        {"model.vision_tower.encoder.layers.1.self_attn.q_proj"} if family == "llava" else set()
+    )
+    assert set(found.gradient_moments) == set(named) - unused
+    for moments in (found.gradient_moments, found.attention_moments):
+        assert all(moment.diagonal().min() > 0 for moment in moments.values())

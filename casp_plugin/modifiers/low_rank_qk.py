@@ -186,6 +186,12 @@ class LowRankQKModifier(CaspModifier):
                 "fisher": statistics.gradient_moments,
                 "attention": statistics.attention_moments,
             }[self.method]
+            unmoved = [name for name in names if name not in found]
+            if unmoved:
+                raise ValueError(
+                    f"LowRankQKModifier.targets: {unmoved[0]} does not reach the loss of the "
+                    "calibration data: ignore it"
+                )
             metric = torch.block_diag(*(found[name] for name in names))
         try:
             weight = torch.cat([linears[name].weight for name in names])
