@@ -12,7 +12,14 @@ from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_m
 from compressed_tensors.utils import is_match
 from torch import nn
 
-__all__ = ["check_transforms", "input_block", "rotate", "rotate_moment", "stored_transforms"]
+__all__ = [
+    "check_transforms",
+    "hadamard",
+    "input_block",
+    "rotate",
+    "rotate_moment",
+    "stored_transforms",
+]
 
 
 def check_transforms(config: TransformConfig) -> None:
@@ -58,17 +65,26 @@ def input_block(config: TransformConfig | None, name: str, linear: nn.Module, co
     return 1
 
 
-def rotate(values: torch.Tensor, block: int) -> torch.Tensor:
-    """Multiply the last dimension by Sylvester's Hadamard matrix, block by block.
+def hadamard(block: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Sylvester's Hadamard matrix, shape (block, block), scaled to be orthogonal. It is symmetric
+    and its own inverse: inputs and rows of weights turn alike.
 
-    The matrix is symmetric and its own inverse: inputs and rows of weights turn alike.
+    :param block: a power of two
+    """
+    return deterministic_hadamard_matrix(block, dtype, device) * block**-0.5
+
+
+def rotate(values: torch.Tensor, block: int, matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply the last dimension by :func:`hadamard`, block by block.
 
     :param values: shape (..., columns)
     :param block: a power of two that divides the columns; 1 changes nothing
+    :param matrix: the matrix, if it is at hand
     """
     if block == 1:
         return values
-    matrix = deterministic_hadamard_matrix(block, values.dtype, values.device) * block**-0.5
+    if matrix is None:
+        matrix = hadamard(block, values.dtype, values.device)
     return (values.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
 
 

@@ -269,7 +269,8 @@ def test_ranks_and_bits_chosen_at_once(serve, batches, tmp_path):
     assert_same(serve(folder), expected(folder))
 
 
-def test_rotated_inputs(serve, batches, tmp_path):
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "compiled"])
+def test_rotated_inputs(serve, batches, tmp_path, enforce_eager):
     """Hadamard blocks at the input of every layer, factored or not."""
     source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
     recipe = [
@@ -284,7 +285,7 @@ def test_rotated_inputs(serve, batches, tmp_path):
     ]
     folder = tmp_path / "out"
     oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder))
-    assert_same(serve(folder), expected(folder))
+    assert_same(serve(folder, enforce_eager=enforce_eager), expected(folder))
 
 
 def test_factors_of_16_bits(serve, batches, tmp_path):

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from casp_plugin.runtime.packing import narrow_packed
-from casp_plugin.transforms import input_block, rotate
+from casp_plugin.transforms import hadamard, input_block, rotate
 
 __all__ = ["Rows", "Shard", "SplitLinearMethod", "can_join", "rows_of_rank"]
 
@@ -129,6 +129,9 @@ class SplitLinearMethod(LinearMethodBase):
 
         self.first = self._joined(layer, first)
         self.second = self._joined(layer, second)
+        for block in {part.block for part in first + second} - {1}:
+            matrix = hadamard(block, params_dtype)
+            layer.register_buffer(f"hadamard_{block}", matrix, persistent=False)
         layer.first = nn.ModuleList()
         for parts in self.first:
             layer.first.append(self._linear(layer, input_size, parts, params_dtype))
@@ -144,18 +147,21 @@ class SplitLinearMethod(LinearMethodBase):
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         outputs: list[torch.Tensor | None] = [None] * len(self.shards)
-        rotated = {block: rotate(x, block) for block in {parts[0].block for parts in self.first}}
+
+        def turned(inputs: torch.Tensor, block: int) -> torch.Tensor:
+            return rotate(inputs, block, getattr(layer, f"hadamard_{block}", None))
 
         def run(parts: list[_Part], child: LinearBase, inputs: torch.Tensor) -> None:
             pieces = child(inputs).split([part.rows.length for part in parts], dim=-1)
             for part, piece in zip(parts, pieces, strict=True):
                 outputs[part.shard] = piece
 
+        inputs = {block: turned(x, block) for block in {parts[0].block for parts in self.first}}
         for parts, child in zip(self.first, layer.first, strict=True):
-            run(parts, child, rotated[parts[0].block])
+            run(parts, child, inputs[parts[0].block])
         latents = list(outputs)
         for parts, child in zip(self.second, layer.second, strict=True):
-            latent = rotate(latents[parts[0].reads], parts[0].block)
+            latent = turned(latents[parts[0].reads], parts[0].block)
             run(parts, child, latent.contiguous())
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
