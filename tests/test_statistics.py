@@ -117,7 +117,7 @@ def test_no_data(load_tiny):
 
 def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
     """Squares and second moments of the gradient for labels drawn from the predictions."""
-    monkeypatch.setattr("casp_plugin.statistics.GRADIENT_SAMPLES", 4)
+    monkeypatch.setattr("casp_plugin.derivatives.SAMPLES", 4)
     model = load_tiny()
     request = Request(gradients=frozenset({Q, DOWN}), gradient_moments=frozenset({Q, K}))
     found = collect(model, batches, request)
@@ -160,7 +160,7 @@ def test_gradients_leave_the_model_as_it_was(load_tiny, batches):
 
 def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
     """Backward inside one attention module, along random directions of its output."""
-    monkeypatch.setattr("casp_plugin.statistics.GRADIENT_SAMPLES", 2)
+    monkeypatch.setattr("casp_plugin.derivatives.SAMPLES", 2)
     model = load_tiny()
     names = frozenset(name.replace("layers.1", f"layers.{i}") for i in (0, 1) for name in (Q, K))
     found = collect(model, batches, Request(attention_moments=names))

@@ -1,0 +1,202 @@
+"""How much the loss, or the output of an attention module, moves with what linear layers put out.
+
+Second moments of derivatives over tokens: the output metrics of ``lowrank`` and the importances of
+``pricing``.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from llmcompressor.utils.helpers import disable_lm_head
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from casp_plugin.hooks import Hooks, TokenMean, on_device, token_mask, tokens_of
+
+__all__ = ["AttentionDerivatives", "LossGradients"]
+
+#: sequences that derivatives are taken from; they settle long before the moments of inputs do
+SAMPLES = 16
+
+
+class LossGradients:
+    """Gradients of the loss at the outputs of linear layers, for labels drawn from the model's own
+    predictions: E[g g^T] is then a block of the Fisher information (K-FAC, arXiv 1503.05671), not
+    of the empirical one.
+
+    Parameters get no gradients, and only what enters the decoder layers is kept on the way
+    (activation checkpointing): it takes the memory of one layer and the logits beside the model.
+
+    :param squares: linears whose E[g^2] per output is wanted
+    :param moments: linears whose E[g g^T] is wanted
+    """
+
+    def __init__(self, squares: frozenset[str], moments: frozenset[str]):
+        self.squares = {name: TokenMean() for name in squares}
+        self.moments = {name: TokenMean() for name in moments}
+        self._mask: torch.Tensor | None = None
+
+    def collect(self, model: nn.Module, dataloader: Iterable[dict], layers: list[str]) -> None:
+        """
+        :param model: the model, ready to be run
+        :param dataloader: batches, of which the first are used
+        :param layers: names of the decoder layers
+        """
+        # apart from torch's own generator: asking for gradients changes nothing that comes after
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
+            for name in self.squares.keys() | self.moments.keys():
+                hooks.add(name, self._on_linear(name))
+            for batch in _first(dataloader, "Collecting gradients"):
+                batch = on_device(batch, model)
+                self._mask = token_mask(batch)
+                _backward(model, batch, self._mask, generator)
+
+    def _on_linear(self, name: str):
+        def on_gradient(gradient: torch.Tensor) -> None:
+            g = tokens_of(gradient, self._mask).float()
+            if name in self.squares:
+                self.squares[name].add(g.square().sum(0), len(g))
+            if name in self.moments:
+                self.moments[name].add(g.T @ g, len(g))
+
+        def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
+            output.register_hook(on_gradient)
+
+        return hook
+
+
+class AttentionDerivatives:
+    """Derivatives of each attention module alone, along random directions of its output, relative
+    to the size of the hidden state that the output is added to.
+
+    Backward runs inside one module at a time, so softmax, RoPE, norms and head groups of any
+    family are in it and no graph is kept across layers.
+
+    :param linears: linears inside attention modules, whose E[J^T J] is wanted
+    """
+
+    def __init__(self, linears: frozenset[str]):
+        self.moments = {name: TokenMean() for name in linears}
+        self._mask: torch.Tensor | None = None
+        self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._hidden: torch.Tensor | None = None
+
+    def collect(self, model: nn.Module, dataloader: Iterable[dict], layers: list[str]) -> None:
+        """
+        :param model: the model, ready to be run
+        :param dataloader: batches, of which the first are used
+        :param layers: names of the decoder layers
+        """
+        with Hooks(model) as hooks, disable_lm_head(model):
+            for layer in layers:
+                hooks.add_before(layer, self._on_layer)
+            for attention in {name.rpartition(".")[0] for name in self.moments}:
+                hooks.add_before(attention, self._on_enter)
+                hooks.add(attention, self._on_leave, with_kwargs=True)
+            for name in self.moments:
+                hooks.add(name, self._on_linear(name))
+            for batch in _first(dataloader, "Probing the attention"):
+                batch = on_device(batch, model)
+                self._mask = token_mask(batch)
+                with torch.no_grad():
+                    model(**batch)
+
+    def _on_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._hidden = args[0] if args else kwargs["hidden_states"]
+
+    def _on_enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        torch.set_grad_enabled(True)
+        self._outputs = {}
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+    def _on_linear(self, name: str):
+        def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
+            self._outputs[name] = output
+
+        return hook
+
+    def _on_leave(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        attended = output[0] if isinstance(output, tuple) else output
+        size = self._hidden.float().norm(dim=-1, keepdim=True)
+        probe = torch.randn(attended.shape, generator=self._generator).to(attended.device) / size
+        names = list(self._outputs)
+        gradients = torch.autograd.grad(
+            attended, [self._outputs[name] for name in names], probe.to(attended.dtype)
+        )
+        torch.set_grad_enabled(False)
+        for name, gradient in zip(names, gradients, strict=True):
+            g = tokens_of(gradient, self._mask).float()
+            self.moments[name].add(g.T @ g, len(g))
+        attended = attended.detach()
+        return (attended, *output[1:]) if isinstance(output, tuple) else attended
+
+
+def _first(dataloader: Iterable[dict], desc: str) -> Iterator[dict]:
+    """The batches that hold the first ``SAMPLES`` sequences."""
+    with tqdm(desc=desc, total=SAMPLES) as bar:
+        for batch in dataloader:
+            yield batch
+            bar.update(len(next(v for v in batch.values() if torch.is_tensor(v))))
+            if bar.n >= SAMPLES:
+                return
+
+
+def _backward(
+    model: nn.Module, batch: dict, mask: torch.Tensor | None, generator: torch.Generator
+) -> None:
+    """Forward, and backward of the summed loss against sampled labels, down to the activations."""
+    # images begin a path of their own: what they pass through has gradients too
+    batch = {
+        k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in batch.items()
+    }
+    with torch.enable_grad():
+        logits = model(**batch).logits.float()
+        scores = logits.log_softmax(-1)
+        with torch.no_grad():
+            chances = scores.exp().flatten(0, -2).cpu()
+            labels = torch.multinomial(chances, 1, generator=generator).to(scores.device)
+        loss = -scores.flatten(0, -2).gather(1, labels).view(logits.shape[:-1])
+        loss = loss if mask is None else loss[mask]
+        loss.sum().backward()
+
+
+@contextmanager
+def _no_parameter_gradients(model: nn.Module):
+    """Gradients of activations only; what enters the layers is made to have one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    model.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        model.disable_input_require_grads()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, layers: list[str]):
+    """Decoder layers that keep their inputs only, and run again on the way back."""
+
+    def recomputing(forward):
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    modules = [model.get_submodule(name) for name in layers]
+    before = [vars(module).get("forward") for module in modules]  # an offloading hook's own
+    for module in modules:
+        module.forward = recomputing(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
