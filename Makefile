@@ -12,7 +12,7 @@ VLLM := .venv-vllm
 VLLM_ENV := PYTHONPATH=tests/vllm_site VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-vllm lint bench ablation clean
+.PHONY: demo test test-vllm lint bench bench-awq bench-autoround ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -61,11 +61,20 @@ lint: $(BIN)/.ready
 
 # DATA holds calibration.jsonl and test_public.jsonl
 DATA ?= ../shared/data
+RUN = $(BIN)/python benchmarks/compare.py $(DEMO)/SmolLM2-135M-Instruct \
+  $(foreach b,2.28 2.56 3.30,$(foreach r,$(1),recipes/smollm2/$(r)_$(b).yaml)) \
+  --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl \
+  $(addprefix --seed ,$(SEEDS)) --rows $(DEMO)/rows.jsonl --table benchmarks/results/smollm2_$(2).md
+SEEDS ?= 0
+
+# recipes at equal bytes; a run that was stopped goes on where it was. On two cores and for one seed:
+# GPTQ 35 minutes, AWQ 30, AutoRound hours
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
-	$(BIN)/python benchmarks/compare.py $(DEMO)/SmolLM2-135M-Instruct \
-	  $(foreach b,2.28 2.56 3.30,$(foreach r,uniform paper casp uniform_hadamard hadamard,recipes/smollm2/$(r)_$(b).yaml)) \
-	  --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl \
-	  --table benchmarks/results/smollm2_quality.md
+	$(call RUN,uniform paper casp uniform_hadamard hadamard,gptq)
+bench-awq: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(call RUN,awq casp_awq,awq)
+bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(call RUN,autoround casp_autoround,autoround)
 
 # what each choice is worth by itself
 ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json

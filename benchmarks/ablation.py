@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-import casp_plugin.pricing
+import casp_plugin.distortion
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.calibration import calibration_loader, load_text
 from casp_plugin.distortion import rounding_delta
 from casp_plugin.evaluation import Scores, evaluate, loss_interval
-from casp_plugin.modules import LowRankLinear, named_linears
+from casp_plugin.modules import named_linears
 from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Request, Statistics, collect
 from casp_plugin.transforms import rotate, rotate_moment
@@ -168,15 +168,11 @@ def remembering(function):
     """Errors of the same weight under the same scheme are measured once for all rows."""
     known = {}
 
-    def remembered(layer, args, moment, row_weights, latent=None, block=1):
-        parts = [layer]
-        if isinstance(layer, LowRankLinear):
-            parts = [layer.latent, layer.up]
-        weights = [part.weight.double().sum().item() for part in parts]
-        facts = (row_weights.sum().item(), moment.ndim, args.num_bits, block)
-        key = (*weights, *facts)
+    def remembered(weight, args, moment):
+        facts = (weight.double().sum(), weight.double().square().sum(), moment.double().sum())
+        key = (*(fact.item() for fact in facts), weight.shape, args.num_bits, moment.ndim)
         if key not in known:
-            known[key] = function(layer, args, moment, row_weights, latent, block)
+            known[key] = function(weight, args, moment)
         return known[key]
 
     return remembered
@@ -192,15 +188,15 @@ def rows(
         for name, fields in LOW_RANK.items():
             model = bench.low_rank({**fields, "rank_allocation": allocation}, statistics)
             yield f"low rank, {allocation} ranks", name, bench.score(model), None
-    casp_plugin.pricing.rounding_error = remembering(casp_plugin.pricing.rounding_error)
+    casp_plugin.distortion.row_errors = remembering(casp_plugin.distortion.row_errors)
     for budget in budgets:
-        for name in PLANS:
-            try:
+        model, plan = bench.plan(BASELINE, budget, statistics, seed)
+        yield f"{budget:.2f} bits", BASELINE, bench.score(model), plan
+        alike = plan.reachable_bits[0] > budget - 0.01  # too low for any choice without factors
+        for name, (low_rank, _, rotated) in PLANS.items():
+            if name != BASELINE and not (alike and low_rank is None and not rotated):
                 model, plan = bench.plan(name, budget, statistics, seed)
-            except ValueError as error:
-                print(f"{name} at {budget}: {error}")
-                continue
-            yield f"{budget:.2f} bits", name, bench.score(model), plan
+                yield f"{budget:.2f} bits", name, bench.score(model), plan
 
 
 def main(

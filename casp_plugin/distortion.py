@@ -15,7 +15,7 @@ from casp_plugin.importance import output_error
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.transforms import rotate
 
-__all__ = ["rounding_delta", "rounding_error"]
+__all__ = ["rounding_delta", "rounding_error", "row_errors"]
 
 #: rows of a large matrix that are rounded to estimate its error; rows are exchangeable
 SAMPLED_ROWS = 128
@@ -89,20 +89,29 @@ def rounding_error(
     return _error(rotate(module.weight.float(), block), args, moment, row_weights)
 
 
+def row_errors(
+    weight: torch.Tensor, args: QuantizationArgs, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared output error of rows of a weight, all of them or a sample where there are many.
+
+    :return: indices of the rows, and ``E[(dW x)_r^2]`` of each
+    """
+    rows = torch.arange(weight.shape[0], device=weight.device)
+    if weight.shape[0] > SAMPLED_ROWS:
+        rows = torch.linspace(0, weight.shape[0] - 1, SAMPLED_ROWS, device=weight.device).long()
+    return rows, output_error(rounding_delta(weight[rows], args, moment), moment)
+
+
 def _error(
     weight: torch.Tensor,
     args: QuantizationArgs,
     moment: torch.Tensor,
     row_weights: torch.Tensor,
 ) -> float:
-    """Weighted squared output error, estimated from a sample of the rows where there are many."""
+    """Weighted squared output error, from a sample of the rows where there are many."""
     row_weights = row_weights.to(weight.device, torch.float32)
-    total = row_weights.sum().item()
-    if weight.shape[0] > SAMPLED_ROWS:
-        picked = torch.linspace(0, weight.shape[0] - 1, SAMPLED_ROWS, device=weight.device).long()
-        weight, row_weights = weight[picked], row_weights[picked]
-    seen = row_weights.sum().item()
+    rows, errors = row_errors(weight, args, moment)
+    seen = row_weights[rows].sum().item()
     if not seen:
         return 0.0
-    per_row = output_error(rounding_delta(weight, args, moment), moment)
-    return (per_row @ row_weights).item() * total / seen
+    return (errors @ row_weights[rows]).item() * row_weights.sum().item() / seen

@@ -1,7 +1,8 @@
 """transformers loads our checkpoints: ``import casp_plugin`` is all it takes.
 
 The compressed-tensors quantizer and config of transformers are replaced by subclasses that
-know the ``casp`` section and do nothing else for checkpoints without it.
+know the ``casp`` section, and transforms, which transformers 5.17 leaves out without a word. For
+checkpoints without either they do nothing else.
 """
 
 import re
@@ -86,11 +87,9 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         # a user may pass transformers' own config, which has no such attribute
         self.section = getattr(quantization_config, SECTION, None)
-        self.transforms = None
-        if self.section is not None:
-            self.transforms = quantization_config.transform_config
-            if self.transforms is not None:
-                check_transforms(self.transforms)
+        self.transforms = getattr(quantization_config, "transform_config", None)
+        if self.transforms is not None:
+            check_transforms(self.transforms)
 
     def validate_environment(self, *args, **kwargs):
         super().validate_environment(*args, **kwargs)
@@ -112,17 +111,17 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.section is not None:
             install_factored_layers(model, read_section({SECTION: self.section}))
-            # made again from the config below
-            ignored = {re.escape(name) for name in stored_transforms(self.transforms, model)}
-            known = model._keys_to_ignore_on_load_unexpected or set()
-            model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
+        # made again from the config below
+        ignored = {re.escape(name) for name in stored_transforms(self.transforms, model)}
+        known = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
         if self.compressor.quantization_config is not None:
             super()._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)
+        rotate_inputs(model, self.transforms)
         if self.section is not None:
-            rotate_inputs(model, self.transforms)
             plan, recipe = _beside(model, PLAN_NAME), _beside(model, RECIPE_NAME)
             save_with_plan(
                 model,

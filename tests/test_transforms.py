@@ -82,6 +82,20 @@ def test_compress_reload_check(tiny_llama, batches, tmp_path):
         fold(tmp_path / "out", tmp_path / "folded")
 
 
+def test_stock_checkpoint(tiny_llama, batches, tmp_path):
+    """Without our section: transformers alone would run it without the rotations."""
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    stock = [
+        quip(ignore=["lm_head"]),
+        GPTQModifier(config_groups={"g": scheme}, ignore=["lm_head"]),
+    ]
+    model = oneshot(model=tiny_llama, recipe=stock, dataset=batches, output_dir=str(tmp_path))
+    ids = torch.randint(3, 96, (2, 16))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
 def test_errors_are_those_of_the_rotated_weights(load_tiny, batches):
     """One huge input channel in a group: rotated, no channel stands out."""
     errors = []
