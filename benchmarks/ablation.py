@@ -204,7 +204,7 @@ def main(
     dataset: str = "bundled",
     heldout: str = "bundled",
     samples: int = 32,
-    heldout_samples: int = 12,
+    heldout_samples: int = 8,
     max_length: int = 512,
     group_size: int = 64,
     budgets: Annotated[list[float], typer.Option(help="Average bits.")] = (2.2816, 2.79, 3.2972),

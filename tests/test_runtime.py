@@ -481,6 +481,13 @@ def test_column_parallel(rank_of_factors, ranks, on_rank):
         assert_close(layer(x)[0], expected.chunk(ranks, -1)[rank])
 
 
+def row_parallel(checkpoint):
+    config = checkpoint.config()
+    return RowParallelLinear(
+        HIDDEN, 32, False, reduce_results=False, quant_config=config, prefix="o_proj"
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_row_parallel_factors(ranks, on_rank):
     parts = {"down": {"bits": 4}, "up": {"bits": 3}}
@@ -489,11 +496,8 @@ def test_row_parallel_factors(ranks, on_rank):
     total = 0
     for rank in range(ranks):
         on_rank(rank, ranks)
-        layer = RowParallelLinear(
-            HIDDEN, 32, False, reduce_results=False, quant_config=checkpoint.config(),
-            prefix="o_proj",
-        )  # fmt: skip
-        total += checkpoint.load(layer, "o_proj")(x.chunk(ranks, -1)[rank])[0]
+        layer = checkpoint.load(row_parallel(checkpoint), "o_proj")
+        total += layer(x.chunk(ranks, -1)[rank])[0]
     assert_close(total, x.double() @ checkpoint.weights["o_proj"].t())
 
 
@@ -535,11 +539,8 @@ def test_rotated_input_of_a_row_parallel_layer(ranks, on_rank):
     total = 0
     for rank in range(ranks):
         on_rank(rank, ranks)
-        layer = RowParallelLinear(
-            HIDDEN, 32, False, reduce_results=False, quant_config=checkpoint.config(),
-            prefix="o_proj",
-        )  # fmt: skip
-        total += checkpoint.load(layer, "o_proj")(x.chunk(ranks, -1)[rank])[0]
+        layer = checkpoint.load(row_parallel(checkpoint), "o_proj")
+        total += layer(x.chunk(ranks, -1)[rank])[0]
     assert_close(total, hadamard(x, 16) @ checkpoint.weights["o_proj"].t())
 
 
@@ -549,9 +550,7 @@ def test_rotations_that_cannot_run(on_rank):
     checkpoint = Checkpoint().add("o_proj", 32, HIDDEN, 4).rotate(64)
     on_rank(0, 2)
     with pytest.raises(ValueError, match=r"32 columns cannot be rotated in blocks of 64"):
-        RowParallelLinear(
-            HIDDEN, 32, False, quant_config=checkpoint.config(), prefix="o_proj"
-        )  # fmt: skip
+        row_parallel(checkpoint)
 
 
 def test_equal_schemes_share_the_first_matmul():

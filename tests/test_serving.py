@@ -394,7 +394,7 @@ def test_tested_architectures():
     assert text | vision == TESTED
 
 
-@pytest.mark.parametrize("recipe", ["casp_2.28", "uniform_3.30", "matrix_2.56"])
+@pytest.mark.parametrize("recipe", ["casp_2.28", "hadamard_2.56", "uniform_3.30"])
 def test_smollm2(serve, tmp_path, recipe):
     """Recipes on a real model, calibrated shortly: vLLM writes the same text."""
     source = os.environ.get("CASP_SMOLLM2")
