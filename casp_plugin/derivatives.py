@@ -123,7 +123,10 @@ class AttentionDerivatives:
 
     def _on_leave(self, module: nn.Module, args: tuple, kwargs: dict, output):
         attended = output[0] if isinstance(output, tuple) else output
-        size = self._hidden.float().norm(dim=-1, keepdim=True)
+        beside = self._hidden  # of the decoder layer, unless this attention is in none
+        if beside is None or beside.shape != attended.shape:
+            beside = attended.detach()
+        size = beside.float().norm(dim=-1, keepdim=True)
         probe = torch.randn(attended.shape, generator=self._generator).to(attended.device) / size
         names = list(self._outputs)
         gradients = torch.autograd.grad(

@@ -54,8 +54,7 @@ class Pricing:
         :raises ValueError: if a group size does not divide the columns of a weight
         """
         candidates = []
-        ranks = [] if latent is None else latent.ranks(self.rank_multiple)
-        for rank in (None, *ranks):
+        for rank in (None, *self._ranks(latent)):
             layers = dense if rank is None else latent.layers(rank)
             stored = _stored(layers)
             self._check_groups(stored)
@@ -79,6 +78,12 @@ class Pricing:
             importance=importance,
             candidates=candidates,
         )
+
+    def _ranks(self, latent: Latent | None) -> list[int]:
+        """Ranks on offer, 1, 2, 3, 4, 6, 8, 12, ... times the multiple: every one is measured."""
+        ranks = [] if latent is None else latent.ranks(self.rank_multiple)
+        steps = {base << i for i in range(32) for base in (1, 2, 3)}
+        return [rank for rank in ranks if rank // self.rank_multiple in steps]
 
     def _rounding(self, layers: Layers, args: QuantizationArgs) -> float:
         """Error of rounding layers, or their factors, under a scheme."""

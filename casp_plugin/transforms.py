@@ -66,26 +66,32 @@ def input_block(config: TransformConfig | None, name: str, linear: nn.Module, co
 
 
 def hadamard(block: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Sylvester's Hadamard matrix, shape (block, block), scaled to be orthogonal. It is symmetric
-    and its own inverse: inputs and rows of weights turn alike.
+    """Sylvester's Hadamard matrix, shape (block, block), scaled by a power of two, which 16 bits
+    hold exactly: orthogonal for blocks of 4^n, too large by the square root of two for the others.
 
     :param block: a power of two
     """
-    return deterministic_hadamard_matrix(block, dtype, device) * block**-0.5
+    return deterministic_hadamard_matrix(block, dtype, device) * 2.0 ** -(_log2(block) // 2)
 
 
 def rotate(values: torch.Tensor, block: int, matrix: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply the last dimension by :func:`hadamard`, block by block.
+    """Multiply the last dimension by Sylvester's Hadamard matrix, block by block. The matrix is
+    orthogonal, symmetric and its own inverse: inputs and rows of weights turn alike.
 
     :param values: shape (..., columns)
     :param block: a power of two that divides the columns; 1 changes nothing
-    :param matrix: the matrix, if it is at hand
+    :param matrix: what :func:`hadamard` gives, if it is at hand
     """
     if block == 1:
         return values
     if matrix is None:
         matrix = hadamard(block, values.dtype, values.device)
-    return (values.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    turned = (values.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    return turned * 0.5**0.5 if _log2(block) % 2 else turned
+
+
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
 
 
 def rotate_moment(moment: torch.Tensor, block: int) -> torch.Tensor:

@@ -128,3 +128,11 @@ def test_without_statistics_errors_are_unknown(measured):
     unit = pricing(None).unit("qk", 1.0, linears, Latent(linears, None))
     assert {c.error for c in unit.candidates} == {None}
     assert {c.rank for c in unit.candidates} == {None, 16, 32}
+
+
+def test_ranks_on_offer_thin_out():
+    """Each is measured, so a wide layer offers no more than some of them."""
+    wide = Latent({"q": nn.Linear(512, 512, device="meta")}, None)
+    unit = pricing(None).unit("q", 1.0, wide.linears, wide)
+    ranks = sorted({c.rank for c in unit.candidates if c.rank})
+    assert ranks == [16, 32, 48, 64, 96, 128, 192]

@@ -33,6 +33,15 @@ def config(**fields):
     return modifier.transform_config
 
 
+@pytest.mark.parametrize("block", [64, 128])
+def test_rotation_in_16_bits_has_no_bias(block):
+    """The square root of two is rounded once, not in every entry of the matrix."""
+    x = torch.randn(2000, 128, dtype=torch.float64)
+    exact = rotate(x, block)
+    ratio = (rotate(x.bfloat16(), block).double() * exact).sum() / exact.square().sum()
+    assert abs(ratio.item() - 1) < 2e-4
+
+
 @pytest.mark.parametrize("block", [1, 2, 16, 64])
 def test_rotation_is_the_block_diagonal_hadamard(block):
     x = torch.randn(3, 5, 64, dtype=torch.float64)

@@ -31,6 +31,8 @@ __all__ = ["BitAllocationModifier"]
 TOLERANCE = 0.01
 #: budgets that a plan tells the cost of
 PARETO_POINTS = 9
+#: ranks are multiples of this where no group size asks for more
+RANK_MULTIPLE = 64
 _QUANTIZERS = "GPTQModifier, QuantizationModifier or AutoRoundModifier"
 
 
@@ -223,7 +225,7 @@ class BitAllocationModifier(CaspModifier):
         :param rank_multiple: ranks are multiples of this; None for the largest group size
         """
         self._latents = latents
-        self._rank_multiple = rank_multiple or max(self.group_sizes, default=1)
+        self._rank_multiple = rank_multiple or max(self.group_sizes, default=RANK_MULTIPLE)
 
     def _matched(self, model: nn.Module) -> dict[str, nn.Linear | LowRankLinear]:
         return matched_linears(model, self.targets, self.ignore, f"{type(self).__name__}.targets")
