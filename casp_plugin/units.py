@@ -123,10 +123,12 @@ def find_units(
 
 
 def reading_together(names: Iterable[str]) -> list[list[str]]:
-    """Linears by the fused layer that they are part of: those of one read the same input."""
+    """Linears by the fused layer that they are part of: those of one read the same input. Experts
+    stand alone."""
     groups: dict[tuple, list[str]] = {}
     for name in names:
-        groups.setdefault(_fused(name, None, False), []).append(name)
+        key = (name,) if _EXPERT.match(f".{name}") else _fused(name, None, False)
+        groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 

@@ -101,6 +101,16 @@ def test_global_ranks_keep_what_was_asked(load_tiny, batches, share_latent):
     assert (attention.k_proj.latent_of is attention.q_proj) is share_latent
 
 
+def test_no_latent_for_two_inputs(load_tiny, batches):
+    """q and k across two sequences: what they read is seen in the data."""
+    model = load_tiny()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    plan_recipe(model, [low_rank(), GPTQModifier()], batches)
+    assert attention.k_proj.latent_of is None
+    assert model.model.layers[1].self_attn.k_proj.latent_of is not None
+
+
 def test_plan_tells_other_budgets(load_tiny, batches):
     plan = plan_recipe(load_tiny(), [bits(), GPTQModifier()], batches)
     points = [(point.average_bits, point.error) for point in plan.pareto]

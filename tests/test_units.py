@@ -66,6 +66,8 @@ def test_one_latent_is_one_unit(load_tiny):
 
 def test_reading_together():
     names = [f"l.{i}.attn.{leaf}_proj" for i in range(2) for leaf in "qkvo"]
+    experts = [f"l.0.mlp.experts.{i}.{leaf}_proj" for i in range(2) for leaf in ("gate", "up")]
+    assert reading_together(experts) == [[name] for name in experts]
     groups = reading_together([*names, "l.0.mlp.up_proj"])
     assert groups[0] == ["l.0.attn.q_proj", "l.0.attn.k_proj", "l.0.attn.v_proj"]
     assert groups[1:3] == [["l.0.attn.o_proj"], names[4:7]]

@@ -163,6 +163,8 @@ class LowRankQKModifier(CaspModifier):
         """What may be factored, with spectra where there are statistics."""
         matched = self._matched(model)
         groups = reading_together(matched) if self.share_latent else [[name] for name in matched]
+        if statistics is not None:
+            groups = [part for group in groups for part in _by_input(group, statistics)]
         return [
             Latent(
                 {name: matched[name] for name in names},
@@ -238,6 +240,14 @@ class LowRankQKModifier(CaspModifier):
         raise ValueError(
             f"LowRankQKModifier.ranks: no entry matches {name}; entries: {list(self.ranks)}"
         )
+
+
+def _by_input(names: list[str], statistics: Statistics) -> list[list[str]]:
+    """Linears apart that did not read the same: q and k of an attention across two sequences."""
+    parts: dict[int, list[str]] = {}
+    for name in names:
+        parts.setdefault(id(statistics.second_moments.get(name)), []).append(name)
+    return list(parts.values())
 
 
 def _group_size(following: list[Modifier]) -> int:
