@@ -78,7 +78,6 @@ class Bench:
         self.heldout, self.max_length, self.group_size = heldout, max_length, group_size
         self.linears = [name for name, _ in named_linears(self.model) if name != "lm_head"]
         self.logits = {}
-        self.deltas = {}
 
     def collect(self) -> Statistics:
         """Everything that any row needs."""
@@ -154,26 +153,28 @@ class Bench:
             down = model.get_submodule(owner).latent.weight.float()
             moment, block = down @ moment @ down.T, 1
         weight = model.get_submodule(name).weight
-        key = (name, args.num_bits, block)
-        delta = None if factor else self.deltas.get(key)
-        if delta is None:
-            turned = rotate(weight.float(), block)
-            delta = rotate(rounding_delta(turned, args, rotate_moment(moment, block)), block)
-            if not factor:
-                self.deltas[key] = delta.to(weight.dtype)
-        weight.add_(delta)
+        turned = rotate(weight.float(), block)
+        delta = rounding_delta(turned, args, rotate_moment(moment, block))
+        weight.add_(rotate(delta, block))
 
 
 def remembering(function):
-    """Errors of the same weight under the same scheme are measured once for all rows."""
+    """Weights that were rounded under a scheme once are not rounded again for other rows."""
     known = {}
 
-    def remembered(weight, args, moment):
-        facts = (weight.double().sum(), weight.double().square().sum(), moment.double().sum())
-        key = (*(fact.item() for fact in facts), weight.shape, args.num_bits, moment.ndim)
-        if key not in known:
-            known[key] = function(weight, args, moment)
-        return known[key]
+    def facts(weight, args, moment):
+        sums = (weight.double().sum(), weight.double().square().sum(), moment.double().sum())
+        return (*(each.item() for each in sums), weight.shape, args.num_bits, moment.ndim)
+
+    def remembered(weights, args, moments):
+        pairs = list(zip(weights, moments, strict=True))
+        keys = [facts(weight, args, moment) for weight, moment in pairs]
+        new = [pair for key, pair in zip(keys, pairs, strict=True) if key not in known]
+        if new:
+            missing = [key for key in keys if key not in known]
+            deltas = function([weight for weight, _ in new], args, [moment for _, moment in new])
+            known.update(zip(missing, deltas, strict=True))
+        return [known[key] for key in keys]
 
     return remembered
 
@@ -188,7 +189,7 @@ def rows(
         for name, fields in LOW_RANK.items():
             model = bench.low_rank({**fields, "rank_allocation": allocation}, statistics)
             yield f"low rank, {allocation} ranks", name, bench.score(model), None
-    casp_plugin.distortion.row_errors = remembering(casp_plugin.distortion.row_errors)
+    casp_plugin.distortion._deltas = remembering(casp_plugin.distortion._deltas)
     for budget in budgets:
         model, plan = bench.plan(BASELINE, budget, statistics, seed)
         yield f"{budget:.2f} bits", BASELINE, bench.score(model), plan

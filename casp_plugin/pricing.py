@@ -1,13 +1,13 @@
 """What each candidate of a unit takes and costs: bytes, and the measured error."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
-from casp_plugin.distortion import rounding_error
+from casp_plugin.distortion import RoundingErrors, WeightedError
 from casp_plugin.latent import Latent
 from casp_plugin.lowrank import quadratic_error
 from casp_plugin.modules import LowRankLinear
@@ -21,7 +21,7 @@ __all__ = ["Pricing", "stored_shapes"]
 Layers = dict[str, nn.Linear | LowRankLinear]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pricing:
     """Prices the candidates of a unit: every bit width and, with a latent, every rank.
 
@@ -42,11 +42,16 @@ class Pricing:
     by_gptq: bool
     input_block: Callable[[str, nn.Linear | LowRankLinear], int]
     rank_multiple: int
+    _errors: RoundingErrors = field(default_factory=RoundingErrors, init=False)
+    _asked: list[tuple[Candidate, float, list[WeightedError]]] = field(
+        default_factory=list, init=False
+    )
 
     def unit(
         self, name: str, importance: float | None, dense: Layers, latent: Latent | None
     ) -> UnitPlan:
-        """
+        """A unit with all its candidates; their errors are there after :meth:`finish`.
+
         :param name: of the unit
         :param importance: what the solver weighs its errors with
         :param dense: its layers as they are
@@ -60,17 +65,17 @@ class Pricing:
             self._check_groups(stored)
             known = self.statistics is not None
             lost = self._lost(dense, layers) if known and rank is not None else 0.0
-            candidates += [
-                Candidate(
+            for bits, args in self.schemes.items():
+                candidate = Candidate(
                     bits=bits,
                     rank=rank,
                     group_size=args.group_size or -1,
                     bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
-                    error=lost + self._rounding(layers, args) if known else None,
                     needs=missing_kernel(args),
                 )
-                for bits, args in self.schemes.items()
-            ]
+                candidates.append(candidate)
+                if known:
+                    self._asked.append((candidate, lost, self._rounding(layers, args)))
         return UnitPlan(
             name=name,
             modules=stored_shapes(dense),
@@ -79,15 +84,22 @@ class Pricing:
             candidates=candidates,
         )
 
+    def finish(self) -> None:
+        """Fill in the errors of all candidates."""
+        self._errors.finish()
+        for candidate, lost, rounding in self._asked:
+            candidate.error = lost + sum(error.value for error in rounding)
+        self._asked.clear()
+
     def _ranks(self, latent: Latent | None) -> list[int]:
         """Ranks on offer, 1, 2, 3, 4, 6, 8, 12, ... times the multiple: every one is measured."""
         ranks = [] if latent is None else latent.ranks(self.rank_multiple)
         steps = {base << i for i in range(32) for base in (1, 2, 3)}
         return [rank for rank in ranks if rank // self.rank_multiple in steps]
 
-    def _rounding(self, layers: Layers, args: QuantizationArgs) -> float:
-        """Error of rounding layers, or their factors, under a scheme."""
-        error = 0.0
+    def _rounding(self, layers: Layers, args: QuantizationArgs) -> list[WeightedError]:
+        """Errors of rounding layers, or their factors, under a scheme."""
+        asked = []
         for name, layer in layers.items():
             mean_square = self.statistics.mean_squares.get(name)
             if mean_square is None:  # no token reached it
@@ -102,8 +114,8 @@ class Pricing:
                 latent = down @ second @ down.T
                 latent = latent if by_gptq else latent.diagonal()
             weights = self._row_weights(name, layer)
-            error += rounding_error(layer, args, moment, weights, latent, block)
-        return error
+            asked.append(self._errors.of(layer, args, moment, weights, latent, block))
+        return asked
 
     def _lost(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:
         """Error of factors that are not rounded."""

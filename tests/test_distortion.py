@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from casp_plugin.distortion import rounding_delta, rounding_error
+from casp_plugin import distortion
+from casp_plugin.distortion import RoundingErrors, rounding_delta
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.schemes import weight_args
+
+
+def rounding_error(*arguments, **options):
+    errors = RoundingErrors()
+    found = errors.of(*arguments, **options)
+    errors.finish()
+    return found.value
 
 
 def statistics(x, weight):
@@ -68,3 +76,25 @@ def test_more_bits_mean_less_error(x):
 def test_a_silent_layer_has_no_error(x):
     linear = nn.Linear(32, 48, bias=False)
     assert rounding_error(linear, weight_args(2, 16), torch.ones(32), torch.zeros(48)) == 0.0
+
+
+@pytest.mark.parametrize("waiting", [0, 2**28], ids=["one by one", "together"])
+def test_many_at_once_are_as_each_alone(x, waiting, monkeypatch):
+    """Dense and factored, two shapes, two schemes, GPTQ and nearest; one latent for two layers."""
+    monkeypatch.setattr(distortion, "WAITING_BYTES", waiting)
+    torch.manual_seed(0)
+    moment = x.T @ x / len(x) + 0.1
+    q = LowRankLinear(32, 48, 16)
+    k = LowRankLinear(32, 24, 16, latent_of=q)
+    layers = [nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(32, 24), q, k]
+    asked = [
+        (layer, weight_args(bits, 16), each, torch.rand(layer.out_features))
+        for layer in layers
+        for bits in (2, 3)
+        for each in (moment, moment.diagonal())
+    ]
+    alone = [rounding_error(*arguments) for arguments in asked]
+    errors = RoundingErrors()
+    found = [errors.of(*arguments) for arguments in asked]
+    errors.finish()
+    assert [error.value for error in found] == pytest.approx(alone, rel=1e-4)

@@ -37,9 +37,12 @@ def measured():
     return linears, x, g, statistics
 
 
-def pricing(statistics, fisher=True, by_gptq=True, block=1):
+def priced(statistics, linears, latent=None, fisher=True, by_gptq=True, block=1):
     schemes = {bits: weight_args(bits, GROUP) for bits in (2, 4)}
-    return Pricing(schemes, statistics, fisher, by_gptq, lambda *args: block, 16)
+    pricing = Pricing(schemes, statistics, fisher, by_gptq, lambda *args: block, 16)
+    unit = pricing.unit("qk", 1.0, linears, latent)
+    pricing.finish()
+    return unit
 
 
 def latent_of(linears, statistics):
@@ -55,7 +58,7 @@ def test_fisher_price_of_dense_layers(measured, by_gptq, block):
     linears, x, g, statistics = measured
     turned = rotate(x, block)
     statistics.mean_squares = dict.fromkeys(NAMES, turned.square().mean(0))
-    unit = pricing(statistics, by_gptq=by_gptq, block=block).unit("qk", 1.0, linears, None)
+    unit = priced(statistics, linears, by_gptq=by_gptq, block=block)
     second = rotate_moment(statistics.second_moments[NAMES[0]], block)
     moment = second if by_gptq else second.diagonal()
     for candidate in unit.candidates:
@@ -73,8 +76,8 @@ def test_fisher_price_of_dense_layers(measured, by_gptq, block):
 
 def test_gptq_prices_are_lower(measured):
     linears, _, _, statistics = measured
-    by_gptq = pricing(statistics).unit("qk", 1.0, linears, None)
-    nearest = pricing(statistics, by_gptq=False).unit("qk", 1.0, linears, None)
+    by_gptq = priced(statistics, linears)
+    nearest = priced(statistics, linears, by_gptq=False)
     # on correlated inputs: what is rounded first is made up for by what follows
     x_error = [c.error for c in by_gptq.candidates]
     assert x_error[0] < nearest.candidates[0].error
@@ -85,7 +88,7 @@ def test_price_of_factors(measured, fisher):
     """Lost and rounded at once, on real outputs; the two add up but for a cross term."""
     linears, x, g, statistics = measured
     latent = latent_of(linears, statistics)
-    unit = pricing(statistics, fisher=fisher).unit("qk", 1.0, linears, latent)
+    unit = priced(statistics, linears, latent, fisher)
     assert {c.rank for c in unit.candidates} == {None, 16, 32}
     candidate = next(c for c in unit.candidates if (c.rank, c.bits) == (16, 4))
     layers = latent.layers(16)
@@ -110,7 +113,7 @@ def test_price_of_factors(measured, fisher):
 def test_bytes_count_a_shared_latent_once(measured):
     linears, _, _, statistics = measured
     latent = latent_of(linears, statistics)
-    unit = pricing(statistics).unit("qk", 1.0, linears, latent)
+    unit = priced(statistics, linears, latent)
     dense, factored = (next(c for c in unit.candidates if c.rank == r) for r in (None, 32))
     # 2-bit codes; a scale of 4 bytes and 2-bit zero points for each group; a shape
     codes = (48 + 32) * 64 // 4
@@ -125,7 +128,7 @@ def test_bytes_count_a_shared_latent_once(measured):
 
 def test_without_statistics_errors_are_unknown(measured):
     linears, _, _, _ = measured
-    unit = pricing(None).unit("qk", 1.0, linears, Latent(linears, None))
+    unit = priced(None, linears, Latent(linears, None))
     assert {c.error for c in unit.candidates} == {None}
     assert {c.rank for c in unit.candidates} == {None, 16, 32}
 
@@ -133,6 +136,6 @@ def test_without_statistics_errors_are_unknown(measured):
 def test_ranks_on_offer_thin_out():
     """Each is measured, so a wide layer offers no more than some of them."""
     wide = Latent({"q": nn.Linear(512, 512, device="meta")}, None)
-    unit = pricing(None).unit("q", 1.0, wide.linears, wide)
+    unit = priced(None, wide.linears, wide)
     ranks = sorted({c.rank for c in unit.candidates if c.rank})
     assert ranks == [16, 32, 48, 64, 96, 128, 192]

@@ -209,6 +209,7 @@ class BitAllocationModifier(CaspModifier):
             dense = {name: linears[name] for name in unit.modules}
             latent = latents.get(unit.modules[0])
             plan.units.append(pricing.unit(unit.name, importance, dense, latent))
+        pricing.finish()
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
