@@ -105,7 +105,8 @@ def read_section(quantization: dict) -> Section:
     if not isinstance(latent_of, dict):
         raise ValueError(f"{where} is malformed: 'latent_of' is no table")
     for name, owner in latent_of.items():
-        if owner in latent_of or name not in ranks or ranks.get(owner) != ranks[name]:
+        known = isinstance(owner, str) and owner not in latent_of and name in ranks
+        if not known or ranks.get(owner) != ranks[name]:
             raise ValueError(
                 f"{where}.latent_of: {name} cannot use the latent of {owner!r}: both must be "
                 "factored layers of one rank, and the other must have a latent of its own"

@@ -69,9 +69,7 @@ class Latent:
         return made
 
 
-def global_ranks(
-    latents: Iterable[Latent], multiple: int, keep: float, dense: bool = True
-) -> list[int | None]:
+def global_ranks(latents: Iterable[Latent], multiple: int, keep: float) -> list[int | None]:
     """Ranks that lose the least energy in all, within a share of the parameters.
 
     Exact, by the knapsack that allocates bits too; singular values fall, so the marginal gain of
@@ -80,14 +78,10 @@ def global_ranks(
     :param latents: with their spectra in one unit
     :param multiple: ranks are multiples of this
     :param keep: parameters of all factors over those of all dense layers, in (0, 1)
-    :param dense: whether a layer may also stay as it is
     :return: rank of each latent, None where it stays dense
     """
     latents = list(latents)
-    options = [
-        [*latent.ranks(multiple), *([None] if dense or not latent.ranks(multiple) else [])]
-        for latent in latents
-    ]
+    options = [[*latent.ranks(multiple), None] for latent in latents]
     sizes = [
         [round(latent.kept(rank) * latent.parameters) for rank in ranks]
         for latent, ranks in zip(latents, options, strict=True)
