@@ -67,8 +67,7 @@ RUN = $(BIN)/python benchmarks/compare.py $(DEMO)/SmolLM2-135M-Instruct \
   $(addprefix --seed ,$(SEEDS)) --rows $(DEMO)/rows.jsonl --table benchmarks/results/smollm2_$(2).md
 SEEDS ?= 0
 
-# recipes at equal bytes; a run that was stopped goes on where it was. On two cores and for one seed:
-# GPTQ 35 minutes, AWQ 30, AutoRound hours
+# recipes at equal bytes; a run that was stopped goes on where it was
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(call RUN,uniform paper casp uniform_hadamard hadamard,gptq)
 bench-awq: $(DEMO)/SmolLM2-135M-Instruct/config.json

@@ -8,19 +8,18 @@ scored. ``compare.py`` runs whole recipes instead, with errors passed on from la
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
 import torch
 import typer
+from common import heldout_source, show, write_markdown
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform import QuIPModifier
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -66,6 +65,7 @@ PLANS = {
     "Hadamard, one knapsack": ({}, {}, True),
 }
 BASELINE = "uniform"
+COLUMNS = ("table", "row", "bits", "whole model", "perplexity", "KL", "perplexity ratio")
 
 
 class Bench:
@@ -216,10 +216,8 @@ def main(
     start = time.perf_counter()
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if heldout == "bundled":
-        heldout = str(Path(casp_plugin.__file__).parent / "text" / "heldout.jsonl")
     texts = load_text(dataset, tokenizer, samples, seed=seed)
-    scored = load_text(heldout, tokenizer, heldout_samples)["text"]
+    scored = load_text(heldout_source(heldout), tokenizer, heldout_samples)["text"]
     bench = Bench(model, texts, scored, max_length, group_size)
     found, baseline = [], {}
     for kind, name, scores, plan in rows(bench, list(budgets), seed):
@@ -227,24 +225,15 @@ def main(
             baseline[kind] = scores
         found.append(_cells(kind, name, scores, plan, baseline.get(kind)))
         print(f"{time.perf_counter() - start:.0f} s:", *found[-1], flush=True)
-    columns = ("table", "row", "bits", "whole model", "perplexity", "KL", "perplexity ratio")
-    shown = Table(*columns)
-    for row in found:
-        shown.add_row(*row)
-    Console(width=140).print(shown)
+    show(COLUMNS, found)
     if table is not None:
-        names = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
-        lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *found)]
-        lines += [
-            "",
+        note = (
             f"{model}, {samples} x {max_length} tokens of {dataset}, scored on {len(scored)} texts "
-            f"of {heldout}, groups of {group_size}, seed {seed}; one-shot GPTQ; "
-            f"{time.perf_counter() - start:.0f} seconds; "
-            + ", ".join(f"{name} {version(name)}" for name in names)
-            + ".",
-        ]
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text("\n".join(lines) + "\n")
+            f"of {heldout}, groups of {group_size}, seed {seed}; one-shot GPTQ; perplexity ratio "
+            "with the 95 % interval of a paired bootstrap over the texts; "
+            f"{time.perf_counter() - start:.0f} seconds;"
+        )
+        write_markdown(table, COLUMNS, found, note)
 
 
 def _cells(
@@ -255,7 +244,7 @@ def _cells(
         everything = plan.total_bytes * 8 / (plan.weights + plan.other_bytes / 2)
         cells[2:4] = f"{plan.reached_bits:.3f}", f"{everything:.3f}"
     if baseline is not None and baseline is not scores:
-        low, high = (float(torch.tensor(end).exp()) for end in loss_interval(scores, baseline))
+        low, high = map(math.exp, loss_interval(scores, baseline))
         ratio = scores.perplexity / baseline.perplexity
         cells[6] = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
     return cells

@@ -14,14 +14,12 @@ import math
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from common import heldout_source, show, write_markdown
 
 app = typer.Typer(pretty_exceptions_enable=False)
 COLUMNS = (
@@ -81,11 +79,15 @@ def compare(
         found = [[run(None, seed[0])]]
         for recipe in recipes:
             found.append([run(recipe, number) for number in seed])
-            _show(found)
+            show(COLUMNS, _rows(found))
     print(f"\n{found[-1][0]['recipe']} continues {PROMPT!r}:\n{found[-1][0]['text']}\n")
     if table is not None:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(_markdown(found, sys.argv[2:]))
+        note = (
+            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[2:])}`, "
+            f"{_mean(found[0]).tokens:,} tokens scored; perplexity ratio with the 95 % interval of "
+            "a paired bootstrap over the texts;"
+        )
+        write_markdown(table, COLUMNS, _rows(found), note)
 
 
 PROMPT = "A compiler is a program that"
@@ -145,12 +147,9 @@ def measure(folder: str, reference: str, heldout: str, samples: int, max_length:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    import casp_plugin
     from casp_plugin.calibration import load_text
     from casp_plugin.evaluation import evaluate
 
-    if heldout == "bundled":
-        heldout = str(Path(casp_plugin.__file__).parent / "text" / "heldout.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     original = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
@@ -165,7 +164,7 @@ def measure(folder: str, reference: str, heldout: str, samples: int, max_length:
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as shard:
             total += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118
-    texts = load_text(heldout, tokenizer, samples)["text"]
+    texts = load_text(heldout_source(heldout), tokenizer, samples)["text"]
     same = folder == reference
     scores = evaluate(model, tokenizer, texts, max_length, None if same else original)
     set_seed(0)
@@ -228,29 +227,6 @@ def _rows(found: list[list[dict]]) -> list[list[str]]:
     for runs in found[1:]:
         baselines.setdefault(runs[0]["recipe"].rpartition("_")[2], runs)
     return [_cells(runs, baselines.get(runs[0]["recipe"].rpartition("_")[2])) for runs in found]
-
-
-def _show(found: list[list[dict]]) -> None:
-    table = Table(*COLUMNS)
-    for cells in _rows(found):
-        table.add_row(*cells)
-    Console(width=150).print(table)
-
-
-def _markdown(found: list[list[dict]], arguments: list[str]) -> str:
-    names = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(cells) + " |" for cells in _rows(found)),
-        "",
-        f"Made by `python benchmarks/compare.py {' '.join(arguments)}`",
-        f"({_mean(found[0]).tokens:,} tokens scored; perplexity ratio with the 95 % interval of a "
-        "paired bootstrap over the texts; "
-        + ", ".join(f"{name} {version(name)}" for name in names)
-        + ").",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ checkpoints without either they do nothing else.
 """
 
 import re
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -158,16 +159,18 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
     """
     where = f"quantization_config.{SECTION}.low_rank"
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name in section.ranks:
+        if name not in linears:
+            raise ValueError(f"{where}: no linear layer {name!r}")
+    rows = Counter()  # of all that share a latent
+    for name in section.ranks:
+        rows[section.latent_of.get(name, name)] += linears[name].out_features
     # owners of a latent come before the layers that share it
     for name in sorted(section.ranks, key=section.latent_of.__contains__):
-        linear, rank = linears.get(name), section.ranks[name]
-        if linear is None:
-            raise ValueError(f"{where}: no linear layer {name!r}")
-        if rank > linear.in_features:
-            raise ValueError(
-                f"{where}: rank of {name} must lie in [1, {linear.in_features}], got {rank}"
-            )
-        owner = section.latent_of.get(name)
+        linear, rank, owner = linears[name], section.ranks[name], section.latent_of.get(name)
+        limit = min(rows[owner or name], linear.in_features)
+        if rank > limit:
+            raise ValueError(f"{where}: rank of {name} must lie in [1, {limit}], got {rank}")
         owner = None if owner is None else model.get_submodule(owner)
         model.set_submodule(name, LowRankLinear.like(linear, rank, owner))
 

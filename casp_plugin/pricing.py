@@ -31,7 +31,8 @@ class Pricing:
     :param schemes: weight scheme of each bit width on offer
     :param statistics: of the dense model; None leaves the errors unknown
     :param fisher: weigh output errors by the squared gradients of the loss
-    :param by_gptq: round by GPTQ where a layer's second moments are known, else to nearest
+    :param by_gptq: round by GPTQ, which takes the second moments of every layer's input, not to
+        nearest, which takes its mean squares
     :param input_block: size of the Hadamard blocks that will rotate the input of a layer
     :param rank_multiple: ranks are multiples of this
     """
@@ -65,6 +66,7 @@ class Pricing:
             self._check_groups(stored)
             known = self.statistics is not None
             lost = self._lost(dense, layers) if known and rank is not None else 0.0
+            rounding = self._rounding(layers) if known else {}
             for bits, args in self.schemes.items():
                 candidate = Candidate(
                     bits=bits,
@@ -75,7 +77,7 @@ class Pricing:
                 )
                 candidates.append(candidate)
                 if known:
-                    self._asked.append((candidate, lost, self._rounding(layers, args)))
+                    self._asked.append((candidate, lost, rounding[bits]))
         return UnitPlan(
             name=name,
             modules=stored_shapes(dense),
@@ -97,24 +99,24 @@ class Pricing:
         steps = {base << i for i in range(32) for base in (1, 2, 3)}
         return [rank for rank in ranks if rank // self.rank_multiple in steps]
 
-    def _rounding(self, layers: Layers, args: QuantizationArgs) -> list[WeightedError]:
-        """Errors of rounding layers, or their factors, under a scheme."""
-        asked = []
+    def _rounding(self, layers: Layers) -> dict[int, list[WeightedError]]:
+        """Errors of rounding layers, or their factors, under each scheme."""
+        asked = {bits: [] for bits in self.schemes}
         for name, layer in layers.items():
-            mean_square = self.statistics.mean_squares.get(name)
-            if mean_square is None:  # no token reached it
+            known = self.statistics.second_moments if self.by_gptq else self.statistics.mean_squares
+            if name not in known:  # no token reached it
                 continue
             block = self.input_block(name, layer)
-            second = self.statistics.second_moments.get(name)
-            by_gptq = self.by_gptq and second is not None
-            moment = rotate_moment(second, block) if by_gptq else mean_square
+            moment = rotate_moment(known[name], block) if self.by_gptq else known[name]
             latent = None
+            second = self.statistics.second_moments.get(name)
             if isinstance(layer, LowRankLinear) and second is not None:
                 down = layer.latent.weight.float()
                 latent = down @ second @ down.T
-                latent = latent if by_gptq else latent.diagonal()
+                latent = latent if self.by_gptq else latent.diagonal()
             weights = self._row_weights(name, layer)
-            asked.append(self._errors.of(layer, args, moment, weights, latent, block))
+            for bits, args in self.schemes.items():
+                asked[bits].append(self._errors.of(layer, args, moment, weights, latent, block))
         return asked
 
     def _lost(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:

@@ -205,6 +205,10 @@ Q = "model.layers.0.self_attn.q_proj"
             r"lie in \[1, 64\]",
         ),
         (
+            {"format": 1, "low_rank": {"model.layers.0.self_attn.k_proj": 33}},
+            r"lie in \[1, 32\], got 33",
+        ),
+        (
             {
                 "format": 2,
                 "low_rank": {"model.layers.0.self_attn.k_proj": 16},

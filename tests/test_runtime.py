@@ -488,16 +488,22 @@ def row_parallel(checkpoint):
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_row_parallel_factors(ranks, on_rank):
-    parts = {"down": {"bits": 4}, "up": {"bits": 3}}
-    checkpoint = Checkpoint().factor("o_proj", 32, HIDDEN, 16, **parts)
-    x = torch.randn(3, HIDDEN)
+def summed_over_ranks(checkpoint, x, ranks, on_rank):
+    """What a row-parallel layer gives before the ranks' sums are exchanged, added up."""
     total = 0
     for rank in range(ranks):
         on_rank(rank, ranks)
         layer = checkpoint.load(row_parallel(checkpoint), "o_proj")
         total += layer(x.chunk(ranks, -1)[rank])[0]
+    return total
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_parallel_factors(ranks, on_rank):
+    parts = {"down": {"bits": 4}, "up": {"bits": 3}}
+    checkpoint = Checkpoint().factor("o_proj", 32, HIDDEN, 16, **parts)
+    x = torch.randn(3, HIDDEN)
+    total = summed_over_ranks(checkpoint, x, ranks, on_rank)
     assert_close(total, x.double() @ checkpoint.weights["o_proj"].t())
 
 
@@ -536,11 +542,7 @@ def test_rotated_inputs_of_qkv(layout, ranks, up, on_rank):
 def test_rotated_input_of_a_row_parallel_layer(ranks, on_rank):
     checkpoint = Checkpoint().add("o_proj", 32, HIDDEN, 4).rotate(16)
     x = torch.randn(3, HIDDEN)
-    total = 0
-    for rank in range(ranks):
-        on_rank(rank, ranks)
-        layer = checkpoint.load(row_parallel(checkpoint), "o_proj")
-        total += layer(x.chunk(ranks, -1)[rank])[0]
+    total = summed_over_ranks(checkpoint, x, ranks, on_rank)
     assert_close(total, hadamard(x, 16) @ checkpoint.weights["o_proj"].t())
 
 

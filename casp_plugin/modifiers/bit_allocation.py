@@ -167,11 +167,11 @@ class BitAllocationModifier(CaspModifier):
         linears = frozenset(matched)
         none = frozenset()
         squares = frozenset((name, self.input_block(name, m)) for name, m in matched.items())
+        by_gptq = self._by_gptq(self._quantizer(following, matched))
         fisher, influenced = self.importance == "fisher", self.importance == "block_influence"
-        quantizer = self._quantizer(following, matched)
         return Request(
-            second_moments=linears if measured and self._by_gptq(quantizer) else none,
-            mean_squares=squares if measured else none,
+            second_moments=linears if measured and by_gptq else none,
+            mean_squares=squares if measured and not by_gptq else none,
             energies=linears if measured and not fisher else none,
             influences=frozenset(decoder_layers(model)) if influenced else none,
             gradients=linears if fisher else none,
@@ -369,7 +369,8 @@ class BitAllocationModifier(CaspModifier):
                 f"only with an extra package: pip install {package}"
             )
         if statistics is not None and self.solver == "exact":
-            dead = [name for name in linears if name not in statistics.mean_squares]
+            reached = statistics.second_moments.keys() | statistics.mean_squares.keys()
+            dead = [name for name in linears if name not in reached]
             if dead:
                 plan.warnings.append(
                     f"no calibration token reached {len(dead)} layers, they count as free of "
