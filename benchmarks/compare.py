@@ -4,8 +4,9 @@ print quality and cost side by side.
     python benchmarks/compare.py MODEL RECIPE... --dataset D --heldout H --table T.md
 
 The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
-the first of them. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the
-same oneshot call took, saving included. With --rows a run that was stopped goes on where it was.
+the first of them. Losses of several seeds are averaged text by text; seconds are those of the
+first seed. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the same
+oneshot call took, saving included. With --rows a run that was stopped goes on where it was.
 """
 
 import hashlib
@@ -207,7 +208,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
         low, high = loss_interval(scores, _mean(baseline))
         ratio = f"{scores.perplexity / _mean(baseline).perplexity:.3f} "
         ratio += f"[{math.exp(low):.3f}, {math.exp(high):.3f}]"
-    casp = sum(run.get("casp_time", 0) for run in runs) / len(runs)
+    casp = first.get("casp_time")
     return [
         first["recipe"],
         f"{first['bits']:.4f}",
@@ -216,7 +217,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
         perplexity,
         f"{scores.kl:.4f}",
         ratio,
-        f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+        f"{first['seconds']:.0f}",
         f"+{casp:.0%}" if casp else "",
     ]
 

@@ -18,9 +18,10 @@ register()
 
 if find_spec("llmcompressor"):
     from casp_plugin.modifiers import (
+        AutoRoundModifier,
         BitAllocationModifier,
         LowRankQKModifier,
         plan_recipe,
     )
 
-    __all__ += ["BitAllocationModifier", "LowRankQKModifier", "plan_recipe"]
+    __all__ += ["AutoRoundModifier", "BitAllocationModifier", "LowRankQKModifier", "plan_recipe"]

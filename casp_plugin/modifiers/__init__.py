@@ -2,11 +2,18 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
+from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier, plan_recipe
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
 
-__all__ = ["BitAllocationModifier", "CaspModifier", "LowRankQKModifier", "plan_recipe"]
+__all__ = [
+    "AutoRoundModifier",
+    "BitAllocationModifier",
+    "CaspModifier",
+    "LowRankQKModifier",
+    "plan_recipe",
+]
 
-for _modifier in (LowRankQKModifier, BitAllocationModifier):
+for _modifier in (LowRankQKModifier, BitAllocationModifier, AutoRoundModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)

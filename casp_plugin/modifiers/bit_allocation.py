@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.transform import TransformConfig
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.autoround import AutoRoundModifier as StockAutoRoundModifier
 from llmcompressor.modifiers.quantization import QuantizationMixin, QuantizationModifier
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.latent import Latent
+from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install, point_awq_at_factors
 from casp_plugin.modules import LowRankLinear
@@ -242,6 +244,12 @@ class BitAllocationModifier(CaspModifier):
                 f"it, without a config of its own ({_QUANTIZERS})"
             )
         name = type(quantizer).__name__
+        stock = isinstance(quantizer, StockAutoRoundModifier)
+        if stock and not isinstance(quantizer, AutoRoundModifier) and not self.symmetric:
+            raise ValueError(
+                "llm-compressor's own AutoRoundModifier loses zero points: use "
+                "casp_plugin.AutoRoundModifier, or set BitAllocationModifier.symmetric"
+            )
         given = [
             field
             for field, default in (
