@@ -59,21 +59,26 @@ lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# DATA holds calibration.jsonl and test_public.jsonl
+# DATA holds calibration.jsonl and test_public.jsonl; RUN: recipes of every budget, table, more recipes
 DATA ?= ../shared/data
 RUN = $(BIN)/python benchmarks/compare.py $(DEMO)/SmolLM2-135M-Instruct \
-  $(foreach b,2.28 2.56 3.30,$(foreach r,$(1),recipes/smollm2/$(r)_$(b).yaml)) \
+  $(foreach b,2.28 2.56 3.30,$(1:%=recipes/smollm2/%_$(b).yaml) $(filter %_$(b).yaml,$(3))) \
   --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl \
   $(addprefix --seed ,$(SEEDS)) --rows $(DEMO)/rows.jsonl --table benchmarks/results/smollm2_$(2).md
 SEEDS ?= 0
+
+# at 2.28 bits AutoScheme can only choose 2 bits everywhere: the recipe it starts from
+AUTOSCHEME := $(DEMO)/autoscheme_2.56.yaml $(DEMO)/autoscheme_3.30.yaml
+$(AUTOSCHEME): $(DEMO)/autoscheme_%.yaml: recipes/smollm2/autoround_%.yaml
+	$(BIN)/python benchmarks/autoscheme.py $(DEMO)/SmolLM2-135M-Instruct $< $@ $(DATA)/calibration.jsonl
 
 # recipes at equal bytes; a run that was stopped goes on where it was
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(call RUN,uniform paper casp uniform_hadamard hadamard,gptq)
 bench-awq: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(call RUN,awq casp_awq,awq)
-bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json
-	$(call RUN,autoround casp_autoround,autoround)
+bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json $(AUTOSCHEME)
+	$(call RUN,autoround casp_autoround,autoround,$(AUTOSCHEME))
 
 # what each choice is worth by itself
 ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json

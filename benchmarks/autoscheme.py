@@ -1,16 +1,14 @@
-"""Write the recipe that AutoScheme, auto-round's own mixed precision, chooses for a budget.
+"""Write the recipe that AutoScheme, auto-round's own mixed precision, chooses at equal bytes.
 
-    python benchmarks/autoscheme.py MODEL recipes/smollm2/autoround_2.56.yaml OUT.yaml \\
-        --average-bits 2.562753 --dataset D.jsonl
+    python benchmarks/autoscheme.py MODEL recipes/smollm2/autoround_2.56.yaml OUT.yaml --dataset D
 
-AutoScheme measures what each layer's loss would be under each option and picks a mix that meets
-the average, scales and zero points counted. OUT is the given AutoRound recipe with that mix in
-place of its one width, so that ``compare.py`` can run both under the same settings. Layers are
-chosen one by one, also within q/k/v and gate/up: stock vLLM could not serve every such mix.
+AutoScheme measures what each layer's loss would be under each option and picks a mix that meets an
+average, scales and zero points counted. OUT is the given AutoRound recipe with such a mix in place
+of its one width, of the same average: ``compare.py`` can run both under the same settings. Every
+layer is chosen for itself, also within q/k/v and gate/up: stock vLLM could not serve every mix.
 """
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 import yaml
@@ -19,19 +17,25 @@ from auto_round.auto_scheme.gen_auto_scheme import AutoScheme
 from auto_round.schemes import QuantizationScheme
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+SCALE_BITS = 16
+
 
 def main(
     model: str,
-    recipe: Annotated[Path, typer.Argument(help="An AutoRound recipe of one width.")],
+    recipe: Path,
     out: Path,
-    average_bits: float = typer.Option(...),
-    dataset: Annotated[str, typer.Option(help="A .jsonl file with the key text.")] = ...,
+    dataset: str,
     candidates: list[int] = (2, 3, 4),
+    group_size: int = 64,
     samples: int = 32,
     max_length: int = 512,
     seed: int = 0,
 ) -> None:
-    """Choose, and write the recipe."""
+    """Choose, and write the recipe.
+
+    :param recipe: an AutoRound recipe of one integer width, asymmetric
+    :param dataset: a .json or .jsonl file with the key text
+    """
     set_seed(seed)
     content = yaml.safe_load(recipe.read_text())
     ((stage, modifiers),) = content.items()
@@ -39,26 +43,19 @@ def main(
     settings = modifier["AutoRoundModifier"]
     (scheme,) = settings["config_groups"].values()
     weights = scheme["weights"]
+    average = weights["num_bits"] + (SCALE_BITS + weights["num_bits"]) / weights["group_size"]
     options = [
-        QuantizationScheme(
-            bits=bits,
-            group_size=weights["group_size"],
-            sym=weights["symmetric"],
-            data_type=weights["type"],
-        )
+        QuantizationScheme(bits=bits, group_size=group_size, sym=False, data_type="int")
         for bits in candidates
     ]
+    calibration = {"dataset": dataset, "nsamples": samples, "seqlen": max_length}
     chosen = AutoRound(
         AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
         AutoTokenizer.from_pretrained(model),
-        scheme=AutoScheme(
-            average_bits, options, nsamples=samples, seqlen=max_length, dataset=dataset
-        ),
-        dataset=dataset,
-        nsamples=samples,
-        seqlen=max_length,
+        scheme=AutoScheme(average, options, **calibration),
         seed=seed,
         enable_torch_compile=False,
+        **calibration,
     )
     chosen.configure_layer_config(enable_gguf_official_mixed=False)
     names = {bits: [] for bits in candidates}
@@ -66,13 +63,16 @@ def main(
         if layer["bits"] in names:
             names[layer["bits"]].append(name)
     settings["config_groups"] = {
-        f"bits_{bits}": {"targets": targets, "weights": {**weights, "num_bits": bits}}
+        f"w{bits}": {
+            "targets": targets,
+            "weights": {**weights, "num_bits": bits, "group_size": group_size},
+        }
         for bits, targets in names.items()
         if targets
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    note = f"# AutoScheme's mix for {average_bits} bits, chosen on {dataset}, seed {seed}.\n"
-    out.write_text(note + yaml.safe_dump({stage: {group: modifier}}, sort_keys=False))
+    note = f"# AutoScheme's mix for {average} bits, chosen on {dataset}, seed {seed}.\n"
+    out.write_text(note + yaml.safe_dump(content, sort_keys=False))
     print({bits: len(targets) for bits, targets in names.items()})
 
 
