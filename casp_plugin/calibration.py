@@ -9,7 +9,7 @@ from llmcompressor.datasets import get_calibration_dataloader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUNDLED", "calibration_loader", "dataset_arguments", "load_text"]
+__all__ = ["BUNDLED", "calibration_loader", "dataset_arguments", "load_text", "read_source"]
 
 #: name of the text that ships with the package (the Jargon File, public domain)
 BUNDLED = "bundled"
@@ -40,7 +40,7 @@ def load_text(
     :return: a dataset with the one column ``text``
     :raises ValueError: if the source does not exist, has no such column or split, or no text
     """
-    data = _read(source, split, config_name)
+    data = read_source(source, split, config_name)
     if "messages" in data.column_names and column not in data.column_names:
         data = data.map(
             lambda row: {column: tokenizer.apply_chat_template(row["messages"], tokenize=False)},
@@ -77,7 +77,11 @@ def calibration_loader(
     return get_calibration_dataloader(arguments, tokenizer)
 
 
-def _read(source: str, split: str, config_name: str | None) -> Dataset:
+def read_source(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
+    """
+    :param source: a file, a folder, a hub id or ``bundled``, as in ``load_text``
+    :raises ValueError: if it cannot be read
+    """
     path = Path(source)
     if source == BUNDLED:
         path = Path(str(files("casp_plugin") / "text" / "calibration.jsonl"))
@@ -86,6 +90,8 @@ def _read(source: str, split: str, config_name: str | None) -> Dataset:
             return load_dataset("text", data_files=str(path), split="train", sample_by="paragraph")
         if path.suffix in _FORMATS and path.is_file():
             return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        if path.is_dir() and any(path.glob("metadata.*")):  # images and a table about them
+            return load_dataset("imagefolder", data_dir=str(path), split=split)
         if path.is_dir():
             data = load_from_disk(str(path))
             return data[split] if isinstance(data, DatasetDict) else data

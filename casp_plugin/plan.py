@@ -5,6 +5,7 @@ stored as ``casp_plan.json`` beside the checkpoint.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich import box
 from rich.table import Table
 
-__all__ = ["PLAN_NAME", "Candidate", "CompressionPlan", "LowRankPlan", "ParetoPoint", "UnitPlan"]
+from casp_plugin.components import LANGUAGE
+
+__all__ = [
+    "PLAN_NAME",
+    "Budget",
+    "Candidate",
+    "CompressionPlan",
+    "LowRankPlan",
+    "ParetoPoint",
+    "UnitPlan",
+]
 
 PLAN_NAME = "casp_plan.json"
 
@@ -48,6 +59,7 @@ class UnitPlan(_Model):
     :param modules: stored weights, name to (out, in), as chosen; a factored layer stores ``up``
         and, unless it shares another's, ``down``
     :param weights: original weights of the unit's linears, before any factorisation
+    :param component: part of a multimodal model that it lies in
     :param importance: what the solver weighted the error with; None if unknown
     :param candidates: schemes on offer, by rising bits
     :param chosen: index of the chosen candidate; None until statistics are there
@@ -56,6 +68,7 @@ class UnitPlan(_Model):
     name: str
     modules: dict[str, tuple[int, int]]
     weights: int
+    component: str = LANGUAGE
     importance: float | None = None
     candidates: list[Candidate]
     chosen: int | None = None
@@ -87,12 +100,46 @@ class LowRankPlan(_Model):
 class ParetoPoint(_Model):
     """The best that the same tables allow at another budget.
 
+    :param component: that the budget is for; None for all together
     :param average_bits: over the units' original weights, everything counted
     :param error: importance x error summed over the units
     """
 
+    component: str | None = None
     average_bits: float
     error: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Units that share one budget.
+
+    :param component: part of the model that they lie in; None where all share it
+    :param average_bits: the budget, as given
+    """
+
+    component: str | None
+    average_bits: float
+    units: list[UnitPlan]
+
+    @property
+    def weights(self) -> int:
+        """Original weights of all units."""
+        return sum(unit.weights for unit in self.units)
+
+    @property
+    def reached_bits(self) -> float | None:
+        """Average bits over the units' original weights, everything counted."""
+        if any(unit.chosen is None for unit in self.units):
+            return None
+        return sum(unit.choice.bytes for unit in self.units) * 8 / self.weights
+
+    @property
+    def reachable_bits(self) -> tuple[float, float]:
+        """Least and largest average bits that the candidates allow."""
+        least = sum(min(c.bytes for c in unit.candidates) for unit in self.units)
+        most = sum(max(c.bytes for c in unit.candidates) for unit in self.units)
+        return least * 8 / self.weights, most * 8 / self.weights
 
 
 class CompressionPlan(_Model):
@@ -103,7 +150,8 @@ class CompressionPlan(_Model):
     :param seed: torch seed at the time
     :param calibration_tokens: tokens the statistics come from; None without statistics
     :param settings: fields of each modifier, as given
-    :param average_bits: the budget, as given; None if no bits were allocated
+    :param average_bits: the budget, or that of each component, as given; None if no bits were
+        allocated
     :param low_rank: every linear that was considered for factors
     :param units: every unit that bits were chosen for
     :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
@@ -117,7 +165,7 @@ class CompressionPlan(_Model):
     seed: int | None = None
     calibration_tokens: int | None = None
     settings: dict[str, dict] = Field(default_factory=dict)
-    average_bits: float | None = None
+    average_bits: float | dict[str, float] | None = None
     low_rank: list[LowRankPlan] = Field(default_factory=list)
     units: list[UnitPlan] = Field(default_factory=list)
     pareto: list[ParetoPoint] = Field(default_factory=list)
@@ -128,6 +176,16 @@ class CompressionPlan(_Model):
     def decided(self) -> bool:
         """Whether every unit has its bits."""
         return bool(self.units) and all(unit.chosen is not None for unit in self.units)
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """What the units share, component by component or all together."""
+        if not isinstance(self.average_bits, dict):
+            return [Budget(None, self.average_bits, self.units)]
+        return [
+            Budget(component, bits, [unit for unit in self.units if unit.component == component])
+            for component, bits in self.average_bits.items()
+        ]
 
     @property
     def weights(self) -> int:
@@ -150,13 +208,6 @@ class CompressionPlan(_Model):
     def reached_bits(self) -> float | None:
         """Average bits over the units' original weights, everything counted."""
         return self.unit_bytes * 8 / self.weights if self.decided else None
-
-    @property
-    def reachable_bits(self) -> tuple[float, float]:
-        """Least and largest average bits that the candidates allow."""
-        least = sum(min(c.bytes for c in unit.candidates) for unit in self.units)
-        most = sum(max(c.bytes for c in unit.candidates) for unit in self.units)
-        return least * 8 / self.weights, most * 8 / self.weights
 
     @property
     def kept(self) -> float | None:
@@ -230,10 +281,11 @@ class CompressionPlan(_Model):
     def _pareto_table(self) -> Table:
         title = "Budgets: expected error, importance x error over all units"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("average bits", "error"):
+        for column in ("component", "average bits", "error"):
             table.add_column(column, justify="right")
         for point in self.pareto:
-            table.add_row(f"{point.average_bits:.3f}", f"{point.error:.4f}")
+            component = point.component or "all"
+            table.add_row(component, f"{point.average_bits:.3f}", f"{point.error:.4f}")
         return table
 
     def _total_table(self) -> Table:
@@ -242,10 +294,12 @@ class CompressionPlan(_Model):
         if self.low_rank:
             table.add_row("low-rank parameters kept", f"{self.kept:.3f}")
         if self.units:
-            least, most = self.reachable_bits
-            table.add_row("average bits, budget", f"{self.average_bits:.4f}")
-            table.add_row("average bits, reached", _shown(self.reached_bits, ".4f"))
-            table.add_row("average bits, reachable", f"{least:.4f} to {most:.4f}")
+            for budget in self.budgets:
+                name = f"average bits of {budget.component}" if budget.component else "average bits"
+                least, most = budget.reachable_bits
+                table.add_row(f"{name}, budget", f"{budget.average_bits:.4f}")
+                table.add_row(f"{name}, reached", _shown(budget.reached_bits, ".4f"))
+                table.add_row(f"{name}, reachable", f"{least:.4f} to {most:.4f}")
             table.add_row("bytes of the units", _shown(self.unit_bytes, ",d"))
             table.add_row("bytes of all tensors", _shown(self.total_bytes, ",d"))
         tokens = self.calibration_tokens

@@ -117,7 +117,7 @@ def test_plan_tells_other_budgets(load_tiny, batches):
     points = [(point.average_bits, point.error) for point in plan.pareto]
     assert points == sorted(points)
     assert [error for _, error in points] == sorted([e for _, e in points], reverse=True)
-    least, most = plan.reachable_bits
+    least, most = plan.budgets[0].reachable_bits
     assert (points[0][0], points[-1][0]) == pytest.approx((least, most))
 
 

@@ -18,10 +18,11 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 from torch import nn
 
 from casp_plugin.checkpoint import save_with_plan
+from casp_plugin.components import LANGUAGE, component_of, find_components
 from casp_plugin.modules import LowRankLinear, skeleton
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics, collect
@@ -45,7 +46,16 @@ class CaspModifier(Modifier):
 
     The first one of a recipe checks the whole recipe on a copy of the model without weights
     and runs the calibration data once, for all of them.
+
+    :param components: parts of a multimodal model that this modifier works on: `language`,
+        `vision`, `connector`, `audio`. A mapping from component to parts of module paths (regular
+        expressions) names them where the built-in table does not, for instance
+        `{language: [], vision: [my_encoder]}`
     """
+
+    components: list[str] | dict[str, list[str]] = Field(
+        default_factory=lambda: [LANGUAGE], min_length=1
+    )
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
     _transforms: TransformConfig | None = PrivateAttr(default=None)
@@ -102,6 +112,28 @@ class CaspModifier(Modifier):
         if isinstance(module, LowRankLinear):
             name, module = f"{name}.down", module.latent
         return input_block(self._transforms, name, module, module.in_features)
+
+    def in_components(self, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Those of some linears that lie in the components of this modifier.
+
+        :raises ValueError: if a component has none
+        """
+        found = find_components(linears, self._patterns)
+        for component in self.components:
+            if component not in found:
+                raise ValueError(
+                    f"{type(self).__name__}.components: no matching linear layer lies in "
+                    f"{component!r}; there are some in {', '.join(found)}"
+                )
+        return {n: m for n, m in linears.items() if self.component_of(n) in self.components}
+
+    def component_of(self, name: str) -> str:
+        """The component that a module lies in."""
+        return component_of(name, self._patterns)
+
+    @property
+    def _patterns(self) -> dict[str, list[str]] | None:
+        return self.components if isinstance(self.components, dict) else None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -70,7 +70,9 @@ class BitAllocationModifier(CaspModifier):
         - write config groups into the quantizing modifier that follows
 
     :param average_bits: the budget; the plan stays at or below it, within 0.01 of the best that
-        the candidates can reach
+        the candidates can reach. One number for all `components` together, or a mapping from
+        component to a budget of its own
+    :param component_weights: factors on the importance of whole components, 1 where not given
     :param candidates: bit widths on offer, 2 to 8
     :param group_size: columns that share a scale, -1 for one scale a row; one number, or a
         mapping from bit width to number
@@ -96,7 +98,8 @@ class BitAllocationModifier(CaspModifier):
     :param ignore: layers to leave unquantized although they match
     """
 
-    average_bits: float = Field(gt=0)
+    average_bits: float | dict[str, float]
+    component_weights: dict[str, float] = Field(default_factory=dict)
     candidates: list[int] = Field(default_factory=lambda: [2, 3, 4], min_length=1)
     group_size: int | dict[int, int] = 128
     symmetric: bool = False
@@ -115,6 +118,14 @@ class BitAllocationModifier(CaspModifier):
     @classmethod
     def _one_target(cls, value: str | list[str]) -> list[str]:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("average_bits", "component_weights")
+    @classmethod
+    def _positive(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if not (number > 0 and np.isfinite(number)):
+                raise ValueError(f"must be positive, got {value}")
+        return value
 
     @field_validator("candidates")
     @classmethod
@@ -144,6 +155,25 @@ class BitAllocationModifier(CaspModifier):
         wrong = [size for size in given if size < 1 and size != -1]
         if wrong:
             raise ValueError(f"group_size must be positive, or -1 for one a row; got {wrong}")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_name_components(self) -> "BitAllocationModifier":
+        budgets = self.average_bits
+        if isinstance(budgets, dict):
+            if "components" not in self.model_fields_set:
+                self.components = list(budgets)
+            if set(budgets) != set(self.components):
+                raise ValueError(
+                    f"average_bits has budgets for {list(budgets)}, components are "
+                    f"{list(self.components)}: they must agree"
+                )
+        unknown = set(self.component_weights) - set(self.components)
+        if unknown:
+            raise ValueError(
+                f"component_weights: {sorted(unknown)} are not among the components "
+                f"{list(self.components)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -210,7 +240,9 @@ class BitAllocationModifier(CaspModifier):
         for unit, importance in zip(progress, importances, strict=True):
             dense = {name: linears[name] for name in unit.modules}
             latent = latents.get(unit.modules[0])
-            plan.units.append(pricing.unit(unit.name, importance, dense, latent))
+            priced = pricing.unit(unit.name, importance, dense, latent)
+            priced.component = self.component_of(unit.modules[0])
+            plan.units.append(priced)
         pricing.finish()
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
@@ -231,7 +263,8 @@ class BitAllocationModifier(CaspModifier):
         self._rank_multiple = rank_multiple or max(self.group_sizes, default=RANK_MULTIPLE)
 
     def _matched(self, model: nn.Module) -> dict[str, nn.Linear | LowRankLinear]:
-        return matched_linears(model, self.targets, self.ignore, f"{type(self).__name__}.targets")
+        field = f"{type(self).__name__}.targets"
+        return self.in_components(matched_linears(model, self.targets, self.ignore, field))
 
     def _quantizer(
         self, following: list[Modifier], linears: dict[str, nn.Module]
@@ -290,20 +323,24 @@ class BitAllocationModifier(CaspModifier):
     def _importances(
         self, units: list[Unit], layers: list[str], statistics: Statistics | None
     ) -> list[float | None]:
+        weights = [self.component_weights.get(self.component_of(u.modules[0]), 1.0) for u in units]
         if self.importance in ("uniform", "fisher"):  # fisher weighs the errors themselves
-            return [1.0] * len(units)
+            return weights
         if self.importance == "block_influence":
             if statistics is None:
                 return [None] * len(units)
-            return [_mean_influence(unit, statistics.influences) for unit in units]
+            return [
+                weight * _mean_influence(unit, statistics.influences)
+                for unit, weight in zip(units, weights, strict=True)
+            ]
         used = set()
         importances = []
-        for unit in units:
+        for unit, weight in zip(units, weights, strict=True):
             names = {unit.name, *unit.modules}
             names |= {layer for layer in layers for m in unit.modules if m.startswith(f"{layer}.")}
             key = next((k for k in self.importance if any(match_name(n, k) for n in names)), None)
             used.add(key)
-            importances.append(self.importance[key] if key is not None else 1.0)
+            importances.append(weight * (self.importance[key] if key is not None else 1.0))
         unused = [key for key in self.importance if key not in used]
         if unused:
             known = ", ".join(unit.name for unit in units[:4])
@@ -354,13 +391,15 @@ class BitAllocationModifier(CaspModifier):
             point_awq_at_factors(self, model, following)
 
     def _check_budget(self, plan: CompressionPlan) -> None:
-        least, most = plan.reachable_bits
-        if not least <= self.average_bits <= most + TOLERANCE:
-            raise ValueError(
-                f"BitAllocationModifier.average_bits: {self.average_bits} cannot be reached; "
-                f"candidates {self.candidates} with group size {self.group_size} reach "
-                f"{least:.4f} to {most:.4f}"
-            )
+        for budget in plan.budgets:
+            least, most = budget.reachable_bits
+            if not least <= budget.average_bits <= most + TOLERANCE:
+                of = f" of {budget.component}" if budget.component else ""
+                raise ValueError(
+                    f"BitAllocationModifier.average_bits{of}: {budget.average_bits} cannot be "
+                    f"reached; candidates {self.candidates} with group size {self.group_size} "
+                    f"reach {least:.4f} to {most:.4f}"
+                )
 
     def _warn(
         self,
@@ -389,21 +428,28 @@ class BitAllocationModifier(CaspModifier):
         """Pick a candidate for every unit, unless what it takes is still unknown."""
         if any(unit.importance is None for unit in plan.units):
             return
-        bytes_ = [[c.bytes for c in unit.candidates] for unit in plan.units]
-        budget = int(self.average_bits * plan.weights / 8)
-        if self.solver == "closed_form":
-            costs = _closed_form_costs(plan.units, budget)
-        elif any(c.error is None for unit in plan.units for c in unit.candidates):
+        measured = self.solver == "exact"
+        if measured and any(c.error is None for unit in plan.units for c in unit.candidates):
             return
-        else:
-            costs = [[u.importance * c.error for c in u.candidates] for u in plan.units]
-            plan.pareto = [
-                ParetoPoint(average_bits=taken * 8 / plan.weights, error=cost)
-                for taken, cost in pareto(costs, bytes_, PARETO_POINTS)
-            ]
-        chosen = choose(costs, bytes_, budget, slack=int(TOLERANCE * plan.weights / 8))
-        for unit, index in zip(plan.units, chosen, strict=True):
-            unit.chosen = index
+        for budget in plan.budgets:
+            units = budget.units
+            bytes_ = [[c.bytes for c in unit.candidates] for unit in units]
+            most = int(budget.average_bits * budget.weights / 8)
+            if measured:
+                costs = [[u.importance * c.error for c in u.candidates] for u in units]
+                plan.pareto += [
+                    ParetoPoint(
+                        component=budget.component,
+                        average_bits=taken * 8 / budget.weights,
+                        error=cost,
+                    )
+                    for taken, cost in pareto(costs, bytes_, PARETO_POINTS)
+                ]
+            else:
+                costs = _closed_form_costs(units, most)
+            chosen = choose(costs, bytes_, most, slack=int(TOLERANCE * budget.weights / 8))
+            for unit, index in zip(units, chosen, strict=True):
+                unit.chosen = index
 
     def _hand_over(
         self,

@@ -211,7 +211,7 @@ class LowRankQKModifier(CaspModifier):
                 f"{field}: {type(model).__name__} fuses q, k and v in one weight "
                 f"({fused[0]}), which cannot be factored: remove LowRankQKModifier"
             )
-        return matched_linears(model, self.targets, self.ignore, field)
+        return self.in_components(matched_linears(model, self.targets, self.ignore, field))
 
     def _ranks(self, latents: list[Latent], multiple: int) -> list[int | None]:
         if self.ranks is not None:

@@ -1,0 +1,204 @@
+"""Calibration data with images: questions, answers and their images become batches for a model.
+
+The model's own processor makes them, one conversation a batch, so images may differ in size and
+number. An image is decoded and processed when its batch is asked for: what stays in memory is
+the file.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image, List
+from loguru import logger
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from casp_plugin.calibration import read_source
+
+__all__ = ["Conversation", "conversation_loader", "load_conversations"]
+
+#: share of the rows whose images may be unreadable before it is an error
+BROKEN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A question about images, and its answer.
+
+    :param images: each a file's bytes or its path; none for plain text
+    """
+
+    images: tuple[bytes | Path, ...]
+    question: str
+    answer: str
+
+    def decoded(self) -> list[PILImage.Image]:
+        """The images in RGB.
+
+        :raises OSError: if one cannot be read
+        """
+        files = [BytesIO(each) if isinstance(each, bytes) else each for each in self.images]
+        return [PILImage.open(file).convert("RGB") for file in files]
+
+
+def load_conversations(
+    source: str,
+    samples: int,
+    image_column: str = "image",
+    question_column: str = "question",
+    answer_column: str = "answer",
+    split: str = "train",
+    config_name: str | None = None,
+    seed: int = 0,
+) -> list[Conversation]:
+    """Questions about images, shuffled. Rows with an image that cannot be read are left out.
+
+    :param source: a .jsonl, .json, .parquet or .csv file, in which paths of images are relative to
+        it; a folder made by ``save_to_disk``; a folder of images beside a ``metadata.jsonl`` or
+        ``metadata.csv`` whose ``file_name`` names them (they come as column ``image``); or a
+        dataset id on the Hugging Face hub
+    :param samples: largest number of rows to take
+    :param image_column: column that holds an image, a list of images (the frames of a video too)
+        or nothing; an image is a path or the bytes of a file
+    :param question_column: column that holds the user's text
+    :param answer_column: column that holds the assistant's text
+    :param split: split to read, where the source has several
+    :param config_name: configuration of a hub dataset
+    :param seed: seed of the shuffle
+    :raises ValueError: if the source does not exist, has no such column or no rows, or if more
+        than ``BROKEN_SHARE`` of the rows have an image that cannot be read
+    """
+    data = read_source(source, split, config_name)
+    columns = [image_column, question_column, answer_column]
+    missing = [column for column in columns if column not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"dataset {source!r} has no column {missing[0]!r}; its columns are {data.column_names}"
+        )
+    data = _undecoded(data.select_columns(columns), image_column).shuffle(seed=seed)
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    found, broken = [], []
+    for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
+        images = tuple(_file(image, folder) for image in _listed(row[image_column]))
+        one = Conversation(images, row[question_column] or "", row[answer_column] or "")
+        try:
+            one.decoded()
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+            broken.append(str(error))
+            continue
+        found.append(one)
+        if len(found) == samples:
+            break
+    if broken:
+        message = f"dataset {source!r}: {len(broken)} of {len(broken) + len(found)} rows have an "
+        message += f"image that cannot be read: {broken[0]}"
+        if len(broken) > BROKEN_SHARE * (len(broken) + len(found)):
+            raise ValueError(message)
+        logger.warning(message)
+    if not found:
+        raise ValueError(f"dataset {source!r} holds no rows")
+    return found
+
+
+def conversation_loader(
+    conversations: Iterable[Conversation], processor: ProcessorMixin, max_length: int
+) -> DataLoader:
+    """Batches of one conversation each, as the model takes them: token ids, pixels and whatever
+    else its processor makes. The processor's chat template sets question and answer.
+
+    :param processor: the model's own
+    :param max_length: tokens a batch at most, those of images counted; the end of an answer is
+        cut, a conversation whose images do not fit is left out with a warning
+    :raises ValueError: if images and placeholders in a question do not agree in number, or no
+        conversation fits
+    """
+    batches = _Batches(list(conversations), processor, max_length)
+    lengths = [batches.tokens_with_images(one) for one in tqdm(batches.all, desc="Checking images")]
+    batches.all = [one for one, n in zip(batches.all, lengths, strict=True) if n <= max_length]
+    left_out = len(lengths) - len(batches.all)
+    if not batches.all:
+        raise ValueError(
+            f"no conversation fits max_length {max_length}: with its images the shortest takes "
+            f"{min(lengths)} tokens"
+        )
+    if left_out:
+        logger.warning(f"{left_out} conversations left out: their images take over {max_length}")
+    return DataLoader(batches, batch_size=None)
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Conversations, processed when asked for."""
+
+    def __init__(self, conversations: list[Conversation], processor, max_length: int):
+        self.all = conversations
+        self.processor = processor
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        made = self.processed(self.all[index])
+        tokens = made["input_ids"].shape[1]
+        return {
+            name: value[:, : self.max_length] if value.shape[:2] == (1, tokens) else value
+            for name, value in made.items()
+        }
+
+    def processed(self, one: Conversation) -> dict[str, torch.Tensor]:
+        images = one.decoded()
+        arguments = {"images": [images]} if images else {}
+        made = self.processor(text=[self._text(one)], return_tensors="pt", **arguments)
+        return {name: value for name, value in made.items() if torch.is_tensor(value)}
+
+    def tokens_with_images(self, one: Conversation) -> int:
+        """Tokens up to the last one of an image."""
+        ids = self.processed(one)["input_ids"][0]
+        image = getattr(self.processor, "image_token_id", None)
+        where = (ids == image).nonzero() if image is not None and one.images else []
+        return int(where[-1]) + 1 if len(where) else 1
+
+    def _text(self, one: Conversation) -> str:
+        placeholder = getattr(self.processor, "image_token", None)
+        marked = one.question.count(placeholder) if placeholder else 0
+        if marked not in (0, len(one.images)):
+            raise ValueError(
+                f"question {one.question[:80]!r} holds {marked} placeholders {placeholder!r} for "
+                f"{len(one.images)} images"
+            )
+        shown = [] if marked else [{"type": "image"} for _ in one.images]
+        messages = [
+            {"role": "user", "content": [*shown, {"type": "text", "text": one.question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": one.answer}]},
+        ]
+        if getattr(self.processor, "chat_template", None):
+            return self.processor.apply_chat_template(messages, tokenize=False)
+        return f"{(placeholder or '') * len(shown)}{one.question} {one.answer}"
+
+
+def _undecoded(data: Dataset, column: str) -> Dataset:
+    """Images as files: decoding is ours, a broken one must not stop the reading."""
+    feature = data.features[column]
+    if isinstance(feature, Image):
+        return data.cast_column(column, Image(decode=False))
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return data.cast_column(column, List(Image(decode=False)))
+    return data
+
+
+def _listed(value: Any) -> list:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _file(image: str | bytes | dict, folder: Path) -> bytes | Path:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path") or ""
+    return image if isinstance(image, bytes) else folder / image
