@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from casp_plugin.hooks import Hooks, TokenMean, on_device, token_mask, tokens_of
+from casp_plugin.hooks import Hooks, TokenMean, image_mask, on_device, token_mask, tokens_of
 
 __all__ = ["AttentionDerivatives", "LossGradients"]
 
@@ -52,7 +52,7 @@ class LossGradients:
             for batch in _first(dataloader, "Collecting gradients"):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
-                _backward(model, batch, self._mask, generator)
+                _backward(model, batch, _predicting_text(batch, model, self._mask), generator)
 
     def _on_linear(self, name: str):
         def on_gradient(gradient: torch.Tensor) -> None:
@@ -148,6 +148,18 @@ def _first(dataloader: Iterable[dict], desc: str) -> Iterator[dict]:
             bar.update(len(next(v for v in batch.values() if torch.is_tensor(v))))
             if bar.n >= SAMPLES:
                 return
+
+
+def _predicting_text(
+    batch: dict, model: nn.Module, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Tokens whose prediction counts: not those before a token of an image, which no model
+    predicts. None where all do."""
+    images = image_mask(batch, model)
+    if images is None:
+        return mask
+    text = ~torch.nn.functional.pad(images[:, 1:], (0, 1))
+    return text if mask is None else text & mask
 
 
 def _backward(

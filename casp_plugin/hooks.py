@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-__all__ = ["Hooks", "TokenMean", "on_device", "token_mask", "tokens_of"]
+__all__ = ["Hooks", "TokenMean", "image_mask", "on_device", "token_mask", "tokens_of"]
 
 
 class Hooks:
@@ -40,10 +40,10 @@ class TokenMean:
         self.total = None
         self.tokens = 0
 
-    def add(self, summed: torch.Tensor, tokens: int) -> None:
+    def add(self, summed: torch.Tensor, tokens: float) -> None:
         """
         :param summed: sum of the values over tokens; kept and added to in place
-        :param tokens: how many
+        :param tokens: how many, or the sum of their weights
         """
         self.total = summed if self.total is None else self.total.add_(summed)
         self.tokens += tokens
@@ -64,6 +64,17 @@ def token_mask(batch: dict) -> torch.Tensor | None:
     mask = batch.get("attention_mask")
     mask = mask.bool() if mask is not None and mask.ndim == 2 else None
     return None if mask is None or mask.all() else mask
+
+
+def image_mask(batch: dict, model: nn.Module) -> torch.Tensor | None:
+    """Which tokens stand for images or videos, (batch, tokens); None where none does."""
+    config, ids = model.config, batch.get("input_ids")
+    kinds = (f"{what}_token_{key}" for what in ("image", "video") for key in ("id", "index"))
+    known = {getattr(config, kind, None) for kind in kinds} - {None}
+    if ids is None or not known:
+        return None
+    found = torch.isin(ids, torch.tensor(sorted(known), device=ids.device))
+    return found if found.any() else None
 
 
 def tokens_of(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.derivatives import AttentionDerivatives, LossGradients
-from casp_plugin.hooks import Hooks, TokenMean, on_device, token_mask, tokens_of
+from casp_plugin.hooks import Hooks, TokenMean, image_mask, on_device, token_mask, tokens_of
 from casp_plugin.importance import token_influence
 from casp_plugin.transforms import rotate
 from casp_plugin.units import decoder_layers
@@ -40,6 +40,8 @@ class Request:
     :param gradient_moments: linears for whose outputs E[g g^T] of that gradient is wanted
     :param attention_moments: linears inside attention modules for whose outputs it is wanted how
         much the attention output moves with them
+    :param image_weight: what a token that stands for an image counts in the means over inputs and
+        outputs, one of text being 1; None for 1
     """
 
     second_moments: frozenset[str] = frozenset()
@@ -49,18 +51,25 @@ class Request:
     gradients: frozenset[str] = frozenset()
     gradient_moments: frozenset[str] = frozenset()
     attention_moments: frozenset[str] = frozenset()
+    image_weight: float | None = None
 
     def __or__(self, other: "Request") -> "Request":
-        names = (field.name for field in fields(self))
-        return Request(**{name: getattr(self, name) | getattr(other, name) for name in names})
+        given = {one.image_weight for one in (self, other)} - {None}
+        if len(given) > 1:
+            raise ValueError(f"image_weight must be the same for all modifiers, got {given}")
+        merged = {name: getattr(self, name) | getattr(other, name) for name in _MEASURED}
+        return Request(**merged, image_weight=next(iter(given), None))
 
     def __bool__(self) -> bool:
-        return any(getattr(self, field.name) for field in fields(self))
+        return any(getattr(self, name) for name in _MEASURED)
 
     @property
     def linears(self) -> frozenset[str]:
         """Every linear that something is measured at on the way forward."""
         return self.second_moments | {name for name, _ in self.mean_squares} | self.energies
+
+
+_MEASURED = [field.name for field in fields(Request) if field.name != "image_weight"]
 
 
 @dataclass
@@ -102,6 +111,7 @@ class _Collector:
         self.outputs: dict[str, TokenMean] = {}
         self.influences: dict[str, TokenMean] = {}
         self.mask: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
         self._blocks = dict(request.mean_squares)
         # q, k and v read the very same tensor: the first of them names it, the first that wants a
         # sum over it makes it
@@ -112,6 +122,15 @@ class _Collector:
     def _sums(self, key, name: str) -> bool:
         """Whether this layer sums something up for all that read the same input."""
         return self._summing.setdefault(key, name) == name
+
+    def _weighted(self, values: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Activations as (tokens, channels), each times the root of its token's weight, and the sum
+        of the weights."""
+        x = tokens_of(values.detach(), self.mask).float()
+        if self.weights is None or values.shape[:-1] != self.weights.shape:  # all count the same
+            return x, len(x)
+        weights = tokens_of(self.weights[..., None], self.mask)
+        return x * weights.sqrt(), weights.sum().item()
 
     def on_linear(self, name: str):
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor):
@@ -126,16 +145,16 @@ class _Collector:
             moment = name in wanted.second_moments and self._sums(owner, name)
             squares = block is not None and self._sums((owner, block), name)
             if moment or squares:
-                x = tokens_of(inputs.detach(), self.mask).float()
+                x, n = self._weighted(inputs)
                 if moment:
-                    self.moments.setdefault(owner, TokenMean()).add(x.T @ x, len(x))
+                    self.moments.setdefault(owner, TokenMean()).add(x.T @ x, n)
                 if squares:
                     mean = self.squares.setdefault((owner, block), TokenMean())
-                    mean.add(rotate(x, block).square().sum(0), len(x))
+                    mean.add(rotate(x, block).square().sum(0), n)
             if name in wanted.energies:
-                y = tokens_of(output.detach(), self.mask).float()
-                y = y if module.bias is None else y - module.bias.float()
-                self.outputs.setdefault(name, TokenMean()).add(y.square().sum(), len(y))
+                output = output if module.bias is None else output.float() - module.bias
+                y, n = self._weighted(output)
+                self.outputs.setdefault(name, TokenMean()).add(y.square().sum(), n)
 
         return hook
 
@@ -203,6 +222,7 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
             for batch in tqdm(dataloader, desc="Collecting CASP statistics"):
                 batch = on_device(batch, model)
                 collector.mask = mask = token_mask(batch)
+                collector.weights = _token_weights(batch, model, request.image_weight)
                 if "input_ids" in batch:
                     tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
                 model(**batch)
@@ -217,6 +237,14 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
     found.gradient_moments = _values(gradients.moments)
     found.attention_moments = _values(attention.moments)
     return found
+
+
+def _token_weights(
+    batch: dict, model: nn.Module, image_weight: float | None
+) -> torch.Tensor | None:
+    """Weights of the tokens, (batch, tokens), float32; None where all are 1."""
+    images = None if image_weight in (None, 1) else image_mask(batch, model)
+    return None if images is None else torch.where(images, image_weight, 1.0)
 
 
 def _values(means: dict[str, TokenMean]) -> dict[str, torch.Tensor]:

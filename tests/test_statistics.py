@@ -187,13 +187,81 @@ def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
     assert torch.is_grad_enabled()
 
 
+def with_image(folder, family):
+    """A model that sees, and a batch with its image."""
+    tiny_vlms.save_tiny_vlm(folder, family)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([tiny_vlms.image_prompt(family, expanded=True)])
+    return model, {"input_ids": ids, **tiny_vlms.image_inputs(folder, family)}
+
+
+@pytest.mark.parametrize("image_weight", [None, 0.25, 0])
+def test_tokens_of_images_count_what_they_are_told_to(tmp_path, image_weight):
+    model, batch = with_image(tmp_path, "llava")
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    inside = "model.vision_tower.encoder.layers.0.self_attn.q_proj"  # reads nothing but the image
+    seen = {}
+    for key in (name, inside):
+        model.get_submodule(key).register_forward_hook(
+            lambda module, args, output, key=key: seen.update({key: (args[0], output)})
+        )
+    found = collect(
+        model,
+        [batch],
+        Request(
+            second_moments=frozenset({name, inside}),
+            mean_squares=frozenset({(name, 1)}),
+            energies=frozenset({name}),
+            image_weight=image_weight,
+        ),
+    )
+    images = batch["input_ids"][0] == model.config.image_token_id
+    assert images.sum() == 16
+    weights = torch.where(images, 1 if image_weight is None else image_weight, 1.0).double()
+    x, y = (values[0].double() for values in seen[name])
+    moment = sum(w * torch.outer(row, row) for w, row in zip(weights, x, strict=True))
+    moment /= weights.sum()
+    energy = (weights * y.square().sum(-1)).sum() / weights.sum()
+    torch.testing.assert_close(found.second_moments[name].double(), moment, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.mean_squares[name].double(), moment.diagonal(), rtol=1e-4, atol=1e-6
+    )
+    assert found.output_energies[name] == pytest.approx(energy.item(), rel=1e-4)
+    patches = seen[inside][0].flatten(0, 1).double()
+    torch.testing.assert_close(
+        found.second_moments[inside].double(), patches.T @ patches / len(patches), rtol=1e-4, atol=0
+    )
+
+
+def test_image_weights_must_agree():
+    with pytest.raises(ValueError, match="image_weight must be the same"):
+        Request(image_weight=0.5) | Request(image_weight=1)
+    assert (Request(image_weight=0.5) | Request()).image_weight == 0.5
+
+
+def test_only_text_is_predicted(tmp_path):
+    """The last layer's outputs before tokens of an image have no gradient."""
+    model, batch = with_image(tmp_path, "llava")
+    name = "model.language_model.layers.1.mlp.down_proj"
+    seen = []
+
+    def hook(module, args, output):
+        if output.requires_grad:
+            output.register_hook(seen.append)
+
+    model.get_submodule(name).register_forward_hook(hook)
+    collect(model, [batch], Request(gradients=frozenset({name})))
+    images = batch["input_ids"][0] == model.config.image_token_id
+    first = int(images.nonzero()[0])
+    counted = torch.ones(len(images), dtype=torch.bool)
+    counted[first - 1 : first + 15] = False
+    torch.testing.assert_close(seen[-1][0].norm(dim=-1) > 0, counted)
+
+
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
 def test_images_have_gradients_too(tmp_path, family):
     """Language model and vision tower of a model that sees: what every importance needs."""
-    tiny_vlms.save_tiny_vlm(tmp_path, family)
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
-    ids = torch.tensor([tiny_vlms.image_prompt(family, expanded=True)])
-    batch = {"input_ids": ids, **tiny_vlms.image_inputs(tmp_path, family)}
+    model, batch = with_image(tmp_path, family)
     named = [name for name, _ in named_linears(model) if name.endswith("q_proj")]
     text = {name for name in named if "vision" not in name}
     request = Request(gradient_moments=frozenset(named), attention_moments=frozenset(text))

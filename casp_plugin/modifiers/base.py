@@ -7,7 +7,7 @@ does all its work in ``on_initialize``.
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -51,11 +51,14 @@ class CaspModifier(Modifier):
         `vision`, `connector`, `audio`. A mapping from component to parts of module paths (regular
         expressions) names them where the built-in table does not, for instance
         `{language: [], vision: [my_encoder]}`
+    :param image_weight: what a token that stands for an image counts in the statistics of layers'
+        inputs, one of text being 1; the same in all modifiers of a recipe that give it
     """
 
     components: list[str] | dict[str, list[str]] = Field(
         default_factory=lambda: [LANGUAGE], min_length=1
     )
+    image_weight: float | None = Field(default=None, ge=0)
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
     _transforms: TransformConfig | None = PrivateAttr(default=None)
@@ -192,7 +195,10 @@ def _start(
     transforms = _transforms(modifiers)
     for modifier in _own(modifiers):
         modifier._transforms = transforms
-        request |= modifier.request(model, _after(modifier, modifiers))
+        request |= replace(
+            modifier.request(model, _after(modifier, modifiers)),
+            image_weight=modifier.image_weight,
+        )
     plan = _new_plan(model)
     if not request:
         statistics = Statistics()

@@ -1,0 +1,165 @@
+"""Conversations about images become batches: every source, and what is wrong with them."""
+
+import json
+from io import BytesIO
+
+import numpy
+import pytest
+import tiny_vlms
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from casp_plugin.image_text import Conversation, conversation_loader, load_conversations
+
+FILLER = "w5 w6 w7"
+
+
+def png(width=32, height=32, seed=0) -> bytes:
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def rows(count=4):
+    return [
+        {"image": png(seed=i), "question": f"w{10 + i}", "answer": f"w{20 + i}"}
+        for i in range(count)
+    ]
+
+
+def as_jsonl(folder):
+    for i, row in enumerate(rows()):
+        (folder / f"{i}.png").write_bytes(row["image"])
+    lines = [json.dumps({**row, "image": f"{i}.png"}) for i, row in enumerate(rows())]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder / "data.jsonl"
+
+
+def as_parquet(folder):
+    table = Dataset.from_list([{**row, "image": {"bytes": row["image"]}} for row in rows()])
+    table.to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def as_saved(folder):
+    images = [Image.open(BytesIO(row["image"])) for row in rows()]
+    table = {key: [row[key] for row in rows()] for key in ("question", "answer")}
+    Dataset.from_dict({**table, "image": images}).save_to_disk(folder / "data")
+    return folder / "data"
+
+
+def as_folder(folder):
+    lines = []
+    for i, row in enumerate(rows()):
+        (folder / f"{i}.png").write_bytes(row.pop("image"))
+        lines.append(json.dumps({"file_name": f"{i}.png", **row}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet, as_saved, as_folder])
+def test_sources(write, tmp_path):
+    found = load_conversations(str(write(tmp_path)), samples=4)
+    assert {one.question for one in found} == {row["question"] for row in rows()}
+    for one in found:
+        row = next(row for row in rows() if row["question"] == one.question)
+        assert one.answer == row["answer"]
+        (image,) = one.decoded()
+        assert image.tobytes() == Image.open(BytesIO(row["image"])).tobytes()
+
+
+def test_seed_and_samples(tmp_path):
+    source = str(as_jsonl(tmp_path))
+    once, again = (load_conversations(source, samples=2, seed=3) for _ in range(2))
+    assert once == again
+    assert len(once) == 2
+
+
+def jsonl(folder, lines):
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder / "data.jsonl")
+
+
+def test_missing_column(tmp_path):
+    source = jsonl(tmp_path, [{"picture": "a.png", "question": "", "answer": ""}])
+    with pytest.raises(ValueError, match=r"no column 'image'; its columns are \['picture'"):
+        load_conversations(source, 1)
+
+
+def test_broken_images_are_left_out_or_an_error(tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "cut.png").write_bytes(png()[:200])
+    good = {"image": "good.png", "question": "w5", "answer": "w6"}
+    bad = [{**good, "image": name} for name in ("cut.png", "absent.png")]
+    found = load_conversations(jsonl(tmp_path, [good] * 30 + bad), 32)
+    assert len(found) == 30
+    with pytest.raises(ValueError, match="2 of 4 rows have an image that cannot be read"):
+        load_conversations(jsonl(tmp_path, [good] * 2 + bad), 32)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    tiny_vlms.save_tiny_vlm(folder, "llava")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+TOKENS = 16  # of an image
+
+
+def test_batches_run(llava):
+    """None, one and two images, of several sizes."""
+    model, processor = llava
+    conversations = [
+        Conversation((), "w5 w6", "w7"),
+        Conversation((png(40, 32),), "w5", "w7"),
+        Conversation((png(32, 64), png(48, 48)), FILLER, "w7"),
+    ]
+    loader = conversation_loader(conversations, processor, max_length=60)
+    batches = list(loader)
+    assert len(loader) == 3
+    found = [(batch["input_ids"][0] == model.config.image_token_id).sum() for batch in batches]
+    assert found == [0, TOKENS, 2 * TOKENS]
+    for batch in batches:
+        assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_chat_template(llava):
+    _, processor = llava
+    processor.chat_template = (
+        "{% for m in messages %}{{ m.role }} {% for c in m.content %}"
+        "{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"
+    )
+    try:
+        (batch,) = conversation_loader([Conversation((png(),), "w5", "w7")], processor, 60)
+    finally:
+        processor.chat_template = None
+    unknown = processor.tokenizer.convert_tokens_to_ids("user")
+    ids = batch["input_ids"][0].tolist()
+    assert ids == [unknown, *[tiny_vlms.IDS["<image>"]] * TOKENS, 5, unknown, 7]
+
+
+def test_answers_are_cut_images_are_not(llava):
+    _, processor = llava
+    fits = Conversation((png(),), FILLER, FILLER)
+    too_long = Conversation((png(), png()), FILLER, FILLER)
+    (batch,) = conversation_loader([fits, too_long], processor, TOKENS + 2)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, TOKENS + 2)
+    with pytest.raises(ValueError, match=r"no conversation fits max_length 20: .* takes 32 tokens"):
+        conversation_loader([too_long], processor, 20)
+
+
+def test_placeholders_in_the_text(llava):
+    model, processor = llava
+    inside = Conversation((png(),), "w5 <image> w6", "w7")
+    (batch,) = conversation_loader([inside], processor, 60)
+    images = batch["input_ids"][0] == model.config.image_token_id
+    assert images.tolist() == [False] + [True] * TOKENS + [False] * 2
+    for images in ((), (png(), png())):
+        wrong = Conversation(images, "w5 <image> w6", "w7")
+        with pytest.raises(ValueError, match=rf"holds 1 placeholders '<image>' for {len(images)}"):
+            conversation_loader([wrong], processor, 60)
