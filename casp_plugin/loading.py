@@ -118,6 +118,11 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
         if self.compressor.quantization_config is not None:
             super()._process_model_before_weight_loading(model, **kwargs)
+        # transformers initializes what a checkpoint may lack, in SigLIP also `weight` of compressed
+        # layers, which have none by that name
+        for module in model.modules() if self.section is not None else ():
+            if any(map(is_module_quantized, (module, *module.children()))):
+                module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)

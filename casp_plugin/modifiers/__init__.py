@@ -2,6 +2,7 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
+from casp_plugin.modifiers import tracing
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier, plan_recipe
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
@@ -17,3 +18,5 @@ __all__ = [
 
 for _modifier in (LowRankQKModifier, BitAllocationModifier, AutoRoundModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)
+
+tracing.register()

@@ -1,0 +1,123 @@
+"""Vision-language models, compressed with images and loaded again."""
+
+import json
+
+import pytest
+import tiny_vlms
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from casp_plugin import BitAllocationModifier, LowRankQKModifier
+from casp_plugin.modifiers.tracing import register
+
+COMPONENTS = {
+    family: ["language", "vision"] + ["connector"] * (family != "gemma3")
+    for family in tiny_vlms.FAMILIES
+}
+
+
+def batch_of(model, folder, family):
+    ids = torch.tensor([tiny_vlms.image_prompt(family, expanded=True)])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family.startswith("qwen"):
+        batch["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return {**batch, **tiny_vlms.image_inputs(folder, family)}
+
+
+def compress(folder, family, quantizer, **bits):
+    """(compressed model, its batch)"""
+    tiny_vlms.save_tiny_vlm(folder / "in", family)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "in", dtype=torch.float32)
+    batch = batch_of(model, folder / "in", family)
+    defaults = {"average_bits": 5, "candidates": [2, 3, 4, 8], "group_size": 32}
+    model = oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(folder / "in"),
+        recipe=[LowRankQKModifier(), BitAllocationModifier(**{**defaults, **bits}), quantizer],
+        dataset=DataLoader([batch] * 4, batch_size=None),
+        output_dir=str(folder / "out"),
+    )
+    return model, batch
+
+
+@pytest.mark.parametrize("quantizer", [GPTQModifier, QuantizationModifier])
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_all_components(family, quantizer, tmp_path):
+    model, batch = compress(tmp_path, family, quantizer(), components=COMPONENTS[family])
+    found = {unit.component for unit in model.casp_plan.units}
+    assert found == set(COMPONENTS[family])
+    assert all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point())
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
+
+
+def test_language_only_is_the_default(tmp_path):
+    model, batch = compress(tmp_path, "llava", GPTQModifier())
+    assert {unit.component for unit in model.casp_plan.units} == {"language"}
+    quantized = {
+        name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")
+    }
+    assert quantized
+    assert all("language_model" in name for name in quantized)
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
+
+
+def test_a_budget_for_each_component(tmp_path):
+    budgets = {"language": 4.5, "vision": 6.0}
+    model, _ = compress(tmp_path, "llava", GPTQModifier(), average_bits=budgets)
+    plan = model.casp_plan
+    for budget in plan.budgets:
+        assert budgets[budget.component] - 0.2 < budget.reached_bits <= budgets[budget.component]
+    assert {point.component for point in plan.pareto} == set(budgets)
+    shown = json.loads((tmp_path / "out" / "casp_plan.json").read_text())["average_bits"]
+    assert shown == budgets
+
+
+def test_component_weights(tmp_path):
+    """A heavier component gets more bits of a common budget."""
+    reached = []
+    for name, weight in (("light", 1e-6), ("heavy", 1e6)):
+        (tmp_path / name).mkdir()
+        model, _ = compress(
+            tmp_path / name,
+            "llava",
+            GPTQModifier(),
+            components=["language", "vision"],
+            component_weights={"vision": weight},
+        )
+        units = [unit for unit in model.casp_plan.units if unit.component == "vision"]
+        reached.append(sum(u.choice.bytes for u in units) / sum(u.weights for u in units))
+    assert reached[0] < reached[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"components": ["vision", "audio"]}, "no matching linear layer lies in 'audio'"),
+        ({"average_bits": {"language": 4, "vision": 30}}, "average_bits of vision: 30.0 cannot be"),
+        (
+            {"average_bits": {"language": 4}, "components": ["vision"]},
+            r"budgets for \['language'\], components are \['vision'\]",
+        ),
+        ({"component_weights": {"vision": 2}}, r"\['vision'\] are not among the components"),
+        ({"average_bits": {"language": -1}}, "must be positive"),
+    ],
+)
+def test_wrong_components(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compress(tmp_path, "llava", GPTQModifier(), **settings)
+
+
+def test_registering_twice_changes_nothing():
+    from llmcompressor.pipelines.sequential import pipeline
+
+    before = pipeline.trace_subgraphs
+    register()
+    assert pipeline.trace_subgraphs is before
