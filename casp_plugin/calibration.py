@@ -70,10 +70,11 @@ def dataset_arguments(texts: Dataset, max_seq_length: int) -> dict:
 
 
 def calibration_loader(
-    texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, batch_size: int = 1
 ) -> DataLoader:
     """The batches that ``oneshot`` would make of these texts."""
-    arguments = DatasetArguments(**dataset_arguments(texts, max_seq_length))
+    arguments = dataset_arguments(texts, max_seq_length)
+    arguments = DatasetArguments(**arguments, batch_size=batch_size)
     return get_calibration_dataloader(arguments, tokenizer)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from casp_plugin.checkpoint import read_config, read_section
 from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
+from casp_plugin.models import bare_model, load_model, names_in_memory
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.runtime.architectures import TESTED, refusal
 from casp_plugin.schemes import missing_kernel
@@ -49,7 +50,7 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
         raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
     try:
         on_disk = _headers(folder)
-        expected = _expected_tensors(folder, quantization)
+        expected, on_disk = _expected_tensors(folder, quantization, on_disk)
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, str(error))]
     findings = [
@@ -81,12 +82,12 @@ def _headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
 
 
-def _expected_tensors(folder: Path, quantization: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes that the config promises: the model on the meta device, as loading builds it."""
+def _expected_tensors(folder: Path, quantization: dict, on_disk: dict) -> tuple[dict, dict]:
+    """Shapes that the config promises: the model on the meta device, as loading builds it; and what
+    is on disk by the names that this model has for it."""
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = bare_model(config)
     quantizer = CaspHfQuantizer(CompressedTensorsConfig.from_dict(quantization), pre_quantized=True)
     quantizer.validate_environment()
     quantizer.preprocess_model(model)
@@ -100,7 +101,8 @@ def _expected_tensors(folder: Path, quantization: dict) -> dict[str, tuple[int, 
             shapes[zeros] = (ceil(rows * bits / 32), groups)
     for tied in model.all_tied_weights_keys:
         shapes.pop(tied, None)
-    return shapes
+    names = names_in_memory(list(on_disk), model)
+    return shapes, {names[name]: header for name, header in on_disk.items()}
 
 
 def _compare(on_disk: dict, expected: dict) -> Finding:
@@ -157,7 +159,7 @@ def _served(architectures: list[str], quantization: dict) -> Finding:
 
 def _reload(folder: Path) -> Finding:
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = load_model(str(folder))
         ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
         with torch.no_grad():
             finite = bool(torch.isfinite(model(ids.to(model.device)).logits).all())

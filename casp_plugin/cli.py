@@ -33,6 +33,15 @@ _DATASET = typer.Option(
     "'bundled' for the text that ships with casp-plugin.",
 )
 Column = Annotated[str, typer.Option("--text-column", help="Column that holds the text.")]
+ImageColumn = Annotated[
+    str, typer.Option("--image-column", help="Column that holds images, for models that see.")
+]
+QuestionColumn = Annotated[
+    str, typer.Option("--question-column", help="Column that holds the questions about them.")
+]
+AnswerColumn = Annotated[
+    str, typer.Option("--answer-column", help="Column that holds the answers.")
+]
 Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
 ConfigName = Annotated[
     str | None, typer.Option("--dataset-config", help="Configuration of a hub dataset.")
@@ -48,6 +57,9 @@ def plan(
     recipe: RecipeFile,
     dataset: Annotated[str | None, _DATASET] = None,
     text_column: Column = "text",
+    image_column: ImageColumn = "image",
+    question_column: QuestionColumn = "question",
+    answer_column: AnswerColumn = "answer",
     split: Split = "train",
     dataset_config: ConfigName = None,
     samples: Samples = 512,
@@ -61,20 +73,18 @@ def plan(
     Without --dataset nothing heavy runs, not even the weights are read, and what only
     statistics can tell shows as '?'.
     """
-    from casp_plugin.calibration import calibration_loader, load_text
+    from casp_plugin.models import load_model
     from casp_plugin.modifiers import plan_recipe
 
+    bare = _skeleton(model)  # refuses a quantized model before its weights are read
     if dataset is None:
-        made = plan_recipe(_skeleton(model), str(recipe))
+        made = plan_recipe(bare, str(recipe))
     else:
-        from transformers import AutoModelForCausalLM
-
-        _skeleton(model)  # refuses a quantized model before its weights are read
-        tokenizer = _tokenizer(model)
-        texts = load_text(dataset, tokenizer, samples, text_column, split, dataset_config, seed)
+        columns = (text_column, image_column, question_column, answer_column)
+        source = (dataset, split, dataset_config)
+        batches = _batches(bare, _processor(bare), source, columns, samples, max_length, seed)
         _seed(seed)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        made = plan_recipe(loaded, str(recipe), calibration_loader(texts, tokenizer, max_length))
+        made = plan_recipe(load_model(model), str(recipe), batches)
     for table in made.tables():
         console.print(table)
     if json is not None:
@@ -90,6 +100,9 @@ def run(
     dataset: Annotated[str, _DATASET],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     text_column: Column = "text",
+    image_column: ImageColumn = "image",
+    question_column: QuestionColumn = "question",
+    answer_column: AnswerColumn = "answer",
     split: Split = "train",
     dataset_config: ConfigName = None,
     samples: Samples = 512,
@@ -100,23 +113,25 @@ def run(
     """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
     from llmcompressor import oneshot
 
-    from casp_plugin.calibration import dataset_arguments, load_text
     from casp_plugin.checkpoint import whole_folder
+    from casp_plugin.models import load_model
     from casp_plugin.modifiers import plan_recipe
 
     _check_output(output)
-    console.print(plan_recipe(_skeleton(model), str(recipe)).tables()[-1])
-    tokenizer = _tokenizer(model)
-    texts = load_text(dataset, tokenizer, samples, text_column, split, dataset_config, seed)
+    bare = _skeleton(model)
+    console.print(plan_recipe(bare, str(recipe)).tables()[-1])
+    processor = _processor(bare)
+    columns = (text_column, image_column, question_column, answer_column)
+    source = (dataset, split, dataset_config)
+    batches = _batches(bare, processor, source, columns, samples, max_length, seed, batch_size)
     _seed(seed)
     with whole_folder(output) as partial:
         compressed = oneshot(
-            model=model,
-            processor=tokenizer,
+            model=load_model(model),
+            processor=processor,
             recipe=str(recipe),
-            batch_size=batch_size,
+            dataset=batches,
             output_dir=str(partial),
-            **dataset_arguments(texts, max_length),
         )
         _copy_tokenizer(model, partial)
     console.print(compressed.casp_plan.tables()[-1])
@@ -186,8 +201,9 @@ def _skeleton(model: str):
 
     :raises ValueError: if the model cannot be found, or is quantized already
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from casp_plugin.models import bare_model
 
     config = AutoConfig.from_pretrained(model)
     if getattr(config, "quantization_config", None):
@@ -195,16 +211,44 @@ def _skeleton(model: str):
         raise ValueError(
             f"{model} is already quantized ({method}): start from the full-precision model"
         )
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    bare = bare_model(config)
     bare.config._name_or_path = model
     return bare
 
 
-def _tokenizer(model: str):
-    from transformers import AutoTokenizer
+def _processor(bare):
+    """Tokenizer of a language model, processor of one that takes images too."""
+    from transformers import AutoProcessor, AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    from casp_plugin.models import is_multimodal
+
+    kind = AutoProcessor if is_multimodal(bare.config) else AutoTokenizer
+    return kind.from_pretrained(bare.config._name_or_path)
+
+
+def _batches(bare, processor, source, columns, samples, max_length, seed, batch_size=1):
+    """Calibration batches: of questions about images where the model sees and the data has any,
+    else of text.
+
+    :param source: dataset, split, configuration
+    :param columns: names of the columns with text, images, questions, answers
+    """
+    from casp_plugin.calibration import calibration_loader, load_text, read_source
+    from casp_plugin.image_text import conversation_loader, load_conversations
+    from casp_plugin.models import is_multimodal
+
+    dataset, split, config_name = source
+    text, *of_images = columns
+    tokenizer = processor
+    if is_multimodal(bare.config):
+        tokenizer = processor.tokenizer
+        found = read_source(*source).column_names
+        if text not in found or of_images[0] in found:
+            rows = load_conversations(dataset, samples, *of_images, split, config_name, seed)
+            return conversation_loader(rows, processor, max_length)
+        console.print(f"{dataset} has no column {of_images[0]!r}: calibrating on text alone")
+    texts = load_text(dataset, tokenizer, samples, text, split, config_name, seed)
+    return calibration_loader(texts, tokenizer, max_length, batch_size)
 
 
 def _seed(seed: int) -> None:

@@ -10,8 +10,10 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer
+from typer.testing import CliRunner
 
-from casp_plugin import BitAllocationModifier, LowRankQKModifier
+from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, cli
+from casp_plugin.check import check
 from casp_plugin.modifiers.tracing import register
 
 COMPONENTS = {
@@ -54,6 +56,7 @@ def test_all_components(family, quantizer, tmp_path):
     reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
+    assert [finding for finding in check(tmp_path / "out") if finding.passed is False] == []
 
 
 def test_language_only_is_the_default(tmp_path):
@@ -121,3 +124,72 @@ def test_registering_twice_changes_nothing():
     before = pipeline.trace_subgraphs
     register()
     assert pipeline.trace_subgraphs is before
+
+
+RECIPE = """
+casp_stage:
+  casp_modifiers:
+    LowRankQKModifier: {image_weight: 0.5}
+    BitAllocationModifier:
+      average_bits: 5
+      candidates: [2, 3, 4, 8]
+      group_size: 32
+      components: [language, vision]
+    GPTQModifier: {}
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A model, a recipe, and questions about images of several sizes."""
+    tiny_vlms.save_tiny_vlm(tmp_path / "in", "llava")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    rows = []
+    for i in range(6):
+        tiny_vlms.image().resize((32 + 8 * i, 40)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": f"w{5 + i} w6", "answer": "w7"})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def casp(files, command, *more):
+    arguments = [command, files / "in", "--recipe", files / "recipe.yaml", *more]
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_command_line(files):
+    result = casp(files, "run", "--dataset", files / "data.jsonl", "--output", files / "out")
+    assert result.exit_code == 0, result.output
+    plan = CompressionPlan.load(files / "out")
+    assert plan.calibration_tokens == 6 * 19
+    assert {unit.component for unit in plan.units} == {"language", "vision"}
+    kept = [path for path in (files / "in").iterdir() if "processor" in path.name]
+    kept += [files / "in" / "tokenizer.json", files / "in" / "tokenizer_config.json"]
+    for path in kept:  # the user's own, byte for byte
+        assert (files / "out" / path.name).read_bytes() == path.read_bytes()
+    checked = CliRunner().invoke(cli.app, ["check", str(files / "out")])
+    assert checked.exit_code == 0, checked.output
+
+
+def test_plan_on_the_command_line(files):
+    result = casp(files, "plan", "--dataset", files / "data.jsonl", "--json", files / "p.json")
+    assert result.exit_code == 0, result.output
+    assert CompressionPlan.load(files / "p.json").decided
+    bare = casp(files, "plan", "--json", files / "bare.json")
+    assert bare.exit_code == 0, bare.output
+    assert not CompressionPlan.load(files / "bare.json").decided
+
+
+def test_text_alone(files):
+    rows = [{"text": f"w{5 + i} w6 w7"} for i in range(4)]
+    (files / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = casp(files, "plan", "--dataset", files / "text.jsonl", "--json", files / "p.json")
+    # nothing of the data reaches the vision tower
+    assert "calibrating on text alone" in result.output
+    assert isinstance(result.exception, ValueError) or result.exit_code == 0
+
+
+def test_neither_images_nor_text(files):
+    (files / "other.jsonl").write_text(json.dumps({"picture": "0.png"}))
+    result = casp(files, "plan", "--dataset", files / "other.jsonl")
+    assert "no column 'image'" in str(result.exception)

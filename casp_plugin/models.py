@@ -1,0 +1,58 @@
+"""Models by name: their class, a copy without weights, the names of their tensors on disk."""
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+__all__ = ["bare_model", "is_multimodal", "load_model", "names_in_memory"]
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config also takes images."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def load_model(name: str, **arguments) -> PreTrainedModel:
+    """A language or vision-language model in its own dtype.
+
+    :param name: folder or Hugging Face id
+    :param arguments: more for ``from_pretrained``
+    """
+    config = AutoConfig.from_pretrained(name)
+    return _auto_class(config).from_pretrained(name, **{"dtype": "auto", **arguments})
+
+
+def bare_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
+
+
+def names_in_memory(names: list[str], model: PreTrainedModel) -> dict[str, str]:
+    """What transformers calls tensors of a checkpoint once they are loaded, by their name there.
+
+    :param names: names on disk
+    :param model: a model of the checkpoint's class; the meta device will do
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    known = model.state_dict()
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+        found[name] = name if renamed not in known and name in known else renamed
+    return found
+
+
+def _auto_class(config: PreTrainedConfig) -> type:
+    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
