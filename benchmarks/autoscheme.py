@@ -38,8 +38,8 @@ def main(
     """
     set_seed(seed)
     content = yaml.safe_load(recipe.read_text())
-    ((stage, modifiers),) = content.items()
-    ((group, modifier),) = modifiers.items()
+    (modifiers,) = content.values()
+    (modifier,) = modifiers.values()
     settings = modifier["AutoRoundModifier"]
     (scheme,) = settings["config_groups"].values()
     weights = scheme["weights"]
