@@ -1,8 +1,9 @@
-"""AutoRound's zero points reach the checkpoint."""
+"""AutoRound tunes each layer under its own scheme, and its zero points reach the checkpoint."""
 
 import pytest
 import torch
-from compressed_tensors.quantization import fake_quantize
+import yaml
+from compressed_tensors.quantization import fake_quantize, quantize
 from llmcompressor import oneshot
 
 from casp_plugin import AutoRoundModifier
@@ -24,32 +25,70 @@ def test_zero_points_out_of_range_are_refused(wrong):
         signed_zero_point(torch.tensor([[0.0, wrong]]), 2)
 
 
-def test_stored_codes_are_those_that_were_tuned(load_tiny, batches):
-    """AutoRound leaves weights that its scales and zero points reproduce."""
-    weights = {
-        "num_bits": 2,
+def weights(bits):
+    return {
+        "num_bits": bits,
         "type": "int",
         "symmetric": False,
         "strategy": "group",
         "group_size": 32,
     }
-    recipe = f"""
-        test_stage:
-          test_modifiers:
-            AutoRoundModifier:
-              ignore: [lm_head]
-              iters: 2
-              enable_torch_compile: false
-              config_groups: {{group_0: {{targets: [Linear], weights: {weights}}}}}
-    """.replace("False", "false").replace("'", "")
-    model = oneshot(model=load_tiny(), recipe=recipe, dataset=batches)
-    layers = [m for m in model.modules() if getattr(m, "quantization_scheme", None)]
+
+
+def auto_round(model, batches, groups, **settings):
+    """Quantized by a recipe in YAML; its quantized layers, by name."""
+    settings = {"ignore": ["lm_head"], "iters": 2, "enable_torch_compile": False, **settings}
+    modifier = {**settings, "config_groups": groups}
+    recipe = {"test_stage": {"test_modifiers": {"AutoRoundModifier": modifier}}}
+    oneshot(model=model, recipe=yaml.safe_dump(recipe), dataset=batches)
+    return {n: m for n, m in model.named_modules() if getattr(m, "quantization_scheme", None)}
+
+
+def stored_codes(layer):
+    """Codes, (rows, columns)."""
+    args = layer.quantization_scheme.weights
+    return quantize(layer.weight, layer.weight_scale, layer.weight_zero_point, args)
+
+
+def test_stored_codes_are_those_that_were_tuned(load_tiny, batches):
+    """AutoRound leaves weights that its scales and zero points reproduce."""
+    group = {"targets": ["Linear"], "weights": weights(2)}
+    layers = auto_round(load_tiny(), batches, {"group_0": group})
     assert len(layers) == 14
-    for layer in layers:
+    for layer in layers.values():
         args = layer.quantization_scheme.weights
         rounded = fake_quantize(layer.weight, layer.weight_scale, layer.weight_zero_point, args)
         torch.testing.assert_close(rounded, layer.weight)
-    assert any(layer.weight_zero_point.unique().numel() > 1 for layer in layers)
+    assert any(layer.weight_zero_point.unique().numel() > 1 for layer in layers.values())
+
+
+def test_every_layer_is_tuned_under_its_own_scheme(load_tiny, batches):
+    """Targets by whole names, as plans give them, and layers that none of them names."""
+    model = load_tiny()
+    before = {
+        name: module.weight.clone() for name, module in model.named_modules() if "_proj" in name
+    }
+    layer = "model.layers.{}.self_attn.{}_proj".format
+    groups = {
+        "w2": {"targets": [layer(0, "q"), layer(1, "q")], "weights": weights(2)},
+        "w4": {"targets": [layer(0, "k")], "weights": weights(4)},
+        "w8": {"targets": ["re:.*1.mlp.down_proj"], "weights": weights(8)},
+    }
+    found = auto_round(model, batches, groups)
+    levels = {name: stored_codes(module).unique().numel() for name, module in found.items()}
+    assert levels.keys() == {
+        layer(0, "q"),
+        layer(1, "q"),
+        layer(0, "k"),
+        "model.layers.1.mlp.down_proj",
+    }
+    assert levels[layer(0, "q")] == levels[layer(1, "q")] == 4
+    assert levels[layer(0, "k")] == 16
+    assert levels["model.layers.1.mlp.down_proj"] > 128
+    for name, weight in before.items():
+        if name not in found:
+            # AutoRound runs in bfloat16, and leaves it so
+            assert torch.equal(model.get_submodule(name).weight, weight.bfloat16())
 
 
 def test_our_modifier_is_the_one_that_recipes_name():

@@ -1,21 +1,50 @@
-"""AutoRoundModifier: llm-compressor's, with the zero points that AutoRound tuned."""
+"""AutoRoundModifier: llm-compressor's, for the schemes and zero points that plans ask for."""
 
 import torch
+from compressed_tensors.utils import is_match
 from llmcompressor.modifiers.autoround import AutoRoundModifier as _AutoRoundModifier
 from torch import nn
 
 __all__ = ["AutoRoundModifier", "signed_zero_point"]
 
 
+#: how AutoRound is told to leave a layer alone
+_UNQUANTIZED = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
+
+
 class AutoRoundModifier(_AutoRoundModifier):
     """
-    llm-compressor's AutoRoundModifier for asymmetric weights as well; recipes that name
-    `AutoRoundModifier` get this one once casp_plugin is imported. Fields and lifecycle are the
-    same.
+    llm-compressor's AutoRoundModifier for plans of several bit widths and asymmetric weights;
+    recipes that name `AutoRoundModifier` get this one once casp_plugin is imported. Fields and
+    lifecycle are the same.
 
-    llm-compressor 0.14 takes over AutoRound's scales but not its zero points: a layer keeps the
-    zeros it was initialized with, and asymmetric weights are clamped to a wrong range.
+    llm-compressor 0.14 looks for targets among the names inside a decoding layer. Those given as
+    whole names, as in every plan, match none, and all layers are tuned under the first scheme. It
+    takes over AutoRound's scales but not its zero points, so that asymmetric weights are clamped to
+    a wrong range.
     """
+
+    def _match_autoround_targets(self, model: nn.Module) -> set[nn.Module]:
+        """Targets by their names in the whole model.
+
+        :param model: a decoding layer, or what wraps it
+        """
+        return {
+            module
+            for module in model.modules()
+            if is_match(
+                getattr(module, "_tmp_name", ""), module, self.resolved_targets, self.ignore
+            )
+        }
+
+    def _build_layer_config_for_autoround(self, wrapped_model: nn.Module) -> dict[str, dict]:
+        """Schemes where they differ from the first, and which layers have none."""
+        config = super()._build_layer_config_for_autoround(wrapped_model)
+        targets = self._match_autoround_targets(wrapped_model)
+        for name, module in wrapped_model.named_modules():
+            if isinstance(module, nn.Linear) and module not in targets:
+                config[name] = dict(_UNQUANTIZED)
+        return config
 
     def _postprocess_qparams(
         self, model: nn.Module, llmc_registered_qparams: dict[str, dict[str, torch.Tensor]]
