@@ -21,7 +21,7 @@ from transformers import ProcessorMixin
 
 from casp_plugin.calibration import read_source
 
-__all__ = ["Conversation", "conversation_loader", "load_conversations"]
+__all__ = ["Conversation", "conversation_loader", "load_conversations", "prompt_text"]
 
 #: share of the rows whose images may be unreadable before it is an error
 BROKEN_SHARE = 0.1
@@ -32,11 +32,13 @@ class Conversation:
     """A question about images, and its answer.
 
     :param images: each a file's bytes or its path; none for plain text
+    :param task: what kind of question it is, to tell scores apart
     """
 
     images: tuple[bytes | Path, ...]
     question: str
     answer: str
+    task: str = ""
 
     def decoded(self) -> list[PILImage.Image]:
         """The images in RGB.
@@ -56,6 +58,7 @@ def load_conversations(
     split: str = "train",
     config_name: str | None = None,
     seed: int = 0,
+    task_column: str | None = None,
 ) -> list[Conversation]:
     """Questions about images, shuffled. Rows with an image that cannot be read are left out.
 
@@ -71,11 +74,12 @@ def load_conversations(
     :param split: split to read, where the source has several
     :param config_name: configuration of a hub dataset
     :param seed: seed of the shuffle
+    :param task_column: column that names the kind of question, if any
     :raises ValueError: if the source does not exist, has no such column or no rows, or if more
         than ``BROKEN_SHARE`` of the rows have an image that cannot be read
     """
     data = read_source(source, split, config_name)
-    columns = [image_column, question_column, answer_column]
+    columns = [image_column, question_column, answer_column, *filter(None, [task_column])]
     missing = [column for column in columns if column not in data.column_names]
     if missing:
         raise ValueError(
@@ -86,7 +90,8 @@ def load_conversations(
     found, broken = [], []
     for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
         images = tuple(_file(image, folder) for image in _listed(row[image_column]))
-        one = Conversation(images, row[question_column] or "", row[answer_column] or "")
+        task = str(row[task_column]) if task_column else ""
+        one = Conversation(images, row[question_column] or "", row[answer_column] or "", task)
         try:
             one.decoded()
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
@@ -154,7 +159,9 @@ class _Batches(torch.utils.data.Dataset):
     def processed(self, one: Conversation) -> dict[str, torch.Tensor]:
         images = one.decoded()
         arguments = {"images": [images]} if images else {}
-        made = self.processor(text=[self._text(one)], return_tensors="pt", **arguments)
+        made = self.processor(
+            text=[prompt_text(one, self.processor)], return_tensors="pt", **arguments
+        )
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     def tokens_with_images(self, one: Conversation) -> int:
@@ -164,22 +171,31 @@ class _Batches(torch.utils.data.Dataset):
         where = (ids == image).nonzero() if image is not None and one.images else []
         return int(where[-1]) + 1 if len(where) else 1
 
-    def _text(self, one: Conversation) -> str:
-        placeholder = getattr(self.processor, "image_token", None)
-        marked = one.question.count(placeholder) if placeholder else 0
-        if marked not in (0, len(one.images)):
-            raise ValueError(
-                f"question {one.question[:80]!r} holds {marked} placeholders {placeholder!r} for "
-                f"{len(one.images)} images"
-            )
-        shown = [] if marked else [{"type": "image"} for _ in one.images]
-        messages = [
-            {"role": "user", "content": [*shown, {"type": "text", "text": one.question}]},
-            {"role": "assistant", "content": [{"type": "text", "text": one.answer}]},
-        ]
-        if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(messages, tokenize=False)
-        return f"{(placeholder or '') * len(shown)}{one.question} {one.answer}"
+
+def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = True) -> str:
+    """A conversation as text with placeholders for its images, by the processor's chat template.
+
+    :param answered: with the answer; without it the assistant's turn begins
+    :raises ValueError: if images and placeholders in the question do not agree in number
+    """
+    placeholder = getattr(processor, "image_token", None)
+    marked = one.question.count(placeholder) if placeholder else 0
+    if marked not in (0, len(one.images)):
+        raise ValueError(
+            f"question {one.question[:80]!r} holds {marked} placeholders {placeholder!r} for "
+            f"{len(one.images)} images"
+        )
+    shown = [] if marked else [{"type": "image"} for _ in one.images]
+    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": one.question}]}]
+    if answered:
+        content = [{"type": "text", "text": one.answer}]
+        messages.append({"role": "assistant", "content": content})
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not answered
+        )
+    text = f"{(placeholder or '') * len(shown)}{one.question} "
+    return text + one.answer if answered else text
 
 
 def _undecoded(data: Dataset, column: str) -> Dataset:

@@ -1,0 +1,137 @@
+"""How well a vision-language model answers questions about images."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
+
+from casp_plugin.evaluation import Scores, TextScore
+from casp_plugin.image_text import Conversation, prompt_text
+
+__all__ = ["AnswerScore", "AnswerScores", "evaluate_answers"]
+
+
+@dataclass(frozen=True)
+class AnswerScore(TextScore):
+    """Scores of one answer. Tokens are those of the reference answer and of what ends a turn.
+
+    :param task: kind of the question
+    :param answer: what the model says, greedily
+    :param exact: whether that is the reference answer, as SQuAD compares (case, articles and
+        punctuation left out)
+    :param f1: overlap of the words, as SQuAD counts it
+    """
+
+    task: str
+    answer: str
+    exact: bool
+    f1: float
+
+
+@dataclass(frozen=True)
+class AnswerScores(Scores):
+    """Scores on a set of questions."""
+
+    texts: tuple[AnswerScore, ...]
+
+    @property
+    def exact_match(self) -> float:
+        """Share of answers that are right, 0 to 1."""
+        return sum(text.exact for text in self.texts) / len(self.texts)
+
+    @property
+    def f1(self) -> float:
+        """Mean overlap of words, 0 to 1."""
+        return math.fsum(text.f1 for text in self.texts) / len(self.texts)
+
+    @property
+    def by_task(self) -> dict[str, "AnswerScores"]:
+        """The scores of each task, sorted by name."""
+        tasks = sorted({text.task for text in self.texts})
+        return {
+            task: AnswerScores(tuple(text for text in self.texts if text.task == task))
+            for task in tasks
+        }
+
+
+@torch.no_grad()
+def evaluate_answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Iterable[Conversation],
+    reference: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+) -> AnswerScores:
+    """Score a model on questions with one known answer each.
+
+    The loss is that of the reference answer, given images and question. An answer is generated
+    where the reference is not what greedy decoding would give.
+
+    :param reference: model to measure KL(reference || model) against, at the answers' tokens
+    :raises ValueError: if there are no questions
+    """
+    conversations = list(conversations)
+    if not conversations:
+        raise ValueError("no questions to evaluate on")
+    # alike lengths side by side, so that little is padded
+    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].question))
+    found: dict[int, AnswerScore] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="Answering"):
+        indices = order[start : start + batch_size]
+        batch = [conversations[index] for index in indices]
+        scores = _score(model, processor, batch, reference, max_new_tokens)
+        found.update(zip(indices, scores, strict=True))
+    return AnswerScores(tuple(found[index] for index in range(len(conversations))))
+
+
+def _score(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    batch: list[Conversation],
+    reference: PreTrainedModel | None,
+    max_new_tokens: int,
+) -> Iterator[AnswerScore]:
+    whole = _inputs(processor, batch, answered=True, side="right").to(model.device)
+    prompts = _inputs(processor, batch, answered=False, side="left").to(model.device)
+    lengths = prompts["attention_mask"].sum(1).tolist()
+    logits = model(**whole).logits
+    expected = None if reference is None else reference(**whole.to(reference.device)).logits
+    rows = []
+    for i, (one, length) in enumerate(zip(batch, lengths, strict=True)):
+        end = int(whole["attention_mask"][i].sum())
+        labels = whole["input_ids"][i, length:end, None].to(logits.device)
+        scores = logits[i, length - 1 : end - 1].float().log_softmax(-1)
+        divergence = None
+        if expected is not None:
+            wanted = expected[i, length - 1 : end - 1].float().log_softmax(-1).to(scores.device)
+            divergence = (wanted.exp() * (wanted - scores)).sum().item()
+        loss = -scores.gather(1, labels).sum().item()
+        right = bool((scores.argmax(-1) == labels[:, 0]).all())
+        rows.append((len(labels), loss, divergence, one.answer if right else None))
+    if any(answer is None for *_, answer in rows):
+        made = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
+        made = made[:, prompts["input_ids"].shape[1] :]
+        said = processor.batch_decode(made, skip_special_tokens=True)
+    for i, (one, (tokens, loss, divergence, answer)) in enumerate(zip(batch, rows, strict=True)):
+        answer = said[i].strip() if answer is None else answer
+        exact, f1 = compute_exact(one.answer, answer), compute_f1(one.answer, answer)
+        yield AnswerScore(tokens, loss, divergence, one.task, answer, bool(exact), float(f1))
+
+
+def _inputs(processor: ProcessorMixin, batch: list[Conversation], answered: bool, side: str):
+    texts = [prompt_text(one, processor, answered) for one in batch]
+    if answered:  # templates end a turn with a line break, which says nothing about a model
+        texts = [text.rstrip("\n") for text in texts]
+    images = [one.decoded() for one in batch]
+    return processor(
+        text=texts,
+        images=images if any(images) else None,
+        return_tensors="pt",
+        padding=True,
+        padding_side=side,
+    )

@@ -1,0 +1,83 @@
+"""Scores of answers against a slow reference: one question at a time, in float64."""
+
+import pytest
+import tiny_vlms
+import torch
+from test_image_text import png
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from casp_plugin.answers import AnswerScore, AnswerScores, evaluate_answers
+from casp_plugin.image_text import Conversation
+
+QUESTIONS = [
+    Conversation((png(),), "w5 w6 w7 w8", "w9 w10", "long"),
+    Conversation((png(seed=1),), "w5", "w11", "short"),
+    Conversation((png(40, 36, seed=2),), "w12 w13", "w14 w15 w16", "long"),
+]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    tiny_vlms.save_tiny_vlm(folder, "llava")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def alone(model, processor, one):
+    """(loss, greedy continuation) of one question without any batch."""
+    inputs = processor(
+        text=f"<image>{one.question} {one.answer}", images=one.decoded(), return_tensors="pt"
+    )
+    tokens = len(one.answer.split())
+    scores = model(**inputs).logits[0].log_softmax(-1)
+    labels = inputs["input_ids"][0, -tokens:]
+    loss = -sum(scores[-tokens - 1 + i, label] for i, label in enumerate(labels))
+    prompt = processor(text=f"<image>{one.question} ", images=one.decoded(), return_tensors="pt")
+    ids = prompt["input_ids"]
+    for _ in range(4):
+        logits = model(**{**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        ids = torch.cat([ids, logits.logits[:, -1:].argmax(-1)], 1)
+    said = processor.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return loss.item(), said.strip()
+
+
+@torch.no_grad()
+def test_against_one_at_a_time(llava):
+    model, processor = llava
+    found = evaluate_answers(model, processor, QUESTIONS, model, batch_size=3, max_new_tokens=4)
+    for one, score in zip(QUESTIONS, found.texts, strict=True):
+        loss, said = alone(model, processor, one)
+        assert score.tokens == len(one.answer.split())
+        assert score.loss == pytest.approx(loss, rel=1e-5)
+        assert score.divergence == pytest.approx(0, abs=1e-6)
+        assert score.answer == said
+    assert list(found.by_task) == ["long", "short"]
+    assert [len(scores.texts) for scores in found.by_task.values()] == [2, 1]
+
+
+def test_right_answers(llava):
+    """What greedy decoding says, asked for again."""
+    model, processor = llava
+    said = evaluate_answers(model, processor, QUESTIONS, max_new_tokens=2).texts
+    again = [
+        Conversation(one.images, one.question, score.answer)
+        for one, score in zip(QUESTIONS, said, strict=True)
+    ]
+    found = evaluate_answers(model, processor, again, max_new_tokens=2)
+    assert found.exact_match == found.f1 == 1
+
+
+def test_means():
+    texts = (
+        AnswerScore(2, 1.0, None, "a", "x", True, 1.0),
+        AnswerScore(3, 2.0, None, "b", "y z", False, 0.5),
+    )
+    scores = AnswerScores(texts)
+    assert (scores.exact_match, scores.f1) == (0.5, 0.75)
+    assert scores.by_task["b"].exact_match == 0
+
+
+def test_no_questions(llava):
+    with pytest.raises(ValueError, match="no questions"):
+        evaluate_answers(*llava, [])
