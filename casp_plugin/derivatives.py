@@ -4,16 +4,23 @@ Second moments of derivatives over tokens: the output metrics of ``lowrank`` and
 ``pricing``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
 from llmcompressor.utils.helpers import disable_lm_head
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from casp_plugin.hooks import Hooks, TokenMean, image_mask, on_device, token_mask, tokens_of
+from casp_plugin.hooks import (
+    Hooks,
+    TokenMean,
+    first_batches,
+    image_mask,
+    on_device,
+    token_mask,
+    tokens_of,
+)
 
 __all__ = ["AttentionDerivatives", "LossGradients"]
 
@@ -49,7 +56,7 @@ class LossGradients:
         with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
-            for batch in _first(dataloader, "Collecting gradients"):
+            for batch in first_batches(dataloader, SAMPLES, "Collecting gradients"):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
                 _backward(model, batch, _predicting_text(batch, model, self._mask), generator)
@@ -99,7 +106,7 @@ class AttentionDerivatives:
                 hooks.add(attention, self._on_leave, with_kwargs=True)
             for name in self.moments:
                 hooks.add(name, self._on_linear(name))
-            for batch in _first(dataloader, "Probing the attention"):
+            for batch in first_batches(dataloader, SAMPLES, "Probing the attention"):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
                 with torch.no_grad():
@@ -138,16 +145,6 @@ class AttentionDerivatives:
             self.moments[name].add(g.T @ g, len(g))
         attended = attended.detach()
         return (attended, *output[1:]) if isinstance(output, tuple) else attended
-
-
-def _first(dataloader: Iterable[dict], desc: str) -> Iterator[dict]:
-    """The batches that hold the first ``SAMPLES`` sequences."""
-    with tqdm(desc=desc, total=SAMPLES) as bar:
-        for batch in dataloader:
-            yield batch
-            bar.update(len(next(v for v in batch.values() if torch.is_tensor(v))))
-            if bar.n >= SAMPLES:
-                return
 
 
 def _predicting_text(

@@ -1,11 +1,20 @@
 """Watching a model run: hooks that go away together, tokens that count, means over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-__all__ = ["Hooks", "TokenMean", "image_mask", "on_device", "token_mask", "tokens_of"]
+__all__ = [
+    "Hooks",
+    "TokenMean",
+    "first_batches",
+    "image_mask",
+    "on_device",
+    "token_mask",
+    "tokens_of",
+]
 
 
 class Hooks:
@@ -51,6 +60,16 @@ class TokenMean:
     @property
     def value(self) -> torch.Tensor:
         return self.total / self.tokens
+
+
+def first_batches(dataloader: Iterable[dict], samples: int, desc: str) -> Iterator[dict]:
+    """The batches that hold the first sequences, with a progress bar."""
+    with tqdm(desc=desc, total=samples) as bar:
+        for batch in dataloader:
+            yield batch
+            bar.update(len(next(v for v in batch.values() if torch.is_tensor(v))))
+            if bar.n >= samples:
+                return
 
 
 def on_device(batch: dict, model: nn.Module) -> dict:

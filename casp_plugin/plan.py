@@ -97,6 +97,23 @@ class LowRankPlan(_Model):
     note: str | None = None
 
 
+class AttentionPlan(_Model):
+    """How sparse one attention module is.
+
+    :param module: its name
+    :param heads: share of the entries of its maps that are not nearly zero, one a head
+    :param entropy: keys effectively looked at over visible keys, one a head
+    :param image: share of entries over keys that stand for images, all heads; None without images
+    :param text: the same over the other keys
+    """
+
+    module: str
+    heads: list[float]
+    entropy: list[float]
+    image: float | None = None
+    text: float | None = None
+
+
 class ParetoPoint(_Model):
     """The best that the same tables allow at another budget.
 
@@ -152,6 +169,7 @@ class CompressionPlan(_Model):
     :param settings: fields of each modifier, as given
     :param average_bits: the budget, or that of each component, as given; None if no bits were
         allocated
+    :param attention: attention modules whose maps were looked at
     :param low_rank: every linear that was considered for factors
     :param units: every unit that bits were chosen for
     :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
@@ -166,6 +184,7 @@ class CompressionPlan(_Model):
     calibration_tokens: int | None = None
     settings: dict[str, dict] = Field(default_factory=dict)
     average_bits: float | dict[str, float] | None = None
+    attention: list[AttentionPlan] = Field(default_factory=list)
     low_rank: list[LowRankPlan] = Field(default_factory=list)
     units: list[UnitPlan] = Field(default_factory=list)
     pareto: list[ParetoPoint] = Field(default_factory=list)
@@ -235,6 +254,8 @@ class CompressionPlan(_Model):
     def tables(self) -> list[Table]:
         """The plan as rich tables: ranks, units, totals. Unknown values show as ``?``."""
         tables = []
+        if self.attention:
+            tables.append(self._attention_table())
         if self.low_rank:
             tables.append(self._low_rank_table())
         if self.units:
@@ -243,6 +264,21 @@ class CompressionPlan(_Model):
             tables.append(self._pareto_table())
         tables.append(self._total_table())
         return tables
+
+    def _attention_table(self) -> Table:
+        title = "Attention density: share of a map's entries above 0.01"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("module", "mean", "least head", "largest head", "images", "text", "entropy"):
+            table.add_column(column, justify="left" if column == "module" else "right")
+        for one in self.attention:
+            values = [sum(one.heads) / len(one.heads), min(one.heads), max(one.heads)]
+            table.add_row(
+                one.module,
+                *(f"{value:.3f}" for value in values),
+                *("" if part is None else f"{part:.3f}" for part in (one.image, one.text)),
+                f"{sum(one.entropy) / len(one.entropy):.3f}",
+            )
+        return table
 
     def _low_rank_table(self) -> Table:
         table = Table(title="Low rank", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

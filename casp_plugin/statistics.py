@@ -18,6 +18,7 @@ from llmcompressor.utils.helpers import (
 from torch import nn
 from tqdm import tqdm
 
+from casp_plugin.attention_maps import AttentionDensities, AttentionDensity
 from casp_plugin.derivatives import AttentionDerivatives, LossGradients
 from casp_plugin.hooks import Hooks, TokenMean, image_mask, on_device, token_mask, tokens_of
 from casp_plugin.importance import token_influence
@@ -40,6 +41,7 @@ class Request:
     :param gradient_moments: linears for whose outputs E[g g^T] of that gradient is wanted
     :param attention_moments: linears inside attention modules for whose outputs it is wanted how
         much the attention output moves with them
+    :param attention_maps: attention modules whose maps' densities are wanted
     :param image_weight: what a token that stands for an image counts in the means over inputs and
         outputs, one of text being 1; None for 1
     """
@@ -51,6 +53,7 @@ class Request:
     gradients: frozenset[str] = frozenset()
     gradient_moments: frozenset[str] = frozenset()
     attention_moments: frozenset[str] = frozenset()
+    attention_maps: frozenset[str] = frozenset()
     image_weight: float | None = None
 
     def __or__(self, other: "Request") -> "Request":
@@ -88,6 +91,7 @@ class Statistics:
         model's own predictions: this is the Fisher information, not the empirical one
     :param attention_moments: E[J^T J], J the derivative of the attention output, relative to the
         size of the hidden state it is added to; shape (out, out), float32
+    :param attention_densities: how sparse the maps of attention modules are
     :param tokens: tokens seen, padding left out
     """
 
@@ -98,6 +102,7 @@ class Statistics:
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     gradient_moments: dict[str, torch.Tensor] = field(default_factory=dict)
     attention_moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    attention_densities: dict[str, AttentionDensity] = field(default_factory=dict)
     tokens: int = 0
 
 
@@ -213,6 +218,7 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
     collector = _Collector(request)
     gradients = LossGradients(request.gradients, request.gradient_moments)
     attention = AttentionDerivatives(request.attention_moments)
+    maps = AttentionDensities(request.attention_maps)
     layers = decoder_layers(model)
     tokens = 0
     with ExitStack() as stack:
@@ -228,6 +234,8 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
                 model(**batch)
         if not tokens:
             raise ValueError("the calibration dataset is empty: pass at least one sample of text")
+        if request.attention_maps:
+            maps.collect(model, dataloader)
         if request.attention_moments:
             attention.collect(model, dataloader, layers)
         if request.gradients or request.gradient_moments:
@@ -236,6 +244,7 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
     found.gradient_squares = _values(gradients.squares)
     found.gradient_moments = _values(gradients.moments)
     found.attention_moments = _values(attention.moments)
+    found.attention_densities = maps.densities
     return found
 
 

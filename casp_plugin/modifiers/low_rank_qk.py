@@ -1,5 +1,6 @@
 """LowRankQKModifier: W_q and W_k become data-aware low-rank products."""
 
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.factoring import install, point_awq_at_factors
 from casp_plugin.modules import named_linears
-from casp_plugin.plan import CompressionPlan
+from casp_plugin.plan import AttentionPlan, CompressionPlan
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.units import matched_linears, reading_together
 
@@ -122,6 +123,7 @@ class LowRankQKModifier(CaspModifier):
             second_moments=linears if self.method != "svd" or self.proposes else none,
             gradient_moments=linears if self.method == "fisher" else none,
             attention_moments=linears if self.method == "attention" else none,
+            attention_maps=frozenset(name.rpartition(".")[0] for name in linears),
         )
 
     def prepare(
@@ -132,6 +134,11 @@ class LowRankQKModifier(CaspModifier):
         following: list[Modifier],
     ) -> None:
         plan.settings[type(self).__name__] = self.settings
+        if statistics is not None:
+            plan.attention = [
+                AttentionPlan(module=name, **asdict(found))
+                for name, found in statistics.attention_densities.items()
+            ]
         latents = self._latents(model, statistics)
         if self.proposes:
             self._propose(latents, following)
