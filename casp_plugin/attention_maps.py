@@ -76,7 +76,8 @@ class AttentionDensities:
             mask, images = self._mask, self._images
             keys = attention.shape[-1]
             fits = images is not None and images.shape[-1] == keys
-            seen = visible(attention, mask if mask is not None and mask.shape[-1] == keys else None)
+            mask = mask if mask is not None and mask.shape[-1] == keys else None
+            seen = visible(attention, mask, causal=getattr(module, "is_causal", True))
             over_images = over_text = torch.full((attention.shape[1],), torch.nan)
             if fits:
                 over_images = density(attention, seen & images[:, None, None], THRESHOLD)

@@ -9,16 +9,19 @@ import torch
 __all__ = ["density", "entropy_density", "visible"]
 
 
-def visible(attention: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Entries of attention maps that may be other than zero: causal, and no padding.
+def visible(
+    attention: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Entries of attention maps that may be other than zero.
 
     :param attention: maps, (batch, heads, queries, keys), queries aligned with the last keys
-    :param mask: tokens that count, (batch, keys); None for all
+    :param mask: tokens that are no padding, (batch, keys); None for all
+    :param causal: whether a query sees no key after it
     :return: bool, (batch, 1, queries, keys)
     """
     queries, keys = attention.shape[-2:]
     seen = torch.ones(queries, keys, dtype=torch.bool, device=attention.device)
-    seen = seen.tril(keys - queries)[None, None]
+    seen = (seen.tril(keys - queries) if causal else seen)[None, None]
     if mask is not None:
         seen = seen & mask[:, None, None, :] & mask[:, None, -queries:, None]
     return seen.expand(len(attention), 1, queries, keys)

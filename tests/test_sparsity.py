@@ -42,7 +42,7 @@ def test_against_loops(mask):
 def test_extremes():
     """A query that looks at one key, and one that looks at all alike."""
     tokens = 4
-    seen = visible(torch.zeros(1, 1, tokens, tokens), None)
+    seen = visible(torch.zeros(1, 1, tokens, tokens))
     one = torch.zeros(1, 1, tokens, tokens)
     one[..., 0] = 1
     even = seen / seen.sum(-1, keepdim=True)
@@ -54,4 +54,6 @@ def test_extremes():
 
 
 def test_queries_of_a_step_see_all_keys_before():
-    assert visible(torch.zeros(1, 1, 2, 5), None)[0, 0].sum(-1).tolist() == [4, 5]
+    steps = torch.zeros(1, 1, 2, 5)
+    assert visible(steps)[0, 0].sum(-1).tolist() == [4, 5]
+    assert visible(steps, causal=False)[0, 0].sum(-1).tolist() == [5, 5]

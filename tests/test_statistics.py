@@ -258,6 +258,35 @@ def test_only_text_is_predicted(tmp_path):
     torch.testing.assert_close(seen[-1][0].norm(dim=-1) > 0, counted)
 
 
+def test_attention_densities(tmp_path):
+    """Against the maps that transformers gives out; images apart where there are any."""
+    model, batch = with_image(tmp_path, "llava")
+    text = {"input_ids": batch["input_ids"][:, -4:]}
+    layers = [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
+    inside = "model.vision_tower.encoder.layers.0.self_attn"
+    request = Request(attention_maps=frozenset([*layers, inside]))
+    before = model.config._attn_implementation
+    found = collect(model, [batch, text], request).attention_densities
+    assert model.config.text_config._attn_implementation == before != "eager"
+    model.set_attn_implementation("eager")
+    model.eval()
+    images = batch["input_ids"][0] == model.config.image_token_id
+    with torch.no_grad():
+        shown = [model(**one, output_attentions=True).attentions for one in (batch, text)]
+    for index, name in enumerate(layers):
+        above, of_image = [], shown[0][index]
+        for maps in (shown[0][index], shown[1][index]):
+            seen = torch.ones(maps.shape[-2:], dtype=torch.bool).tril()
+            above.append(torch.stack([(head[seen] > 0.01).double().mean() for head in maps[0]]))
+        torch.testing.assert_close(
+            torch.tensor(found[name].heads), ((above[0] + above[1]) / 2).float()
+        )
+        seen = torch.ones(of_image.shape[-2:], dtype=torch.bool).tril() & images
+        expected = sum((head[seen] > 0.01).double().mean() for head in of_image[0]) / 4
+        assert found[name].image == pytest.approx(expected.item())
+    assert found[inside].image is None
+
+
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
 def test_images_have_gradients_too(tmp_path, family):
     """Language model and vision tower of a model that sees: what every importance needs."""

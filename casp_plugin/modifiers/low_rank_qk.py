@@ -135,9 +135,12 @@ class LowRankQKModifier(CaspModifier):
     ) -> None:
         plan.settings[type(self).__name__] = self.settings
         if statistics is not None:
+            found = statistics.attention_densities
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in self._matched(model))
             plan.attention = [
-                AttentionPlan(module=name, **asdict(found))
-                for name, found in statistics.attention_densities.items()
+                AttentionPlan(module=name, **asdict(found[name]))
+                for name in modules
+                if name in found
             ]
         latents = self._latents(model, statistics)
         if self.proposes:
