@@ -235,7 +235,7 @@ def main(
             "with the 95 % interval of a paired bootstrap over the texts; "
             f"{time.perf_counter() - start:.0f} seconds;"
         )
-        write_markdown(table, COLUMNS, found, note)
+        write_markdown(table, [(COLUMNS, found)], note)
 
 
 def _cells(

@@ -3,6 +3,9 @@ print quality and cost side by side.
 
     python benchmarks/compare.py MODEL RECIPE... --dataset D --heldout H --table T.md
 
+A vision-language model is calibrated and scored on questions about images: perplexity is then that
+of the answers, with exact match and F1 beside it, and a second table tells them by task.
+
 The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
 the first of them. Losses of several seeds are averaged text by text; seconds are those of the
 first seed. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the same
@@ -16,13 +19,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from common import heldout_source, show, write_markdown
+from common import show, write_markdown
 
-app = typer.Typer(pretty_exceptions_enable=False)
+from casp_plugin.answers import AnswerScore, AnswerScores
+from casp_plugin.evaluation import Scores, TextScore, loss_interval
+
 COLUMNS = (
     "recipe",
     "bits",
@@ -31,13 +37,14 @@ COLUMNS = (
     "perplexity",
     "KL",
     "perplexity ratio",
+    "exact match",
+    "F1",
     "seconds",
     "casp time",
 )
 
 
-@app.command()
-def compare(
+def main(
     model: str,
     recipes: list[Path],
     dataset: str = "bundled",
@@ -81,17 +88,18 @@ def compare(
         for recipe in recipes:
             found.append([run(recipe, number) for number in seed])
             show(COLUMNS, _rows(found))
-    print(f"\n{found[-1][0]['recipe']} continues {PROMPT!r}:\n{found[-1][0]['text']}\n")
+    print(f"\n{found[-1][0]['recipe']} says: {found[-1][0]['text']}\n")
+    tables = [(COLUMNS, _rows(found))]
+    if isinstance(_mean(found[0]), AnswerScores):
+        tables.append(_by_task(found))
+        show(*tables[1])
     if table is not None:
         note = (
-            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[2:])}`, "
+            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[1:])}`, "
             f"{_mean(found[0]).tokens:,} tokens scored; perplexity ratio with the 95 % interval of "
             "a paired bootstrap over the texts;"
         )
-        write_markdown(table, COLUMNS, _rows(found), note)
-
-
-PROMPT = "A compiler is a program that"
+        write_markdown(table, tables, note)
 
 
 def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
@@ -99,9 +107,9 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     import torch
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
-    from casp_plugin.calibration import dataset_arguments, load_text
+    from casp_plugin.models import load_model
     from casp_plugin.modifiers import CaspModifier
 
     spent = []
@@ -116,18 +124,17 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
 
     if not torch.accelerator.is_available():  # AWQ pins host memory all the same
         IntermediatesCache.pin_memory = lambda *args, **kwargs: None
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = load_text(dataset, tokenizer, samples, seed=seed)
+    processor, batches = _calibration(model, dataset, samples, max_length, seed)
     set_seed(seed)
     CaspModifier.on_initialize = timed
     start = time.perf_counter()
     try:
         oneshot(
-            model=model,
-            processor=tokenizer,
+            model=load_model(model),
+            processor=processor,
             recipe=str(recipe),
+            dataset=batches,
             output_dir=str(out),
-            **dataset_arguments(texts, max_length),
         )
     finally:
         CaspModifier.on_initialize = initialize
@@ -135,69 +142,47 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     return {"seconds": seconds, "casp_time": sum(spent) / (seconds - sum(spent))}
 
 
+def _calibration(model, dataset, samples, max_length, seed):
+    """(tokenizer or processor, batches)"""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    from casp_plugin.calibration import calibration_loader, load_text
+    from casp_plugin.image_text import conversation_loader, load_conversations
+    from casp_plugin.models import is_multimodal
+
+    if is_multimodal(AutoConfig.from_pretrained(model)):
+        processor = AutoProcessor.from_pretrained(model)
+        questions = load_conversations(dataset, samples, seed=seed)
+        return processor, conversation_loader(questions, processor, max_length)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = load_text(dataset, tokenizer, samples, seed=seed)
+    return tokenizer, calibration_loader(texts, tokenizer, max_length)
+
+
 def _measure(folder: str, reference: str, evaluation: list[str]) -> dict:
     """Scores of a checkpoint, loaded from disk by a new process."""
-    command = [sys.executable, __file__, "measure", folder, reference, *evaluation]
+    script = str(Path(__file__).with_name("measure.py"))
+    command = [sys.executable, script, folder, reference, *evaluation]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     return json.loads(output.splitlines()[-1])  # llm-compressor logs to stdout as well
 
 
-@app.command()
-def measure(folder: str, reference: str, heldout: str, samples: int, max_length: int) -> None:
-    """Print scores, size and a sample of text as JSON."""
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    from casp_plugin.calibration import load_text
-    from casp_plugin.evaluation import evaluate
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    original = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
-    linears = [
-        module.weight
-        for name, module in original.named_modules()
-        if type(module).__name__ == "Linear" and name != "lm_head"
-    ]
-    weights = sum(weight.numel() for weight in linears)
-    other = sum(p.nbytes for p in original.parameters()) - sum(w.nbytes for w in linears)
-    total = 0
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as shard:
-            total += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118
-    texts = load_text(heldout_source(heldout), tokenizer, samples)["text"]
-    same = folder == reference
-    scores = evaluate(model, tokenizer, texts, max_length, None if same else original)
-    set_seed(0)
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, max_new_tokens=40, do_sample=False)[0])
-    print(
-        json.dumps(
-            {
-                "bits": (total - other) * 8 / weights,
-                "whole": total * 8 / sum(p.numel() for p in original.parameters()),
-                "bytes": total,
-                "texts": [(one.tokens, one.loss, one.divergence or 0.0) for one in scores.texts],
-                "text": text,
-            }
-        )
-    )
-
-
-def _mean(runs: list[dict]):
-    """Scores with the losses of each text averaged over the seeds."""
-    from casp_plugin.evaluation import Scores, TextScore
-
+def _mean(runs: list[dict]) -> Scores:
+    """Scores with those of each text averaged over the seeds."""
     texts = []
     for same in zip(*(run["texts"] for run in runs), strict=True):
-        tokens, loss, divergence = (sum(column) / len(same) for column in zip(*same, strict=True))
-        texts.append(TextScore(round(tokens), loss, divergence))
-    return Scores(tuple(texts))
+        tokens, loss, divergence, *more = zip(*same, strict=True)
+        values = [tokens[0], fmean(loss), fmean(value or 0 for value in divergence)]
+        if more:  # answers to questions
+            task, answer, exact, f1 = more
+            texts.append(AnswerScore(*values, task[0], answer[0], fmean(exact), fmean(f1)))
+        else:
+            texts.append(TextScore(*values))
+    kind = AnswerScores if isinstance(texts[0], AnswerScore) else Scores
+    return kind(tuple(texts))
 
 
 def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
-    from casp_plugin.evaluation import loss_interval
-
     first, scores = runs[0], _mean(runs)
     perplexity = f"{scores.perplexity:.2f}"
     if len(runs) > 1:
@@ -208,6 +193,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
         low, high = loss_interval(scores, _mean(baseline))
         ratio = f"{scores.perplexity / _mean(baseline).perplexity:.3f} "
         ratio += f"[{math.exp(low):.3f}, {math.exp(high):.3f}]"
+    answers = isinstance(scores, AnswerScores)
     casp = first.get("casp_time")
     return [
         first["recipe"],
@@ -217,9 +203,23 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
         perplexity,
         f"{scores.kl:.4f}",
         ratio,
+        f"{scores.exact_match:.1%}" if answers else "",
+        f"{scores.f1:.1%}" if answers else "",
         f"{first['seconds']:.0f}",
         f"+{casp:.0%}" if casp else "",
     ]
+
+
+def _by_task(found: list[list[dict]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Perplexity, exact match and F1 of every recipe, task by task."""
+    scores = [_mean(runs).by_task for runs in found]
+    columns = ("task", "questions", *(runs[0]["recipe"] for runs in found))
+    rows = []
+    for task, reference in scores[0].items():
+        each = [one[task] for one in scores]
+        cells = [f"{s.perplexity:.2f} / {s.exact_match:.0%} / {s.f1:.0%}" for s in each]
+        rows.append([task, str(len(reference.texts)), *cells])
+    return columns, rows
 
 
 def _rows(found: list[list[dict]]) -> list[list[str]]:
@@ -231,7 +231,4 @@ def _rows(found: list[list[dict]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    # the bare form is the comparison; ``measure`` is its other half, in a process of its own
-    if sys.argv[1:2] != ["measure"]:
-        sys.argv.insert(1, "compare")
-    app()
+    typer.run(main)

@@ -21,14 +21,14 @@ class AnswerScore(TextScore):
 
     :param task: kind of the question
     :param answer: what the model says, greedily
-    :param exact: whether that is the reference answer, as SQuAD compares (case, articles and
-        punctuation left out)
+    :param exact: 1 if that is the reference answer, as SQuAD compares (case, articles and
+        punctuation left out), else 0
     :param f1: overlap of the words, as SQuAD counts it
     """
 
     task: str
     answer: str
-    exact: bool
+    exact: float
     f1: float
 
 
@@ -119,8 +119,9 @@ def _score(
         said = processor.batch_decode(made, skip_special_tokens=True)
     for i, (one, (tokens, loss, divergence, answer)) in enumerate(zip(batch, rows, strict=True)):
         answer = said[i].strip() if answer is None else answer
-        exact, f1 = compute_exact(one.answer, answer), compute_f1(one.answer, answer)
-        yield AnswerScore(tokens, loss, divergence, one.task, answer, bool(exact), float(f1))
+        exact = float(compute_exact(one.answer, answer))
+        f1 = float(compute_f1(one.answer, answer))
+        yield AnswerScore(tokens, loss, divergence, one.task, answer, exact, f1)
 
 
 def _inputs(processor: ProcessorMixin, batch: list[Conversation], answered: bool, side: str):
