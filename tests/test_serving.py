@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+import test_vision_language
 import tiny_vlms
 import torch
 from conftest import save_tiny_model
@@ -185,6 +186,21 @@ LANGUAGE = "(language_model|text_model)"
 VISION = "re:.*(vision_tower|vision_model|visual|multi_modal_projector|connector).*"
 
 
+def assert_sees(serve, source, folder, family):
+    """vLLM and transformers say the same of a compressed model, with and without an image."""
+    for path in source.glob("*.json"):
+        if path.name != "config.json":
+            shutil.copy(path, folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    references = [answer(lambda ids: model(input_ids=ids).logits, prompt) for prompt in PROMPTS]
+    with_image = tiny_vlms.scorer(model, tiny_vlms.image_inputs(folder, family))
+    references.append(answer(with_image, tiny_vlms.image_prompt(family, expanded=True)))
+    picture = folder / "image.png"
+    tiny_vlms.image().save(picture)
+    question = {"prompt_token_ids": tiny_vlms.image_prompt(family), "image": str(picture)}
+    assert_same(serve(folder, [*PROMPTS, question]), references)
+
+
 @pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
 def test_vision_language_family(serve, batches, tmp_path, family):
     """Text alone, and text with an image."""
@@ -203,18 +219,15 @@ def test_vision_language_family(serve, batches, tmp_path, family):
         processor=AutoTokenizer.from_pretrained(source),
         targets=f"re:.*{LANGUAGE}.*[qk]_proj$",
     )
-    for path in source.glob("*.json"):
-        if path.name != "config.json":
-            shutil.copy(path, folder)
+    assert_sees(serve, source, folder, family)
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    references = [answer(lambda ids: model(input_ids=ids).logits, prompt) for prompt in PROMPTS]
-    with_image = tiny_vlms.scorer(model, tiny_vlms.image_inputs(folder, family))
-    references.append(answer(with_image, tiny_vlms.image_prompt(family, expanded=True)))
-    picture = tmp_path / "image.png"
-    tiny_vlms.image().save(picture)
-    question = {"prompt_token_ids": tiny_vlms.image_prompt(family), "image": str(picture)}
-    assert_same(serve(folder, [*PROMPTS, question]), references)
+
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_all_components(serve, tmp_path, family):
+    """Vision tower and connector quantized as well."""
+    components = test_vision_language.COMPONENTS[family]
+    test_vision_language.compress(tmp_path, family, GPTQModifier(), components=components)
+    assert_sees(serve, tmp_path / "in", tmp_path / "out", family)
 
 
 MATRIX_FAMILIES = {

@@ -80,13 +80,20 @@ class CaspConfig(CompressedTensorsConfig):
         owners = hf_to_vllm_mapper.apply_list(list(self.latent_of.values()))
         names = hf_to_vllm_mapper.apply_list(list(self.latent_of))
         self.latent_of = dict(zip(names, owners, strict=True))
+        for named in (self.target_scheme_map, self.low_rank, self.latent_of):
+            named |= {_in_tower(name): value for name, value in named.items()}
+        self.latent_of = {
+            name: _in_tower(owner) if _in_tower(name) == name else owner
+            for name, owner in self.latent_of.items()
+        }
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self.parts.add(prefix.partition(".")[0])
         if isinstance(layer, LinearBase):
             shards = self._shards(layer, prefix)
             if self._must_split(layer, prefix, shards):
-                self.unclaimed -= {shard.name for shard in shards}
+                claimed = {shard.name for shard in shards}
+                self.unclaimed = {n for n in self.unclaimed if not {n, _in_tower(n)} & claimed}
                 return SplitLinearMethod(self, shards)
         elif isinstance(layer, RoutedExperts) and self.transform_config is not None:
             expert = f"{prefix}.0.gate_proj"
@@ -154,3 +161,12 @@ class CaspConfig(CompressedTensorsConfig):
             symmetric=scheme.symmetric,
             layer_name=scheme.layer_name,
         )
+
+
+def _in_tower(name: str) -> str:
+    """A module of a vision tower by vLLM's name: transformers 5 left the level ``vision_model`` out
+    of CLIP's and SigLIP's, vLLM kept it. Other names stay as they are."""
+    head, tower, inside = name.partition("vision_tower.")
+    if not tower or inside.startswith("vision_model."):
+        return name
+    return f"{head}{tower}vision_model.{inside}"
