@@ -44,7 +44,7 @@ TEXT = {
 }
 VISION = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # vLLM quantizes SigLIP only where 64 divides it
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": SIDE,
