@@ -1,0 +1,236 @@
+"""Does sparse attention bear compressed W_q and W_k better? CASP's theorem 1, measured.
+
+    python benchmarks/sparsity.py MODEL --dataset D --text T --table T.md --plot P.png
+
+W_q and W_k of one decoder layer at a time become rank factors that keep 25 % of their parameters,
+each whitened by its inputs, as in the paper. The layer reads what it reads in the whole model; its
+attention output with and without factors is compared (relative error), beside the density of its
+map. All prompts are about equally long, so that densities can be compared; they differ in how
+many images they hold, and so in the share of visual tokens.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import typer
+from common import show, write_markdown
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoProcessor
+
+from casp_plugin.attention_maps import THRESHOLD
+from casp_plugin.calibration import load_text
+from casp_plugin.components import LANGUAGE, component_of
+from casp_plugin.hooks import Hooks, image_mask
+from casp_plugin.image_text import Conversation, conversation_loader, load_conversations
+from casp_plugin.lowrank import WhitenedWeight, uniform_rank
+from casp_plugin.models import load_model
+from casp_plugin.modules import named_linears
+from casp_plugin.sparsity import density, visible
+from casp_plugin.statistics import Request, collect
+
+KEEP = 0.25
+COLUMNS = ("share of visual tokens", "density", "error", "correlation of density and error")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layer on one prompt.
+
+    :param share: visual tokens over all tokens
+    :param density: share of the map's entries above the threshold, mean over heads
+    :param error: relative error of the attention output
+    """
+
+    layer: int
+    share: float
+    density: float
+    error: float
+
+
+def factored(model: nn.Module, loader) -> dict[str, torch.Tensor]:
+    """W_q and W_k of the language model as low-rank products, by name."""
+    linears = {
+        name: module
+        for name, module in named_linears(model)
+        if name.endswith((".q_proj", ".k_proj")) and component_of(name) == LANGUAGE
+    }
+    moments = collect(model, loader, Request(second_moments=frozenset(linears))).second_moments
+    products = {}
+    for name, linear in tqdm(linears.items(), desc="Factoring W_q, W_k"):
+        rank = uniform_rank(*linear.weight.shape, KEEP, 1)
+        factors = WhitenedWeight(linear.weight, moments[name]).factors(rank)
+        products[name] = (factors.up @ factors.down).to(linear.weight.dtype)
+    return products
+
+
+class Probe:
+    """Compares attention with and without factors while the model runs.
+
+    :param products: stand-ins for the weights of linears, by name
+    """
+
+    def __init__(self, model: nn.Module, products: dict[str, torch.Tensor]):
+        self.model, self.products = model, products
+        self.share, self.found = 0.0, []
+        self._inside = False
+
+    def on_attention(self, index: int, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            if self._inside:
+                return
+            before = {part: module.get_submodule(part).weight for part in ("q_proj", "k_proj")}
+            self._inside = True
+            try:
+                for part, weight in before.items():
+                    weight = nn.Parameter(self.products[f"{name}.{part}"].to(weight))
+                    module.get_submodule(part).weight = weight
+                changed = module(*args, **kwargs)[0]
+            finally:
+                for part, weight in before.items():
+                    module.get_submodule(part).weight = weight
+                self._inside = False
+            dense, attention = output[0].float(), output[1]
+            error = ((changed.float() - dense).norm() / dense.norm()).item()
+            mean = density(attention, visible(attention), THRESHOLD).mean().item()
+            self.found.append(Measured(index, self.share, mean, error))
+
+        return hook
+
+    @torch.no_grad()
+    def run(self, loader) -> list[Measured]:
+        """
+        :param loader: batches of one prompt each
+        """
+        self.model.set_attn_implementation("eager")
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in self.products))
+        with Hooks(self.model) as hooks:
+            for index, name in enumerate(layers):
+                hooks.add(name, self.on_attention(index, name), with_kwargs=True)
+            for batch in tqdm(loader, desc="Measuring"):
+                seen = image_mask(batch, self.model)
+                self.share = 0.0 if seen is None else seen.float().mean().item()
+                self.model(**batch, use_cache=False)
+        return self.found
+
+
+def prompts(
+    asked: list[Conversation], text: str, processor, images: list[int], tokens: int, each: int
+) -> list[Conversation]:
+    """Questions after a text and images that make up about ``tokens`` tokens together.
+
+    :param images: how many images, in turn
+    :param each: prompts for every number of images
+    """
+    ids = processor.tokenizer(text)["input_ids"]
+    (one,) = conversation_loader(asked[:1], processor, tokens)
+    per_image = int((one["input_ids"] == processor.image_token_id).sum())
+    made = []
+    for count in images:
+        for i in range(each):
+            shown = [asked[(len(made) + j) % len(asked)].images[0] for j in range(count)]
+            length = tokens - count * per_image
+            start = (37 * i) % max(1, len(ids) - length)
+            before = processor.tokenizer.decode(ids[start : start + length])
+            question = f"{before}\n{asked[len(made) % len(asked)].question}"
+            made.append(Conversation(tuple(shown), question, ""))
+    return made
+
+
+def draw(path: Path, found: list[Measured], model: str) -> None:
+    figure = Figure(figsize=(11, 4.2))
+    left, right = figure.subplots(1, 2)
+    layers = left.scatter(
+        [one.density for one in found],
+        [one.error for one in found],
+        c=[one.layer for one in found],
+        s=8,
+        cmap="viridis",
+    )
+    figure.colorbar(layers, ax=left, label="decoder layer")
+    left.set_xlabel(f"attention density (entries above {THRESHOLD})")
+    left.set_ylabel("relative error of the attention output")
+    shares = sorted({round(one.share, 1) for one in found})
+    for what, axis in (("error", right), ("density", right.twinx())):
+        means = [
+            sum(getattr(one, what) for one in group) / len(group)
+            for group in ([o for o in found if round(o.share, 1) == share] for share in shares)
+        ]
+        colour = "tab:red" if what == "error" else "tab:blue"
+        axis.plot(shares, means, "o-", color=colour)
+        axis.set_ylabel(f"{what}, mean over layers", color=colour)
+    right.set_xlabel("share of visual tokens")
+    figure.suptitle(f"{model}: W_q, W_k at {KEEP:.0%} of their parameters, a layer at a time")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    model: str,
+    dataset: str,
+    text: str,
+    table: Path,
+    plot: Path,
+    each: int = 8,
+    images: list[int] = (0, 1, 2, 3, 4, 5),
+    tokens: int = 450,
+    seed: int = 0,
+) -> None:
+    """Measure, and print correlations.
+
+    :param dataset: questions about images
+    :param text: text that is put before the questions; half of it and other questions make the
+        prompts that W_q and W_k are whitened on
+    :param images: numbers of images in a prompt
+    :param each: prompts for each of them
+    :param tokens: length of the prompts, about
+    """
+    loaded, processor = load_model(model), AutoProcessor.from_pretrained(model)
+    asked = load_conversations(dataset, 2 * each * max(images), seed=seed)
+    texts = load_text(text, processor.tokenizer, 16, seed=seed)["text"]
+    halves = []
+    for part in (0, 1):
+        words = "\n".join(texts[part::2])
+        made = prompts(asked[part::2], words, processor, list(images), tokens, each)
+        halves.append(conversation_loader(made, processor, 2 * tokens))
+    products = factored(loaded, halves[0])
+    found = Probe(loaded, products).run(halves[1])
+
+    def correlation(group: list[Measured], one: str, other: str) -> str:
+        rho = spearmanr([getattr(m, one) for m in group], [getattr(m, other) for m in group])
+        return f"{rho.statistic:.2f} (p {rho.pvalue:.1g})"
+
+    rows = []
+    for share in sorted({round(one.share, 1) for one in found}):
+        group = [one for one in found if round(one.share, 1) == share]
+        means = [
+            sum(getattr(one, key) for one in group) / len(group) for key in ("density", "error")
+        ]
+        rows.append([f"{share:.1f}", *(f"{mean:.3f}" for mean in means)])
+        rows[-1].append(correlation(group, "density", "error"))
+    means = [sum(getattr(one, key) for one in found) / len(found) for key in ("density", "error")]
+    rows.append(["all", *(f"{mean:.3f}" for mean in means), correlation(found, "density", "error")])
+    show(COLUMNS, rows)
+    told = f"share of visual tokens with error {correlation(found, 'share', 'error')}, with "
+    told += f"density {correlation(found, 'share', 'density')}"
+    layers = [[m for m in found if m.layer == i] for i in range(len(products) // 2)]
+    within = [spearmanr([m.density for m in g], [m.error for m in g]).statistic for g in layers]
+    told += f"; density with error inside one layer, over prompts: median {median(within):.2f}, "
+    told += f"positive in {sum(rho > 0 for rho in within)} of {len(within)} layers"
+    print(told)
+    draw(plot, found, Path(model).name)
+    note = (
+        f"{model}, {len(products) // 2} layers, {len(found)} maps of about {tokens} tokens, q/k "
+        f"whitened on as many other prompts; Spearman correlations over layers and prompts: "
+        f"{told}; plot {plot.name};"
+    )
+    write_markdown(table, [(COLUMNS, rows)], note)
+
+
+if __name__ == "__main__":
+    typer.run(main)
