@@ -120,10 +120,17 @@ def conversation_loader(
     :param processor: the model's own
     :param max_length: tokens a batch at most, those of images counted; the end of an answer is
         cut, a conversation whose images do not fit is left out with a warning
+    llm-compressor traces a model once, on its first batch, so that all batches must be of one kind:
+    where some conversations have images, those without any are left out with a warning.
+
     :raises ValueError: if images and placeholders in a question do not agree in number, or no
         conversation fits
     """
-    batches = _Batches(list(conversations), processor, max_length)
+    conversations = list(conversations)
+    seen = [one for one in conversations if one.images] or conversations
+    if len(seen) < len(conversations):
+        logger.warning(f"{len(conversations) - len(seen)} conversations without images left out")
+    batches = _Batches(seen, processor, max_length)
     lengths = [batches.tokens_with_images(one) for one in tqdm(batches.all, desc="Checking images")]
     batches.all = [one for one, n in zip(batches.all, lengths, strict=True) if n <= max_length]
     left_out = len(lengths) - len(batches.all)

@@ -112,18 +112,21 @@ TOKENS = 16  # of an image
 
 
 def test_batches_run(llava):
-    """None, one and two images, of several sizes."""
+    """One and two images, of several sizes; text alone where there is nothing else."""
     model, processor = llava
+    text = Conversation((), "w5 w6", "w7")
     conversations = [
-        Conversation((), "w5 w6", "w7"),
+        text,
         Conversation((png(40, 32),), "w5", "w7"),
         Conversation((png(32, 64), png(48, 48)), FILLER, "w7"),
     ]
-    loader = conversation_loader(conversations, processor, max_length=60)
-    batches = list(loader)
-    assert len(loader) == 3
+    batches = []
+    for some, count in ((conversations, 2), ([text], 1)):
+        loader = conversation_loader(some, processor, max_length=60)
+        assert len(loader) == count
+        batches += loader
     found = [(batch["input_ids"][0] == model.config.image_token_id).sum() for batch in batches]
-    assert found == [0, TOKENS, 2 * TOKENS]
+    assert found == [TOKENS, 2 * TOKENS, 0]
     for batch in batches:
         assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
 

@@ -141,13 +141,15 @@ casp_stage:
 
 @pytest.fixture
 def files(tmp_path):
-    """A model, a recipe, and questions about images of several sizes."""
+    """A model, a recipe, and questions about images of several sizes, one or two at a time."""
     tiny_vlms.save_tiny_vlm(tmp_path / "in", "llava")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     rows = []
     for i in range(6):
         tiny_vlms.image().resize((32 + 8 * i, 40)).save(tmp_path / f"{i}.png")
-        rows.append({"image": f"{i}.png", "question": f"w{5 + i} w6", "answer": "w7"})
+        images = [f"{i}.png", "0.png"][: 1 + i % 2]
+        rows.append({"image": images, "question": f"w{5 + i} w6", "answer": "w7"})
+    rows.append({"image": [], "question": "w5", "answer": "w6"})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -161,7 +163,7 @@ def test_command_line(files):
     result = casp(files, "run", "--dataset", files / "data.jsonl", "--output", files / "out")
     assert result.exit_code == 0, result.output
     plan = CompressionPlan.load(files / "out")
-    assert plan.calibration_tokens == 6 * 19
+    assert plan.calibration_tokens == 6 * 3 + 9 * 16  # not the row without images
     assert {unit.component for unit in plan.units} == {"language", "vision"}
     kept = [path for path in (files / "in").iterdir() if "processor" in path.name]
     kept += [files / "in" / "tokenizer.json", files / "in" / "tokenizer_config.json"]
