@@ -1,6 +1,6 @@
 """Write the recipe that AutoScheme, auto-round's own mixed precision, chooses at equal bytes.
 
-    python benchmarks/autoscheme.py MODEL recipes/smollm2/autoround_2.56.yaml OUT.yaml --dataset D
+    python benchmarks/autoscheme.py MODEL recipes/smollm2/autoround_2.56.yaml OUT.yaml D.jsonl
 
 AutoScheme measures what each layer's loss would be under each option and picks a mix that meets an
 average, scales and zero points counted. OUT is the given AutoRound recipe with such a mix in place

@@ -297,7 +297,7 @@ BAD_RECIPES = [
     ),
     ([bits()], "add a quantizing modifier after it"),
     ([bits(), GPTQModifier(scheme="W4A16")], "must leave scheme unset"),
-    ([bits(), StockAutoRoundModifier()], "loses zero points: use casp_plugin.AutoRoundModifier"),
+    ([bits(), StockAutoRoundModifier()], "under one scheme .* use casp_plugin.AutoRoundModifier"),
     ([bits(), QuantizationModifier(targets=["re:.*up_proj"])], "must leave targets unset"),
     ([bits(), GPTQModifier(ignore=["re:.*o_proj"])], "put it into BitAllocationModifier.ignore"),
     ([bits(average_bits=2), GPTQModifier()], r"cannot be reached.*reach 4\.\d+ to \d"),

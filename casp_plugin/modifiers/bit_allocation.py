@@ -278,10 +278,10 @@ class BitAllocationModifier(CaspModifier):
             )
         name = type(quantizer).__name__
         stock = isinstance(quantizer, StockAutoRoundModifier)
-        if stock and not isinstance(quantizer, AutoRoundModifier) and not self.symmetric:
+        if stock and not isinstance(quantizer, AutoRoundModifier):
             raise ValueError(
-                "llm-compressor's own AutoRoundModifier loses zero points: use "
-                "casp_plugin.AutoRoundModifier, or set BitAllocationModifier.symmetric"
+                "llm-compressor's own AutoRoundModifier tunes all layers of a plan under one "
+                "scheme and loses their zero points: use casp_plugin.AutoRoundModifier"
             )
         given = [
             field
