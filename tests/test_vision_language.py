@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
 
-from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, cli
+from casp_plugin import (
+    AutoRoundModifier,
+    BitAllocationModifier,
+    CompressionPlan,
+    LowRankQKModifier,
+    cli,
+)
 from casp_plugin.check import check
 from casp_plugin.modifiers.tracing import register
 
@@ -57,6 +63,17 @@ def test_all_components(family, quantizer, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
     assert [finding for finding in check(tmp_path / "out") if finding.passed is False] == []
+
+
+def test_auto_round_tunes_language_models_only(tmp_path):
+    quantizer = AutoRoundModifier(iters=2, batch_size=1, enable_torch_compile=False)
+    model, batch = compress(tmp_path, "llava", quantizer)
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits.float(), reloaded(**batch).logits)
+    (tmp_path / "again").mkdir()
+    with pytest.raises(ValueError, match=r"not model\.vision_tower\.\S+: put it into"):
+        compress(tmp_path / "again", "llava", quantizer, components=["language", "vision"])
 
 
 def test_language_only_is_the_default(tmp_path):

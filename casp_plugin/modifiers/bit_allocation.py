@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
+from casp_plugin.components import LANGUAGE
 from casp_plugin.latent import Latent
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
@@ -231,6 +232,8 @@ class BitAllocationModifier(CaspModifier):
             rank_multiple=self._rank_multiple,
         )
         layers = decoder_layers(model)
+        if isinstance(quantizer, AutoRoundModifier):
+            self._check_tuned(linears, layers)
         together = [latent.linears for latent in self._latents]
         units = find_units(linears, layers, self.granularity, self.share_layers, together)
         importances = self._importances(units, layers, statistics)
@@ -389,6 +392,18 @@ class BitAllocationModifier(CaspModifier):
                 unit.modules = stored_shapes({name: model.get_submodule(name) for name in names})
         if latents:
             point_awq_at_factors(self, model, following)
+
+    def _check_tuned(self, linears: dict[str, nn.Module], layers: list[str]) -> None:
+        """AutoRound tunes decoder layers; others would keep the scales they were initialized with.
+        Layers of a vision tower run inside code that llm-compressor cannot trace."""
+        for name in linears:
+            inside = any(name.startswith(f"{layer}.") for layer in layers)
+            if not inside or self.component_of(name) != LANGUAGE:
+                raise ValueError(
+                    f"AutoRoundModifier tunes the decoder layers of the language model only, not "
+                    f"{name}: put it into BitAllocationModifier.ignore, leave its component out, "
+                    "or use GPTQModifier"
+                )
 
     def _check_budget(self, plan: CompressionPlan) -> None:
         for budget in plan.budgets:
