@@ -43,6 +43,7 @@ def main(
     settings = modifier["AutoRoundModifier"]
     (scheme,) = settings["config_groups"].values()
     weights = scheme["weights"]
+    # as AutoScheme counts: codes, scales and zero points, not what a file format adds
     average = weights["num_bits"] + (SCALE_BITS + weights["num_bits"]) / weights["group_size"]
     options = [
         QuantizationScheme(bits=bits, group_size=group_size, sym=False, data_type="int")

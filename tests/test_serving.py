@@ -22,7 +22,10 @@ import torch
 from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import QuIPModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
@@ -30,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from casp_plugin import BitAllocationModifier, LowRankQKModifier
+from casp_plugin import AutoRoundModifier, BitAllocationModifier, LowRankQKModifier
 from casp_plugin.calibration import dataset_arguments, load_text
 from casp_plugin.fold import fold
 from casp_plugin.runtime.architectures import TESTED
@@ -269,13 +272,23 @@ def test_latents_of_their_own(serve, batches, tmp_path, family):
     assert_same(serve(folder), expected(folder))
 
 
-def test_ranks_and_bits_chosen_at_once(serve, batches, tmp_path):
+QUANTIZERS = {
+    "gptq": lambda: [GPTQModifier()],
+    "awq": lambda: [AWQModifier(), QuantizationModifier()],
+    "autoround": lambda: [AutoRoundModifier(iters=4, batch_size=2, enable_torch_compile=False)],
+}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_ranks_and_bits_chosen_at_once(serve, batches, tmp_path, quantizer, monkeypatch):
     """Some layers factored, others dense; v at a width of its own in all."""
+    # for AWQ without an accelerator, see README
+    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)
     source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
     recipe = [
         LowRankQKModifier(),
         BitAllocationModifier(average_bits=4.6, candidates=[2, 3, 4, 6], group_size=32),
-        GPTQModifier(),
+        *QUANTIZERS[quantizer](),
     ]
     folder = tmp_path / "out"
     oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder))

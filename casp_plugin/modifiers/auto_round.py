@@ -7,7 +7,6 @@ from torch import nn
 
 __all__ = ["AutoRoundModifier", "signed_zero_point"]
 
-
 #: how AutoRound is told to leave a layer alone
 _UNQUANTIZED = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
 
