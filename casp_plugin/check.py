@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 
+import numpy
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from casp_plugin.checkpoint import read_config, read_section
 from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
-from casp_plugin.models import bare_model, load_model, names_in_memory
+from casp_plugin.models import bare_model, image_prefix, is_multimodal, load_model, names_in_memory
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.runtime.architectures import TESTED, refusal
 from casp_plugin.schemes import missing_kernel
@@ -160,9 +161,27 @@ def _served(architectures: list[str], quantization: dict) -> Finding:
 def _reload(folder: Path) -> Finding:
     try:
         model = load_model(str(folder))
-        ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
+        sample, what = _sample(folder, model)
         with torch.no_grad():
-            finite = bool(torch.isfinite(model(ids.to(model.device)).logits).all())
+            finite = bool(torch.isfinite(model(**sample).logits).all())
     except Exception as error:  # whatever a user would meet when loading
         return Finding("reload", False, f"{type(error).__name__}: {error}")
-    return Finding("reload", finite, "finite logits" if finite else "logits hold NaN or infinity")
+    found = "finite logits" if finite else "logits hold NaN or infinity"
+    return Finding("reload", finite, f"{found} for {what}")
+
+
+def _sample(folder: Path, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], str]:
+    """A few tokens, with an image where the model takes one; and what that is in words."""
+    ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
+    words = {"input_ids": ids.to(model.device)}
+    if not is_multimodal(model.config):
+        return words, "text"
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+        image = numpy.full((224, 224, 3), 128, dtype=numpy.uint8)
+        text = [f"{image_prefix(processor)} a"]
+        made = processor(text=text, images=[[image]], return_tensors="pt")
+    except Exception as error:  # packages of its own, files that are not there
+        why = " ".join(str(error).split())[:80]
+        return words, f"text; no image: {type(error).__name__}: {why}"
+    return dict(made.to(model.device)), "an image"

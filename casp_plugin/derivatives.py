@@ -70,6 +70,8 @@ class LossGradients:
                 self.moments[name].add(g.T @ g, len(g))
 
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
+            if not output.requires_grad:  # the first on its way: of text, of images, of queries
+                output.requires_grad_()
             output.register_hook(on_gradient)
 
         return hook
@@ -163,11 +165,6 @@ def _backward(
     model: nn.Module, batch: dict, mask: torch.Tensor | None, generator: torch.Generator
 ) -> None:
     """Forward, and backward of the summed loss against sampled labels, down to the activations."""
-    # images begin a path of their own: what they pass through has gradients too
-    batch = {
-        k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in batch.items()
-    }
     with torch.enable_grad():
         logits = model(**batch).logits.float()
         scores = logits.log_softmax(-1)
@@ -181,15 +178,13 @@ def _backward(
 
 @contextmanager
 def _no_parameter_gradients(model: nn.Module):
-    """Gradients of activations only; what enters the layers is made to have one."""
+    """Gradients of activations only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
-    model.enable_input_require_grads()
     try:
         yield
     finally:
-        model.disable_input_require_grads()
         for parameter in trained:
             parameter.requires_grad_(True)
 

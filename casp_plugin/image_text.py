@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from casp_plugin.calibration import read_source
+from casp_plugin.models import image_prefix, image_token
 
 __all__ = ["Conversation", "conversation_loader", "load_conversations", "prompt_text"]
 
@@ -117,12 +118,12 @@ def conversation_loader(
     """Batches of one conversation each, as the model takes them: token ids, pixels and whatever
     else its processor makes. The processor's chat template sets question and answer.
 
-    :param processor: the model's own
-    :param max_length: tokens a batch at most, those of images counted; the end of an answer is
-        cut, a conversation whose images do not fit is left out with a warning
     llm-compressor traces a model once, on its first batch, so that all batches must be of one kind:
     where some conversations have images, those without any are left out with a warning.
 
+    :param processor: the model's own
+    :param max_length: tokens a batch at most, those of images counted; the end of an answer is
+        cut, a conversation whose images do not fit is left out with a warning
     :raises ValueError: if images and placeholders in a question do not agree in number, or no
         conversation fits
     """
@@ -174,7 +175,7 @@ class _Batches(torch.utils.data.Dataset):
     def tokens_with_images(self, one: Conversation) -> int:
         """Tokens up to the last one of an image."""
         ids = self.processed(one)["input_ids"][0]
-        image = getattr(self.processor, "image_token_id", None)
+        image = self.processor.tokenizer.convert_tokens_to_ids(image_token(self.processor) or "")
         where = (ids == image).nonzero() if image is not None and one.images else []
         return int(where[-1]) + 1 if len(where) else 1
 
@@ -185,7 +186,7 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
     :param answered: with the answer; without it the assistant's turn begins
     :raises ValueError: if images and placeholders in the question do not agree in number
     """
-    placeholder = getattr(processor, "image_token", None)
+    placeholder = image_token(processor)
     marked = one.question.count(placeholder) if placeholder else 0
     if marked not in (0, len(one.images)):
         raise ValueError(
@@ -201,7 +202,7 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
         return processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not answered
         )
-    text = f"{(placeholder or '') * len(shown)}{one.question} "
+    text = f"{image_prefix(processor) * len(shown)}{one.question} "
     return text + one.answer if answered else text
 
 

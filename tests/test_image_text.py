@@ -166,3 +166,18 @@ def test_placeholders_in_the_text(llava):
         wrong = Conversation(images, "w5 <image> w6", "w7")
         with pytest.raises(ValueError, match=rf"holds 1 placeholders '<image>' for {len(images)}"):
             conversation_loader([wrong], processor, 60)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "paligemma", "blip-2", "gemma3"])
+def test_processors_of_families(family, tmp_path):
+    """An image has as many tokens as the model makes of it, whoever puts them into the text."""
+    tiny_vlms.save_tiny_vlm(tmp_path, family)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    one = Conversation((png(),), "w5 w6", "w7")
+    (batch,) = conversation_loader([one], processor, 60)
+    with torch.no_grad():
+        model(**batch)
+    expected = tiny_vlms.image_prompt(family, expanded=True)
+    image = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    assert (batch["input_ids"] == image).sum() == expected.count(image) > 0

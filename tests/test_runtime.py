@@ -678,6 +678,15 @@ def test_models_that_reorder_rows_are_refused(low_rank, symmetric):
             claim(llama4)
 
 
+def test_connectors_that_vllm_keeps_dense_are_refused():
+    name = "LlavaNextVideoForConditionalGeneration"
+    for target, refused in (("multi_modal_projector.linear_1", True), ("language_model.x", False)):
+        group = {"targets": [f"model.{target}"], "weights": {"symmetric": True}}
+        why = refusal([name], {"config_groups": {"g": group}})
+        assert (why is not None) == refused
+        assert not refused or "leave it out of the modifiers' components" in why
+
+
 def test_all_models_that_reorder_rows_are_known():
     """Search vLLM's sources for the function that does it."""
     folder = Path(models.__file__).parent

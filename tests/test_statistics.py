@@ -250,7 +250,8 @@ def test_only_text_is_predicted(tmp_path):
             output.register_hook(seen.append)
 
     model.get_submodule(name).register_forward_hook(hook)
-    collect(model, [batch], Request(gradients=frozenset({name})))
+    before = "model.language_model.layers.0.mlp.down_proj"
+    collect(model, [batch], Request(gradients=frozenset({name, before})))
     images = batch["input_ids"][0] == model.config.image_token_id
     first = int(images.nonzero()[0])
     counted = torch.ones(len(images), dtype=torch.bool)

@@ -30,6 +30,7 @@ IDS = {
     )
 }
 SIDE = 32  # pixels
+FRAMES = 2  # of a video
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TEXT = {
     "hidden_size": 128,
@@ -124,11 +125,11 @@ def _idefics3(name):
     }
 
 
-def _qwen(name, **vision):
+def _qwen(name, rope=MROPE, **vision):
     pads = (SIDE // QWEN_VISION["patch_size"] // 2) ** 2
     return {
         "config": {
-            "text_config": {"rope_parameters": MROPE},
+            "text_config": {"rope_parameters": rope},
             "vision_config": QWEN_VISION | vision,
             "image_token_id": IDS["<|image_pad|>"],
             "video_token_id": IDS["<|video_pad|>"],
@@ -177,6 +178,77 @@ def _gemma3():
     }
 
 
+def _llava_next_video():
+    """Asked about a video: nothing else reaches it in vLLM, which takes no larger patches here."""
+    patch = 4
+    family = _llava(image_grid_pinpoints=[[SIDE, SIDE]], video_token_index=IDS["<|video_pad|>"])
+    family["config"]["vision_config"] |= {"patch_size": patch}
+    kind = {"video_processor_type": "LlavaNextVideoVideoProcessor"}
+    family["video_processor"] = PIXELS | family["image_processor"] | kind
+    family["image_processor"] |= {"image_processor_type": "LlavaNextImageProcessor"}
+    family["processor"] |= {
+        "processor_class": "LlavaNextVideoProcessor",
+        "video_token": "<|video_pad|>",
+        "patch_size": patch,
+    }
+    family["prompt"] = ["<|video_pad|>"]
+    pooled = (SIDE // patch // 2) ** 2
+    family["expanded"] = ["<|video_pad|>"] * pooled * FRAMES
+    return family
+
+
+def _paligemma():
+    tokens = (SIDE // VISION["patch_size"]) ** 2
+    return {
+        "config": {
+            "text_config": {"model_type": "gemma"},
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "vision_use_head": False,
+                "projection_dim": TEXT["hidden_size"],
+                **VISION,
+            },
+            "projection_dim": TEXT["hidden_size"],
+            "image_token_index": IDS["<image>"],
+        },
+        "image_processor": {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": SQUARE,
+            "image_seq_length": tokens,
+        },
+        "processor": {"processor_class": "PaliGemmaProcessor"},
+        "module": "siglip",
+        "prompt": ["<image>"],
+        "expanded": ["<image>"] * tokens,
+    }
+
+
+def _blip_2():
+    queries = 4
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    text = {"model_type": "opt", "ffn_dim": 192, "word_embed_proj_dim": TEXT["hidden_size"]}
+    return {
+        "config": {
+            "text_config": {**text, "do_layer_norm_before": True},
+            "vision_config": VISION,
+            "qformer_config": {
+                "num_hidden_layers": 2,
+                "encoder_hidden_size": VISION["hidden_size"],
+                "vocab_size": TEXT["vocab_size"],
+                **sizes,
+            },
+            "num_query_tokens": queries,
+            "image_token_index": IDS["<image>"],
+        },
+        "image_processor": {"image_processor_type": "BlipImageProcessor", "size": SQUARE},
+        "processor": {"processor_class": "Blip2Processor", "num_query_tokens": queries},
+        "module": "blip",
+        "prompt": [],  # vLLM and transformers put the image first themselves
+        "expanded": ["<image>"] * queries,
+        "image_first": True,
+    }
+
+
 FAMILIES = {
     "llava": _llava(),
     "idefics3": _idefics3("Idefics3"),
@@ -191,7 +263,19 @@ FAMILIES = {
         window_size=16,
         fullatt_block_indexes=[1],
     ),
+    "qwen3_vl": _qwen(
+        "Qwen3VLProcessor",
+        MROPE | {"mrope_interleaved": True},
+        hidden_size=64,
+        intermediate_size=96,
+        out_hidden_size=128,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=16,
+    ),
     "gemma3": _gemma3(),
+    "llava_next_video": _llava_next_video(),
+    "paligemma": _paligemma(),
+    "blip-2": _blip_2(),
 }
 
 
@@ -219,6 +303,8 @@ def save_tiny_vlm(folder, family):
     save_file(renamed, weights, metadata={"format": "pt"})
     _write(folder, "preprocessor_config.json", PIXELS | parts["image_processor"])
     _write(folder, "processor_config.json", parts["processor"])
+    if "video_processor" in parts:
+        _write(folder, "video_preprocessor_config.json", parts["video_processor"])
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)} | IDS
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -235,23 +321,44 @@ def save_tiny_vlm(folder, family):
 
 def image():
     """The image of all families: random pixels, the same in every call."""
-    pixels = numpy.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=numpy.uint8)
-    return Image.fromarray(pixels)
+    return Image.fromarray(_pixels(0))
+
+
+def save_image(folder, family):
+    """The image, or the frames of a video, as a file; its kind and path."""
+    if "video_processor" in FAMILIES[family]:
+        numpy.save(folder / "video.npy", [_pixels(frame) for frame in range(FRAMES)])
+        return {"video": str(folder / "video.npy")}
+    image().save(folder / "image.png")
+    return {"image": str(folder / "image.png")}
+
+
+def _pixels(seed):
+    return numpy.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=numpy.uint8)
 
 
 def image_prompt(family, expanded=False):
     """Token ids of a prompt with the image: one placeholder for vLLM, or all tokens it becomes."""
-    tokens = FAMILIES[family]["expanded" if expanded else "prompt"]
-    return [5, 6, 7, *(IDS[token] for token in tokens), 8, 9, 10, 11]
+    parts = FAMILIES[family]
+    tokens = [IDS[token] for token in parts["expanded" if expanded else "prompt"]]
+    before, after = [5, 6, 7], [8, 9, 10, 11]
+    return [*tokens, *before, *after] if "image_first" in parts else [*before, *tokens, *after]
 
 
 def image_inputs(folder, family):
-    """The image as the family's model in transformers takes it: pixel_values and so on."""
-    kind = FAMILIES[family]["image_processor"]["image_processor_type"] + "Pil"
-    module = FAMILIES[family]["module"]
+    """The image, or video, as the family's model in transformers takes it: pixel_values and so
+    on."""
+    parts = FAMILIES[family]
+    module = parts["module"]
+    kind = parts["image_processor"]["image_processor_type"] + "Pil"
+    if "video_processor" in parts:
+        kind = "CLIPImageProcessorPil"  # frame by frame
     # transformers 5.17 offers some of these classes at its top level only beside torchvision
     module = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     processor = getattr(module, kind).from_pretrained(folder)
+    if "video_processor" in parts:
+        frames = processor([_pixels(i) for i in range(FRAMES)], return_tensors="pt")["pixel_values"]
+        return {"pixel_values_videos": frames[None]}
     made = processor(image(), return_tensors="pt")
     return {name: made[name] for name in processor.model_input_names if name in made}
 

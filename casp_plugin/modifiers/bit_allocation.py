@@ -96,7 +96,7 @@ class BitAllocationModifier(CaspModifier):
         plugin runs
     :param share_layers: number of adjacent decoder layers that share their widths
     :param targets: layers to allocate bits to, in llm-compressor's matching syntax
-    :param ignore: layers to leave unquantized although they match
+    :param ignore: layers to leave unquantized although they match; by default the output head
     """
 
     average_bits: float | dict[str, float]
@@ -110,7 +110,7 @@ class BitAllocationModifier(CaspModifier):
     granularity: Literal["unit", "layer", "matrix"] = "unit"
     share_layers: int = Field(default=1, ge=1)
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    ignore: list[str] = Field(default_factory=lambda: ["re:(.*[.])?lm_head$"])
 
     _latents: list[Latent] = PrivateAttr(default_factory=list)
     _rank_multiple: int = PrivateAttr(default=1)

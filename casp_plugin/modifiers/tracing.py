@@ -3,7 +3,8 @@
 Its tracer wraps what it cannot trace, in multimodal models whatever stands below
 ``if pixel_values is not None``: the linear layers in there run and are observed, but belong to no
 subgraph, so that they are never quantized. Here the first subgraph, which runs before the language
-model's layers, has them.
+model's layers, has them. Where no such line stands (BLIP-2), what makes the features of images is
+wrapped by its name.
 """
 
 from dataclasses import dataclass, field, fields
@@ -26,8 +27,14 @@ class _WithWrapped(Subgraph):
         return super().submodules(model, recurse) + self.wrapped
 
 
-def _trace(model: nn.Module, *args, **kwargs) -> list[Subgraph]:
-    subgraphs = trace_subgraphs(model, *args, **kwargs)
+#: what transformers calls the methods that run a tower and its connector
+_FEATURES = ["get_image_features", "get_video_features", "get_audio_features"]
+
+
+def _trace(
+    model: nn.Module, sample: dict, targets: list[str], ignore: list[str], *args
+) -> list[Subgraph]:
+    subgraphs = trace_subgraphs(model, sample, targets, ignore + _FEATURES, *args)
     held = {module for subgraph in subgraphs for module in subgraph.submodules(model)}
     wrapped = [m for m in model.modules() if is_module_quantized(m) and m not in held]
     if wrapped:

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 
 from casp_plugin.checkpoint import read_section
+from casp_plugin.components import component_of
 
 __all__ = ["TESTED", "refusal"]
 
 #: architectures that tests/test_serving.py serves: log-probabilities equal to transformers'
 TESTED = frozenset(
     {
+        "Blip2ForConditionalGeneration",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
         "Gemma3ForConditionalGeneration",
@@ -18,12 +20,14 @@ TESTED = frozenset(
         "LlamaForCausalLM",
         "LlavaForConditionalGeneration",
         "LlavaNextForConditionalGeneration",
+        "LlavaNextVideoForConditionalGeneration",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3ForCausalLM",
+        "Qwen3VLForConditionalGeneration",
         "SmolVLMForConditionalGeneration",
         "StableLmForCausalLM",
     }
@@ -40,6 +44,15 @@ _UNSERVED = dict.fromkeys(
     _REORDERS,
 )
 
+#: models whose connector vLLM builds without asking how it is quantized
+_DENSE_CONNECTORS = frozenset(
+    {
+        "Blip2ForConditionalGeneration",
+        "LlavaNextVideoForConditionalGeneration",
+        "PaliGemmaForConditionalGeneration",
+    }
+)
+
 
 def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     """Why vLLM would run a checkpoint wrongly, or None.
@@ -51,9 +64,19 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     if read_section(quantization).ranks:
         what.append("low-rank layers")
     groups = (quantization.get("config_groups") or {}).values()
+    targets = [target for group in groups for target in group.get("targets") or []]
     if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):
         what.append("zero points")
     for name in architectures:
         if what and name in _UNSERVED:
             return f"{name} cannot be served with {' or '.join(what)}: {_UNSERVED[name]}"
+        if name in _DENSE_CONNECTORS and any(map(_in_connector, targets)):
+            return (
+                f"{name} cannot be served with a quantized connector, which vLLM keeps as it was: "
+                "leave it out of the modifiers' components"
+            )
     return None
+
+
+def _in_connector(target: str) -> bool:
+    return component_of(target) == "connector"

@@ -165,8 +165,8 @@ class CaspConfig(CompressedTensorsConfig):
 
 def _in_tower(name: str) -> str:
     """A module of a vision tower by vLLM's name: transformers 5 left the level ``vision_model`` out
-    of CLIP's and SigLIP's, vLLM kept it. Other names stay as they are."""
+    of CLIP's and SigLIP's, vLLM kept it, and leaves out BLIP-2's. Other names stay as they are."""
     head, tower, inside = name.partition("vision_tower.")
-    if not tower or inside.startswith("vision_model."):
-        return name
-    return f"{head}{tower}vision_model.{inside}"
+    if not tower:
+        return name.removeprefix("vision_model")
+    return name if inside.startswith("vision_model.") else f"{head}{tower}vision_model.{inside}"

@@ -1,9 +1,9 @@
 """Runs in vLLM's own environment: one request a line on stdin, one answer a line on stdout.
 
 A request is ``{"model": folder, "prompts": [...], "tokens": n, "engine": {...}}``, a prompt a list
-of token ids or ``{"prompt_token_ids": [...], "image": path}``. The answer holds, for each prompt,
-the log-probabilities of its own tokens from the second on, the greedy continuation, and the
-log-probabilities of that. Or ``{"error": text}``.
+of token ids or ``{"prompt_token_ids": [...], "image": path}``, or ``"video"``, whose frames are a
+.npy file. The answer holds, for each prompt, the log-probabilities of its own tokens from the
+second on, the greedy continuation, and the log-probabilities of that. Or ``{"error": text}``.
 """
 
 import json
@@ -16,13 +16,18 @@ os.dup2(2, 1)  # vLLM logs to stdout
 
 
 def decoded(prompt: list[int] | dict) -> dict:
-    """What vLLM takes for a prompt of token ids, or of token ids and the path of an image."""
+    """What vLLM takes for a prompt of token ids, or of token ids and a path."""
     if isinstance(prompt, list):
         return {"prompt_token_ids": prompt}
+    import numpy
     from PIL import Image
 
-    images = {"image": Image.open(prompt["image"])}
-    return {"prompt_token_ids": prompt["prompt_token_ids"], "multi_modal_data": images}
+    seen = {
+        kind: read(prompt[kind])
+        for kind, read in (("image", Image.open), ("video", numpy.load))
+        if kind in prompt
+    }
+    return {"prompt_token_ids": prompt["prompt_token_ids"], "multi_modal_data": seen}
 
 
 def serve(request: dict) -> list[dict]:
