@@ -36,6 +36,10 @@ Column = Annotated[str, typer.Option("--text-column", help="Column that holds th
 ImageColumn = Annotated[
     str, typer.Option("--image-column", help="Column that holds images, for models that see.")
 ]
+VideoColumn = Annotated[
+    str | None,
+    typer.Option("--video-column", help="Column that holds a video's frames, instead of images."),
+]
 QuestionColumn = Annotated[
     str, typer.Option("--question-column", help="Column that holds the questions about them.")
 ]
@@ -58,6 +62,7 @@ def plan(
     dataset: Annotated[str | None, _DATASET] = None,
     text_column: Column = "text",
     image_column: ImageColumn = "image",
+    video_column: VideoColumn = None,
     question_column: QuestionColumn = "question",
     answer_column: AnswerColumn = "answer",
     split: Split = "train",
@@ -80,7 +85,13 @@ def plan(
     if dataset is None:
         made = plan_recipe(bare, str(recipe))
     else:
-        columns = (text_column, image_column, question_column, answer_column)
+        columns = {
+            "text": text_column,
+            "image": image_column,
+            "video": video_column,
+            "question": question_column,
+            "answer": answer_column,
+        }
         source = (dataset, split, dataset_config)
         batches = _batches(bare, _processor(bare), source, columns, samples, max_length, seed)
         _seed(seed)
@@ -101,6 +112,7 @@ def run(
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     text_column: Column = "text",
     image_column: ImageColumn = "image",
+    video_column: VideoColumn = None,
     question_column: QuestionColumn = "question",
     answer_column: AnswerColumn = "answer",
     split: Split = "train",
@@ -121,7 +133,13 @@ def run(
     bare = _skeleton(model)
     console.print(plan_recipe(bare, str(recipe)).tables()[-1])
     processor = _processor(bare)
-    columns = (text_column, image_column, question_column, answer_column)
+    columns = {
+        "text": text_column,
+        "image": image_column,
+        "video": video_column,
+        "question": question_column,
+        "answer": answer_column,
+    }
     source = (dataset, split, dataset_config)
     batches = _batches(bare, processor, source, columns, samples, max_length, seed, batch_size)
     _seed(seed)
@@ -231,22 +249,25 @@ def _batches(bare, processor, source, columns, samples, max_length, seed, batch_
     else of text.
 
     :param source: dataset, split, configuration
-    :param columns: names of the columns with text, images, questions, answers
+    :param columns: names of the columns by what they hold: text, image, video, question, answer
     """
     from casp_plugin.calibration import calibration_loader, load_text, read_source
     from casp_plugin.image_text import conversation_loader, load_conversations
     from casp_plugin.models import is_multimodal
 
     dataset, split, config_name = source
-    text, *of_images = columns
+    text = columns.pop("text")
     tokenizer = processor
     if is_multimodal(bare.config):
         tokenizer = processor.tokenizer
         found = read_source(*source).column_names
-        if text not in found or of_images[0] in found:
-            rows = load_conversations(dataset, samples, *of_images, split, config_name, seed)
+        seen = columns["video"] or columns["image"]
+        if text not in found or seen in found:
+            named = {f"{what}_column": name for what, name in columns.items()}
+            more = {"split": split, "config_name": config_name, "seed": seed}
+            rows = load_conversations(dataset, samples, **named, **more)
             return conversation_loader(rows, processor, max_length)
-        console.print(f"{dataset} has no column {of_images[0]!r}: calibrating on text alone")
+        console.print(f"{dataset} has no column {seen!r}: calibrating on text alone")
     texts = load_text(dataset, tokenizer, samples, text, split, config_name, seed)
     return calibration_loader(texts, tokenizer, max_length, batch_size)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from casp_plugin.calibration import read_source
-from casp_plugin.models import image_prefix, image_token
+from casp_plugin.models import image_prefix, placeholder
 
 __all__ = ["Conversation", "conversation_loader", "load_conversations", "prompt_text"]
 
@@ -34,12 +34,14 @@ class Conversation:
 
     :param images: each a file's bytes or its path; none for plain text
     :param task: what kind of question it is, to tell scores apart
+    :param video: whether the images are the frames of one video
     """
 
     images: tuple[bytes | Path, ...]
     question: str
     answer: str
     task: str = ""
+    video: bool = False
 
     def decoded(self) -> list[PILImage.Image]:
         """The images in RGB.
@@ -60,6 +62,7 @@ def load_conversations(
     config_name: str | None = None,
     seed: int = 0,
     task_column: str | None = None,
+    video_column: str | None = None,
 ) -> list[Conversation]:
     """Questions about images, shuffled. Rows with an image that cannot be read are left out.
 
@@ -68,31 +71,35 @@ def load_conversations(
         ``metadata.csv`` whose ``file_name`` names them (they come as column ``image``); or a
         dataset id on the Hugging Face hub
     :param samples: largest number of rows to take
-    :param image_column: column that holds an image, a list of images (the frames of a video too)
-        or nothing; an image is a path or the bytes of a file
+    :param image_column: column that holds an image, a list of images or nothing; an image is a
+        path or the bytes of a file
     :param question_column: column that holds the user's text
     :param answer_column: column that holds the assistant's text
     :param split: split to read, where the source has several
     :param config_name: configuration of a hub dataset
     :param seed: seed of the shuffle
     :param task_column: column that names the kind of question, if any
+    :param video_column: column that holds the frames of a video, a list of images, instead of an
+        ``image_column``
     :raises ValueError: if the source does not exist, has no such column or no rows, or if more
         than ``BROKEN_SHARE`` of the rows have an image that cannot be read
     """
     data = read_source(source, split, config_name)
-    columns = [image_column, question_column, answer_column, *filter(None, [task_column])]
+    seen = video_column or image_column
+    columns = [seen, question_column, answer_column, *filter(None, [task_column])]
     missing = [column for column in columns if column not in data.column_names]
     if missing:
         raise ValueError(
             f"dataset {source!r} has no column {missing[0]!r}; its columns are {data.column_names}"
         )
-    data = _undecoded(data.select_columns(columns), image_column).shuffle(seed=seed)
+    data = _undecoded(data.select_columns(columns), seen).shuffle(seed=seed)
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     found, broken = [], []
     for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
-        images = tuple(_file(image, folder) for image in _listed(row[image_column]))
+        images = tuple(_file(image, folder) for image in _listed(row[seen]))
         task = str(row[task_column]) if task_column else ""
-        one = Conversation(images, row[question_column] or "", row[answer_column] or "", task)
+        words = row[question_column] or "", row[answer_column] or ""
+        one = Conversation(images, *words, task, video=bool(video_column and images))
         try:
             one.decoded()
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
@@ -166,7 +173,7 @@ class _Batches(torch.utils.data.Dataset):
 
     def processed(self, one: Conversation) -> dict[str, torch.Tensor]:
         images = one.decoded()
-        arguments = {"images": [images]} if images else {}
+        arguments = {"videos" if one.video else "images": [images]} if images else {}
         made = self.processor(
             text=[prompt_text(one, self.processor)], return_tensors="pt", **arguments
         )
@@ -175,7 +182,8 @@ class _Batches(torch.utils.data.Dataset):
     def tokens_with_images(self, one: Conversation) -> int:
         """Tokens up to the last one of an image."""
         ids = self.processed(one)["input_ids"][0]
-        image = self.processor.tokenizer.convert_tokens_to_ids(image_token(self.processor) or "")
+        token = placeholder(self.processor, one.video) or ""
+        image = self.processor.tokenizer.convert_tokens_to_ids(token)
         where = (ids == image).nonzero() if image is not None and one.images else []
         return int(where[-1]) + 1 if len(where) else 1
 
@@ -186,14 +194,15 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
     :param answered: with the answer; without it the assistant's turn begins
     :raises ValueError: if images and placeholders in the question do not agree in number
     """
-    placeholder = image_token(processor)
-    marked = one.question.count(placeholder) if placeholder else 0
-    if marked not in (0, len(one.images)):
+    token = placeholder(processor, one.video)
+    kind, wanted = ("video", 1) if one.video else ("image", len(one.images))
+    marked = one.question.count(token) if token else 0
+    if marked not in (0, wanted):
         raise ValueError(
-            f"question {one.question[:80]!r} holds {marked} placeholders {placeholder!r} for "
-            f"{len(one.images)} images"
+            f"question {one.question[:80]!r} holds {marked} placeholders {token!r} for "
+            f"{wanted} {kind}s"
         )
-    shown = [] if marked else [{"type": "image"} for _ in one.images]
+    shown = [] if marked else [{"type": kind}] * wanted
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": one.question}]}]
     if answered:
         content = [{"type": "text", "text": one.answer}]
@@ -202,7 +211,7 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
         return processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not answered
         )
-    text = f"{image_prefix(processor) * len(shown)}{one.question} "
+    text = f"{image_prefix(processor, one.video) * len(shown)}{one.question} "
     return text + one.answer if answered else text
 
 

@@ -17,10 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 __all__ = [
     "bare_model",
     "image_prefix",
-    "image_token",
     "is_multimodal",
     "load_model",
     "names_in_memory",
+    "placeholder",
 ]
 
 
@@ -63,16 +63,16 @@ def names_in_memory(names: list[str], model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
-def image_token(processor: ProcessorMixin) -> str | None:
-    """What stands for an image in a text, if the processor knows of images."""
-    token = getattr(processor, "image_token", None)
+def placeholder(processor: ProcessorMixin, video: bool = False) -> str | None:
+    """What stands for an image, or a video, in a text, if the processor knows of any."""
+    token = getattr(processor, "video_token" if video else "image_token", None)
     return None if token is None else str(token)
 
 
-def image_prefix(processor: ProcessorMixin) -> str:
-    """What to write before a text about an image: nothing where the processor itself puts its
-    query tokens there (BLIP-2)."""
-    return "" if hasattr(processor, "num_query_tokens") else image_token(processor) or ""
+def image_prefix(processor: ProcessorMixin, video: bool = False) -> str:
+    """What to write before a text about an image or a video: nothing where the processor itself
+    puts its query tokens there (BLIP-2)."""
+    return "" if hasattr(processor, "num_query_tokens") else placeholder(processor, video) or ""
 
 
 def _auto_class(config: PreTrainedConfig) -> type:

@@ -181,3 +181,51 @@ def test_processors_of_families(family, tmp_path):
     expected = tiny_vlms.image_prompt(family, expanded=True)
     image = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
     assert (batch["input_ids"] == image).sum() == expected.count(image) > 0
+
+
+class VideoProcessor:
+    """One token a frame; the processors of transformers ask for torchvision."""
+
+    chat_template = None
+    video_token = "<|video_pad|>"
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, return_tensors, videos=None):
+        frames = videos[0] if videos else []
+        token = self.video_token
+        made = self.tokenizer([text[0].replace(token, token * len(frames))], return_tensors="pt")
+        return {**made, "pixel_values_videos": torch.zeros(1, len(frames))} if videos else {**made}
+
+
+def test_videos(llava, tmp_path):
+    """The frames of a row are one video."""
+    frames = [png(seed=i) for i in range(3)]
+    for i, frame in enumerate(frames):
+        (tmp_path / f"{i}.png").write_bytes(frame)
+    row = {"frames": ["0.png", "1.png", "2.png"], "question": "w5 w6", "answer": "w7"}
+    found = load_conversations(jsonl(tmp_path, [row]), 1, video_column="frames")
+    processor = VideoProcessor(llava[1].tokenizer)
+    (batch,) = conversation_loader(found, processor, max_length=60)
+    video = tiny_vlms.IDS["<|video_pad|>"]
+    assert batch["input_ids"].tolist() == [[video, video, video, 5, 6, 7]]
+    assert batch["pixel_values_videos"].shape == (1, 3)
+    twice = Conversation(tuple(frames), "w5 <|video_pad|> <|video_pad|>", "w7", video=True)
+    with pytest.raises(ValueError, match=r"2 placeholders '<\|video_pad\|>' for 1 videos"):
+        conversation_loader([twice], processor, 60)
+    with pytest.raises(ValueError, match="the shortest takes 3 tokens"):
+        conversation_loader(found, processor, 2)
+
+
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_videos_through_processors_of_families(family, tmp_path):
+    pytest.importorskip("torchvision")
+    tiny_vlms.save_tiny_vlm(tmp_path, family)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    one = Conversation((png(seed=0), png(seed=1)), "w5 w6", "w7", video=True)
+    (batch,) = conversation_loader([one], processor, 60)
+    assert "pixel_values_videos" in batch
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
