@@ -9,6 +9,8 @@ import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
@@ -42,7 +44,7 @@ def batch_of(model, folder, family):
     return {**batch, **tiny_vlms.image_inputs(folder, family)}
 
 
-def compress(folder, family, quantizer, **bits):
+def compress(folder, family, *quantizers, **bits):
     """(compressed model, its batch)"""
     tiny_vlms.save_tiny_vlm(folder / "in", family)
     model = AutoModelForImageTextToText.from_pretrained(folder / "in", dtype=torch.float32)
@@ -51,7 +53,7 @@ def compress(folder, family, quantizer, **bits):
     model = oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(folder / "in"),
-        recipe=[LowRankQKModifier(), BitAllocationModifier(**{**defaults, **bits}), quantizer],
+        recipe=[LowRankQKModifier(), BitAllocationModifier(**{**defaults, **bits}), *quantizers],
         dataset=DataLoader([batch] * 4, batch_size=None),
         output_dir=str(folder / "out"),
     )
@@ -85,6 +87,24 @@ def test_auto_round_tunes_language_models_only(tmp_path):
     (tmp_path / "again").mkdir()
     with pytest.raises(ValueError, match=r"not model\.vision_tower\.\S+: put it into"):
         compress(tmp_path / "again", "llava", quantizer, components=["language", "vision"])
+
+
+def test_awq_scales_the_language_model(tmp_path, monkeypatch):
+    """The vision tower has layers of the same names, and no norms of those names."""
+    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)  # see README
+    awq = AWQModifier()
+    model, batch = compress(tmp_path, "llava", awq, QuantizationModifier())
+    before = AutoModelForImageTextToText.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    norms = [
+        f"model.language_model.layers.{i}.{which}_layernorm.weight"
+        for i in range(2)
+        for which in ("input", "post_attention")
+    ]
+    for name in norms:
+        assert not torch.equal(model.get_parameter(name), before.get_parameter(name))
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
 
 
 def test_language_only_is_the_default(tmp_path):

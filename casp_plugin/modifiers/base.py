@@ -130,6 +130,12 @@ class CaspModifier(Modifier):
                 )
         return {n: m for n, m in linears.items() if self.component_of(n) in self.components}
 
+    def outside_language(self, model: nn.Module) -> list[str]:
+        """Outermost modules that are not of the language model."""
+        names = [name for name, _ in model.named_modules()]
+        outside = dict.fromkeys(name for name in names if self.component_of(name) != LANGUAGE)
+        return [name for name in outside if name.rpartition(".")[0] not in outside]
+
     def component_of(self, name: str) -> str:
         """The component that a module lies in."""
         return component_of(name, self._patterns)

@@ -52,9 +52,11 @@ def point_awq_at_factors(
     """AWQ scales the layers that read a norm's output; in a factored layer that is ``down``.
 
     A mapping that meets a factored layer becomes one for each norm, with the names of what reads
-    it, because that may differ from layer to layer.
+    it, because that may differ from layer to layer; so does every mapping of a multimodal model,
+    where llm-compressor would look for the norms of language models in the other components too.
     """
     names = {module: name for name, module in model.named_modules()}
+    outside = [f"re:^{re.escape(name)}[.]" for name in modifier.outside_language(model)]
 
     def reader(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, LowRankLinear):
@@ -66,9 +68,9 @@ def point_awq_at_factors(
 
     def pointed(mapping: AWQMapping) -> list[AWQMapping]:
         patterns = (mapping.smooth_layer, *mapping.balance_layers)
-        found = list(match_modules_set(model, patterns))
+        found = list(match_modules_set(model, patterns, outside))
         balanced = [module for _, *groups in found for group in groups for module in group]
-        if not any(isinstance(module, LowRankLinear) for module in balanced):
+        if not outside and not any(isinstance(module, LowRankLinear) for module in balanced):
             return [mapping]
         made = []
         for [norm], *groups in found:

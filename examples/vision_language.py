@@ -1,0 +1,27 @@
+"""Compress a vision-language model from Python.
+
+    python examples/vision_language.py MODEL DATA RECIPE OUT
+
+DATA has columns image, question and answer: see README, "Vision-language models".
+"""
+
+import sys
+
+from llmcompressor import oneshot
+from rich import print
+from transformers import AutoProcessor
+
+from casp_plugin.image_text import conversation_loader, load_conversations
+from casp_plugin.models import load_model
+
+model, data, recipe, out = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(model)
+questions = load_conversations(data, samples=256)
+compressed = oneshot(
+    model=load_model(model),
+    processor=processor,
+    dataset=conversation_loader(questions, processor, max_length=2048),
+    recipe=recipe,
+    output_dir=out,
+)
+print(*compressed.casp_plan.tables())
