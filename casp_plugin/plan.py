@@ -345,46 +345,17 @@ class CompressionPlan(_Model):
         return table
 
     def plot(self, path: Path | str) -> None:
-        """Draw bits per unit over the layers as a PNG.
+        """Draw bits over the layers, and how sparse the attention is, as a PNG.
 
         :raises ValueError: if the bits are not decided yet, or matplotlib is missing
         """
         if not self.decided:
             raise ValueError("nothing to draw: the plan has no bits yet (it needs statistics)")
         try:  # an extra, and slow to import
-            from matplotlib.figure import Figure
+            from casp_plugin.drawing import draw
         except ImportError:
             raise ValueError("drawing needs: pip install 'casp-plugin[report]'") from None
-
-        rows = list(dict.fromkeys(self._row(unit) for unit in self.units))
-        columns = list(dict.fromkeys(self._column(unit) for unit in self.units))
-        grid = [[float("nan")] * len(columns) for _ in rows]
-        for unit in self.units:
-            grid[rows.index(self._row(unit))][columns.index(self._column(unit))] = unit.choice.bits
-
-        figure = Figure(figsize=(3 + 0.32 * len(columns), 1.6 + 0.42 * len(rows)))
-        axes = figure.add_subplot()
-        bits = [c.bits for unit in self.units for c in unit.candidates]
-        image = axes.imshow(grid, vmin=min(bits), vmax=max(bits), cmap="viridis", aspect="auto")
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set_xlabel("decoder layer")
-        axes.set_title(f"bits per unit, {self.reached_bits:.3f} on average")
-        figure.colorbar(image, ticks=sorted(set(bits)), label="bits")
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
-
-    @staticmethod
-    def _column(unit: UnitPlan) -> str:
-        """The layer index in a unit's name: ``model.layers.3.mlp.up_proj`` -> ``3``."""
-        numbers = [part for part in unit.name.split(".") if part[:1].isdigit()]
-        return numbers[0] if numbers else "-"
-
-    @classmethod
-    def _row(cls, unit: UnitPlan) -> str:
-        """What follows the layer index, or the whole name outside the layers."""
-        column = cls._column(unit)
-        return unit.name.partition(f".{column}.")[2] or ("layer" if column != "-" else unit.name)
+        draw(self).savefig(path, dpi=120)
 
 
 def _shown(value, spec: str) -> str:

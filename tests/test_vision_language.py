@@ -23,6 +23,7 @@ from casp_plugin import (
     cli,
 )
 from casp_plugin.check import check
+from casp_plugin.drawing import draw
 from casp_plugin.modifiers.tracing import register
 
 COMPONENTS = {
@@ -129,6 +130,20 @@ def test_a_budget_for_each_component(tmp_path):
     assert {point.component for point in plan.pareto} == set(budgets)
     shown = json.loads((tmp_path / "out" / "casp_plan.json").read_text())["average_bits"]
     assert shown == budgets
+
+
+def test_drawn(tmp_path):
+    """Components have layers and names in common, so each has its own panel."""
+    model, _ = compress(tmp_path, "llava", GPTQModifier(), components=["language", "vision"])
+    plan = model.casp_plan
+    panels = {axes.get_title().split(",")[0]: axes for axes in draw(plan).axes if axes.get_title()}
+    assert list(panels) == ["vision: bits", "language: bits", "language: attention density"]
+    for component in ("language", "vision"):
+        drawn = panels[f"{component}: bits"].images[0].get_array().compressed()
+        chosen = [unit.choice.bits for unit in plan.units if unit.component == component]
+        assert sorted(drawn) == sorted(chosen)
+    drawn = panels["language: attention density"].images[0].get_array()
+    assert drawn.T.tolist() == [attention.heads for attention in plan.attention]
 
 
 def test_component_weights(tmp_path):

@@ -1,0 +1,83 @@
+"""A plan as a picture: bits over the layers, and how sparse the attention of each head is."""
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from casp_plugin.components import component_of
+from casp_plugin.plan import CompressionPlan
+
+__all__ = ["draw"]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Values by row and layer."""
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+    label: str
+    ticks: list[int] | None = None
+
+
+def draw(plan: CompressionPlan) -> Figure:
+    """
+    :param plan: a decided one
+    :return: a panel of bits for each component of the model, and one of attention densities for
+        each whose attention was looked at
+    """
+    grids = _bits(plan) + _densities(plan)
+    widths = [len(grid.columns) for grid in grids]
+    heights = [1.6 + 0.3 * len(grid.rows) for grid in grids]
+    figure = Figure(figsize=(4.5 + 0.28 * max(widths), sum(heights)), layout="constrained")
+    panels = figure.subplots(len(grids), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, grid in zip(panels, grids, strict=True):
+        low, high = (min(grid.ticks), max(grid.ticks)) if grid.ticks else (0, None)
+        image = axes.imshow(grid.values, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axes.set_yticks(range(len(grid.rows)), grid.rows)
+        axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=90)
+        axes.set_xlabel("layer")
+        axes.set_title(grid.title)
+        figure.colorbar(image, ticks=grid.ticks, label=grid.label)
+    return figure
+
+
+def _bits(plan: CompressionPlan) -> list[_Grid]:
+    candidates = sorted({c.bits for unit in plan.units for c in unit.candidates})
+    grids = []
+    for component in dict.fromkeys(unit.component for unit in plan.units):
+        units = [unit for unit in plan.units if unit.component == component]
+        reached = sum(unit.choice.bytes for unit in units) * 8 / sum(unit.weights for unit in units)
+        cells = {_cell(unit.name): unit.choice.bits for unit in units}
+        title = f"{component}: bits, {reached:.3f} on average"
+        grids.append(_grid(title, cells, "bits", candidates))
+    return grids
+
+
+def _densities(plan: CompressionPlan) -> list[_Grid]:
+    by_component: dict[str, dict] = {}
+    for attention in plan.attention:
+        cells = by_component.setdefault(component_of(attention.module), {})
+        _, layer = _cell(attention.module)
+        cells |= {(f"head {i}", layer): share for i, share in enumerate(attention.heads)}
+    return [
+        _grid(f"{component}: attention density", cells, "share of entries", None)
+        for component, cells in by_component.items()
+    ]
+
+
+def _grid(title: str, cells: dict[tuple[str, str], float], label: str, ticks) -> _Grid:
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    values = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
+    return _Grid(title, rows, columns, values, label, ticks)
+
+
+def _cell(name: str) -> tuple[str, str]:
+    """Row and column of a module: ``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``, ``3``."""
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        if part[:1].isdigit():
+            return ".".join(parts[at + 1 :]) or "layer", part
+    return name, "-"
