@@ -11,6 +11,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from loguru import logger
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
@@ -24,7 +25,7 @@ from casp_plugin import (
 )
 from casp_plugin.check import check
 from casp_plugin.drawing import draw
-from casp_plugin.modifiers.tracing import register
+from casp_plugin.modifiers import tracing
 
 COMPONENTS = {
     family: ["language", "vision"] + ["connector"] * (family != "gemma3")
@@ -181,11 +182,23 @@ def test_wrong_components(settings, message, tmp_path):
         compress(tmp_path, "llava", GPTQModifier(), **settings)
 
 
+def test_untraceable(tmp_path, monkeypatch):
+    """One clear warning before the statistics, one clear error after them."""
+    monkeypatch.setattr(tracing, "_FEATURES", [])  # then BLIP-2 is such a model
+    warnings = []
+    sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
+    message = r"Blip2ForConditionalGeneration cannot be traced \(.*\): name the method"
+    with pytest.raises(ValueError, match=message):
+        compress(tmp_path, "blip-2", GPTQModifier())
+    logger.remove(sink)
+    assert sum("calibration will fail" in warning for warning in warnings) == 1
+
+
 def test_registering_twice_changes_nothing():
     from llmcompressor.pipelines.sequential import pipeline
 
     before = pipeline.trace_subgraphs
-    register()
+    tracing.register()
     assert pipeline.trace_subgraphs is before
 
 

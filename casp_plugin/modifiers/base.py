@@ -23,6 +23,7 @@ from torch import nn
 
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
+from casp_plugin.modifiers.tracing import warn_if_untraceable
 from casp_plugin.modules import LowRankLinear, skeleton
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics, collect
@@ -197,6 +198,8 @@ def _start(
     unless they are there."""
     _dry_run(model, modifiers)
     _check_finite(model)
+    if dataloader is not None:
+        warn_if_untraceable(model, dataloader)
     request = Request()
     transforms = _transforms(modifiers)
     for modifier in _own(modifiers):

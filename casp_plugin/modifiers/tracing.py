@@ -7,14 +7,22 @@ model's layers, has them. Where no such line stands (BLIP-2), what makes the fea
 wrapped by its name.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
+import torch
 from compressed_tensors.quantization.utils import is_module_quantized
+from llmcompressor.args import DatasetArguments
 from llmcompressor.pipelines.sequential import pipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
 from torch import nn
+from transformers import PreTrainedModel
 
-__all__ = ["register"]
+from casp_plugin.models import is_multimodal
+
+__all__ = ["register", "warn_if_untraceable"]
 
 
 @dataclass
@@ -31,10 +39,36 @@ class _WithWrapped(Subgraph):
 _FEATURES = ["get_image_features", "get_video_features", "get_audio_features"]
 
 
+def warn_if_untraceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
+    """Say it before long work where llm-compressor will not get through a multimodal model."""
+    if not is_multimodal(model.config):
+        return
+    with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
+        sample = next(iter(dataloader), None)
+    try:
+        if sample is not None:
+            _trace(
+                model, sample, infer_sequential_targets(model), DatasetArguments().tracing_ignore
+            )
+    except ValueError as error:
+        logger.warning(f"calibration will fail as long as it uses oneshot's defaults: {error}")
+
+
 def _trace(
     model: nn.Module, sample: dict, targets: list[str], ignore: list[str], *args
 ) -> list[Subgraph]:
-    subgraphs = trace_subgraphs(model, sample, targets, ignore + _FEATURES, *args)
+    """
+    :raises ValueError: if the model cannot be traced
+    """
+    try:
+        subgraphs = trace_subgraphs(model, sample, targets, ignore + _FEATURES, *args)
+    except Exception as error:  # whatever its code meets when it runs without values
+        why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced ({why}): name the method that cannot in "
+            "oneshot(tracing_ignore=[...]), or calibrate the model as a whole by "
+            "oneshot(pipeline='basic')"
+        ) from error
     held = {module for subgraph in subgraphs for module in subgraph.submodules(model)}
     wrapped = [m for m in model.modules() if is_module_quantized(m) and m not in held]
     if wrapped:
