@@ -12,7 +12,13 @@ VLLM := .venv-vllm
 VLLM_ENV := PYTHONPATH=tests/vllm_site VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-vllm lint bench bench-awq bench-autoround ablation clean
+# a small real vision-language model, where its parts are: VLM_PARTS holds assemble.py and data
+VLM_PARTS ?= ../shared/vlm
+SMALL_VLM := $(if $(wildcard $(VLM_PARTS)/assemble.py),$(DEMO)/small-vlm/config.json)
+$(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
+
+.PHONY: demo test test-vllm lint bench bench-awq bench-autoround bench-vlm ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,9 +56,10 @@ $(VLLM)/.ready: pyproject.toml
 
 # once where vLLM is, without llm-compressor; once from here, which compresses, asks vLLM and
 # compares with transformers
-test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.json
+test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.json $(SMALL_VLM)
 	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/test_runtime.py
 	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
+	  $(if $(SMALL_VLM),CASP_SMALL_VLM=$(DEMO)/small-vlm CASP_SMALL_VLM_DATA=$(VLM_PARTS)/data/calib.parquet) \
 	  $(BIN)/python -m pytest -q -m vllm tests/test_serving.py
 
 lint: $(BIN)/.ready
@@ -80,6 +87,16 @@ bench-awq: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(call RUN,awq casp_awq,awq)
 bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json $(AUTOSCHEME)
 	$(call RUN,autoround casp_autoround,autoround,$(AUTOSCHEME))
+
+# the same of the small vision-language model: questions about images
+bench-vlm: $(DEMO)/small-vlm/config.json
+	$(BIN)/python benchmarks/compare.py $(<D) \
+	  $(foreach b,2.28 3.30,$(foreach r,uniform casp casp_all autoround casp_autoround awq casp_awq,recipes/small_vlm/$(r)_$(b).yaml)) \
+	  --dataset $(VLM_PARTS)/data/calib.parquet --heldout $(VLM_PARTS)/data/test_public.parquet --samples 256 \
+	  --heldout-samples 612 $(addprefix --seed ,$(SEEDS)) --rows $(DEMO)/rows_vlm.jsonl \
+	  --table benchmarks/results/small_vlm.md
+	$(BIN)/python benchmarks/sparsity.py $(<D) $(VLM_PARTS)/data/calib.parquet $(DATA)/calibration.jsonl \
+	  benchmarks/results/sparsity.md benchmarks/results/sparsity.png
 
 # what each choice is worth by itself
 ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json

@@ -27,7 +27,12 @@ from llmcompressor.modifiers.transform import QuIPModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from openai import OpenAI
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -36,6 +41,8 @@ from transformers.models.auto.modeling_auto import (
 from casp_plugin import AutoRoundModifier, BitAllocationModifier, LowRankQKModifier
 from casp_plugin.calibration import dataset_arguments, load_text
 from casp_plugin.fold import fold
+from casp_plugin.image_text import conversation_loader, load_conversations, prompt_text
+from casp_plugin.models import load_model
 from casp_plugin.runtime.architectures import TESTED
 
 pytestmark = pytest.mark.vllm
@@ -446,3 +453,35 @@ def test_smollm2(serve, tmp_path, recipe):
     )
     prompts = [tokenizer(text).input_ids for text in ("The old hacker sat down and", "2 + 2 =")]
     assert_same(serve(folder, prompts, 16), expected(folder, prompts, 16), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["casp_2.28", "casp_all_3.30"])
+def test_small_vlm(serve, tmp_path, recipe):
+    """A real vision-language model answers questions about images alike in both."""
+    source, data = (os.environ.get(f"CASP_SMALL_VLM{what}") for what in ("", "_DATA"))
+    if source is None or data is None:
+        pytest.skip("CASP_SMALL_VLM and CASP_SMALL_VLM_DATA are not set")
+    folder = tmp_path / "out"
+    processor = AutoProcessor.from_pretrained(source)
+    *calibration, first, second = load_conversations(data, 10)
+    oneshot(
+        model=load_model(source),
+        processor=processor,
+        recipe=str(RECIPES.parent / "small_vlm" / f"{recipe}.yaml"),
+        dataset=conversation_loader(calibration, processor, 256),
+        output_dir=str(folder),
+    )
+    for path in Path(source).glob("*processor*"):
+        shutil.copy(path, folder)
+    model = load_model(str(folder), dtype=torch.float32)
+    requests, references = [], []
+    for i, question in enumerate((first, second)):
+        (folder / f"{i}.png").write_bytes(question.images[0])
+        text = prompt_text(question, processor, answered=False)
+        ids = processor.tokenizer(text).input_ids
+        requests.append({"prompt_token_ids": ids, "image": str(folder / f"{i}.png")})
+        shown = processor(text=[text], images=[question.decoded()], return_tensors="pt")
+        score = tiny_vlms.scorer(model, {"pixel_values": shown["pixel_values"]})
+        references.append(answer(score, shown["input_ids"][0].tolist(), 16))
+    answers = serve(folder, requests, 16, max_model_len=256)
+    assert_same(answers, references, tolerance=1e-3)
