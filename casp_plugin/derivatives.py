@@ -36,8 +36,12 @@ class LossGradients:
     Parameters get no gradients, and only what enters the decoder layers is kept on the way
     (activation checkpointing): it takes the memory of one layer and the logits beside the model.
 
-    :param squares: linears whose E[g^2] per output is wanted
-    :param moments: linears whose E[g g^T] is wanted
+    Sums over the tokens that a layer sees are divided by the number of predicted tokens, which is
+    that of the layer's own in a plain language model: times the mean squared error of an output
+    they give the change of the loss a token, in a vision tower as in a decoder layer.
+
+    :param squares: linears whose g^2 per output is wanted
+    :param moments: linears whose g g^T is wanted
     """
 
     def __init__(self, squares: frozenset[str], moments: frozenset[str]):
@@ -56,10 +60,15 @@ class LossGradients:
         with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
+            predicted = 0
             for batch in first_batches(dataloader, SAMPLES, "Collecting gradients"):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
-                _backward(model, batch, _predicting_text(batch, model, self._mask), generator)
+                text = _predicting_text(batch, model, self._mask)
+                predicted += _backward(model, batch, text, generator)
+        for mean in (*self.squares.values(), *self.moments.values()):
+            # a vision tower, or an expert, sees more or fewer tokens than are predicted
+            mean.tokens = predicted if mean.tokens else 0
 
     def _on_linear(self, name: str):
         def on_gradient(gradient: torch.Tensor) -> None:
@@ -163,8 +172,11 @@ def _predicting_text(
 
 def _backward(
     model: nn.Module, batch: dict, mask: torch.Tensor | None, generator: torch.Generator
-) -> None:
-    """Forward, and backward of the summed loss against sampled labels, down to the activations."""
+) -> int:
+    """Forward, and backward of the summed loss against sampled labels, down to the activations.
+
+    :return: number of predicted tokens
+    """
     with torch.enable_grad():
         logits = model(**batch).logits.float()
         scores = logits.log_softmax(-1)
@@ -174,6 +186,7 @@ def _backward(
         loss = -scores.flatten(0, -2).gather(1, labels).view(logits.shape[:-1])
         loss = loss if mask is None else loss[mask]
         loss.sum().backward()
+    return loss.numel()
 
 
 @contextmanager

@@ -85,10 +85,11 @@ class Statistics:
         a rotation was asked for
     :param output_energies: E||W x||^2, the bias left out
     :param influences: block influence per decoder layer
-    :param gradient_squares: E[g^2] per output channel, g the gradient of the loss, summed over a
-        sequence, by what the layer puts out at one token; shape (out,), float32
-    :param gradient_moments: E[g g^T], shape (out, out), float32. The labels are drawn from the
-        model's own predictions: this is the Fisher information, not the empirical one
+    :param gradient_squares: g^2 per output channel, g the gradient of the loss, summed over a
+        sequence, by what the layer puts out at one token; summed over the layer's tokens, over the
+        number of predicted ones; shape (out,), float32
+    :param gradient_moments: g g^T likewise, shape (out, out), float32. The labels are drawn from
+        the model's own predictions: this is the Fisher information, not the empirical one
     :param attention_moments: E[J^T J], J the derivative of the attention output, relative to the
         size of the hidden state it is added to; shape (out, out), float32
     :param attention_densities: how sparse the maps of attention modules are

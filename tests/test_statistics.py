@@ -259,6 +259,36 @@ def test_only_text_is_predicted(tmp_path):
     torch.testing.assert_close(seen[-1][0].norm(dim=-1) > 0, counted)
 
 
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_gradients_count_predicted_tokens(tmp_path, family):
+    """Squares are summed over the tokens of a layer, a tower's patches too, and divided by the
+    number of predicted ones."""
+    model, batch = with_image(tmp_path, family)
+    first, tower = (
+        next(name for name, _ in model.named_modules() if name.endswith(end))
+        for end in ("layers.0.self_attn.q_proj", "layers.0.mlp.fc2")
+    )
+    language = next(n for n, _ in model.named_modules() if n.endswith("layers.0.mlp.down_proj"))
+    sums = {}
+
+    def summing(name):
+        def add(gradient):
+            sums[name] = gradient.flatten(0, -2).square().sum(0)
+
+        return lambda module, args, output: output.requires_grad and output.register_hook(add)
+
+    for name in (tower, language):
+        module = model.get_submodule(name)
+        hook = summing(name)
+        module.register_forward_hook(lambda *args, hook=hook: hook(*args) and None)
+    found = collect(model, [batch], Request(gradients=frozenset({first, tower, language})))
+    images = batch["input_ids"][0] == model.config.image_token_id
+    predicted = int((~images.roll(-1)).sum())
+    assert 0 < predicted < len(images)
+    for name in (tower, language):
+        torch.testing.assert_close(found.gradient_squares[name], sums[name] / predicted)
+
+
 def test_attention_densities(tmp_path):
     """Against the maps that transformers gives out; images apart where there are any."""
     model, batch = with_image(tmp_path, "llava")

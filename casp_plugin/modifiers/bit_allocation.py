@@ -433,6 +433,13 @@ class BitAllocationModifier(CaspModifier):
         if statistics is not None and self.solver == "exact":
             reached = statistics.second_moments.keys() | statistics.mean_squares.keys()
             dead = [name for name in linears if name not in reached]
+            for component in {self.component_of(name): None for name in dead}:
+                if all(n in dead for n in linears if self.component_of(n) == component):
+                    raise ValueError(
+                        f"BitAllocationModifier.components: no calibration token reached "
+                        f"{component!r}: calibrate on data that does, images for one that sees, or "
+                        "leave it out"
+                    )
             if dead:
                 plan.warnings.append(
                     f"no calibration token reached {len(dead)} layers, they count as free of "

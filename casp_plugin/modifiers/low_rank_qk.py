@@ -23,6 +23,8 @@ from casp_plugin.units import matched_linears, reading_together
 
 __all__ = ["LowRankQKModifier"]
 
+#: what tells a method how much the outputs matter, by its field in the statistics
+_METRICS = {"fisher": "gradient_moments", "attention": "attention_moments"}
 _FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
@@ -142,7 +144,17 @@ class LowRankQKModifier(CaspModifier):
                 for name in modules
                 if name in found
             ]
-        latents = self._latents(model, statistics)
+        latents, left_out = self._latents(model, statistics)
+        if not latents:
+            raise ValueError(
+                "LowRankQKModifier: the loss of the calibration data depends on none of "
+                f"{', '.join(left_out[:4])}"
+            )
+        if left_out:
+            plan.warnings.append(
+                f"LowRankQKModifier leaves {len(left_out)} layers dense, because the loss of the "
+                f"calibration data does not depend on them: {', '.join(left_out[:4])}"
+            )
         if self.proposes:
             self._propose(latents, following)
             return
@@ -169,20 +181,35 @@ class LowRankQKModifier(CaspModifier):
             )
         chooser.consider(latents, self.rank_multiple)
 
-    def _latents(self, model: nn.Module, statistics: Statistics | None) -> list[Latent]:
-        """What may be factored, with spectra where there are statistics."""
+    def _latents(
+        self, model: nn.Module, statistics: Statistics | None
+    ) -> tuple[list[Latent], list[str]]:
+        """What may be factored, with spectra where there are statistics; and the names of what the
+        statistics say nothing about, as of the last layer of LLaVA's tower."""
         matched = self._matched(model)
         groups = reading_together(matched) if self.share_latent else [[name] for name in matched]
         if statistics is not None:
             groups = [part for group in groups for part in _by_input(group, statistics)]
-        return [
+        left_out = [
+            name for group in groups for name in group if not self._moves(group, statistics)
+        ]
+        latents = [
             Latent(
                 {name: matched[name] for name in names},
                 None if statistics is None else self._spectrum(names, matched, statistics),
                 self.rotate,
             )
             for names in tqdm(groups, desc="Factoring W_q, W_k", disable=statistics is None)
+            if names[0] not in left_out
         ]
+        return latents, left_out
+
+    def _moves(self, names: list[str], statistics: Statistics | None) -> bool:
+        """Whether what the method looks at moves with what layers put out."""
+        if statistics is None or self.method not in _METRICS:
+            return True
+        found = getattr(statistics, _METRICS[self.method])
+        return all(name in found for name in names)
 
     def _spectrum(
         self, names: list[str], linears: dict[str, nn.Linear], statistics: Statistics
@@ -193,17 +220,8 @@ class LowRankQKModifier(CaspModifier):
             moment = statistics.second_moments.get(names[0])
             if moment is None:
                 raise ValueError(f"LowRankQKModifier: no calibration token reached {names[0]}")
-        if self.method in ("fisher", "attention"):
-            found = {
-                "fisher": statistics.gradient_moments,
-                "attention": statistics.attention_moments,
-            }[self.method]
-            unmoved = [name for name in names if name not in found]
-            if unmoved:
-                raise ValueError(
-                    f"LowRankQKModifier.targets: {unmoved[0]} does not reach the loss of the "
-                    "calibration data: ignore it"
-                )
+        if self.method in _METRICS:
+            found = getattr(statistics, _METRICS[self.method])
             metric = torch.block_diag(*(found[name] for name in names))
         try:
             weight = torch.cat([linears[name].weight for name in names])
