@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from casp_plugin.evaluation import Scores, TextScore
-from casp_plugin.image_text import Conversation, prompt_text
+from casp_plugin.image_text import Conversation, processed
 
 __all__ = ["AnswerScore", "AnswerScores", "evaluate_answers"]
 
@@ -70,10 +70,10 @@ def evaluate_answers(
     """Score a model on questions with one known answer each.
 
     The loss is that of the reference answer, given images and question. An answer is generated
-    where the reference is not what greedy decoding would give.
+    unless the reference, with the end of the turn, is what greedy decoding would give.
 
     :param reference: model to measure KL(reference || model) against, at the answers' tokens
-    :raises ValueError: if there are no questions
+    :raises ValueError: if there are no questions, or an answer has no tokens
     """
     conversations = list(conversations)
     if not conversations:
@@ -96,22 +96,28 @@ def _score(
     reference: PreTrainedModel | None,
     max_new_tokens: int,
 ) -> Iterator[AnswerScore]:
-    whole = _inputs(processor, batch, answered=True, side="right").to(model.device)
-    prompts = _inputs(processor, batch, answered=False, side="left").to(model.device)
+    whole = processed(batch, processor, padding=True, padding_side="right").to(model.device)
+    prompts = processed(batch, processor, answered=False, padding=True, padding_side="left")
+    prompts = prompts.to(model.device)
     lengths = prompts["attention_mask"].sum(1).tolist()
     logits = model(**whole).logits
     expected = None if reference is None else reference(**whole.to(reference.device)).logits
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     rows = []
     for i, (one, length) in enumerate(zip(batch, lengths, strict=True)):
         end = int(whole["attention_mask"][i].sum())
         labels = whole["input_ids"][i, length:end, None].to(logits.device)
+        if not len(labels):
+            raise ValueError(f"the answer {one.answer!r} to {one.question[:80]!r} has no tokens")
         scores = logits[i, length - 1 : end - 1].float().log_softmax(-1)
         divergence = None
         if expected is not None:
             wanted = expected[i, length - 1 : end - 1].float().log_softmax(-1).to(scores.device)
             divergence = (wanted.exp() * (wanted - scores)).sum().item()
         loss = -scores.gather(1, labels).sum().item()
-        right = bool((scores.argmax(-1) == labels[:, 0]).all())
+        ended = labels[-1].item() in ends  # else greedy decoding would go on
+        right = ended and bool((scores.argmax(-1) == labels[:, 0]).all())
         rows.append((len(labels), loss, divergence, one.answer if right else None))
     if any(answer is None for *_, answer in rows):
         made = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
@@ -122,17 +128,3 @@ def _score(
         exact = float(compute_exact(one.answer, answer))
         f1 = float(compute_f1(one.answer, answer))
         yield AnswerScore(tokens, loss, divergence, one.task, answer, exact, f1)
-
-
-def _inputs(processor: ProcessorMixin, batch: list[Conversation], answered: bool, side: str):
-    texts = [prompt_text(one, processor, answered) for one in batch]
-    if answered:  # templates end a turn with a line break, which says nothing about a model
-        texts = [text.rstrip("\n") for text in texts]
-    images = [one.decoded() for one in batch]
-    return processor(
-        text=texts,
-        images=images if any(images) else None,
-        return_tensors="pt",
-        padding=True,
-        padding_side=side,
-    )

@@ -17,12 +17,18 @@ from loguru import logger
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from casp_plugin.calibration import read_source
 from casp_plugin.models import image_prefix, placeholder
 
-__all__ = ["Conversation", "conversation_loader", "load_conversations", "prompt_text"]
+__all__ = [
+    "Conversation",
+    "conversation_loader",
+    "load_conversations",
+    "processed",
+    "prompt_text",
+]
 
 #: share of the rows whose images may be unreadable before it is an error
 BROKEN_SHARE = 0.1
@@ -96,14 +102,14 @@ def load_conversations(
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     found, broken = [], []
     for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
-        images = tuple(_file(image, folder) for image in _listed(row[seen]))
+        words = [_words(row[column], column, source) for column in (question_column, answer_column)]
         task = str(row[task_column]) if task_column else ""
-        words = row[question_column] or "", row[answer_column] or ""
-        one = Conversation(images, *words, task, video=bool(video_column and images))
         try:
+            images = tuple(_file(image, folder) for image in _listed(row[seen]))
+            one = Conversation(images, *words, task, video=bool(video_column and images))
             one.decoded()
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-            broken.append(str(error))
+        except (OSError, SyntaxError, ValueError, TypeError, PILImage.DecompressionBombError) as e:
+            broken.append(f"{type(e).__name__}: {e}")  # what Pillow raises for broken files
             continue
         found.append(one)
         if len(found) == samples:
@@ -172,20 +178,41 @@ class _Batches(torch.utils.data.Dataset):
         }
 
     def processed(self, one: Conversation) -> dict[str, torch.Tensor]:
-        images = one.decoded()
-        arguments = {"videos" if one.video else "images": [images]} if images else {}
-        made = self.processor(
-            text=[prompt_text(one, self.processor)], return_tensors="pt", **arguments
-        )
+        made = processed([one], self.processor)
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     def tokens_with_images(self, one: Conversation) -> int:
         """Tokens up to the last one of an image."""
         ids = self.processed(one)["input_ids"][0]
-        token = placeholder(self.processor, one.video) or ""
-        image = self.processor.tokenizer.convert_tokens_to_ids(token)
-        where = (ids == image).nonzero() if image is not None and one.images else []
-        return int(where[-1]) + 1 if len(where) else 1
+        # what the placeholder becomes is another token in Gemma3
+        kind = "video" if one.video else "image"
+        known = set(getattr(self.processor, f"{kind}_token_ids", None) or ())
+        if token := placeholder(self.processor, one.video):
+            known.add(self.processor.tokenizer.convert_tokens_to_ids(token))
+        where = torch.isin(ids, torch.tensor(sorted(known - {None}))).nonzero()
+        return int(where[-1]) + 1 if one.images and len(where) else 1
+
+
+def processed(
+    conversations: list[Conversation], processor: ProcessorMixin, answered: bool = True, **padding
+) -> BatchFeature:
+    """Conversations as the model takes them, in one batch.
+
+    :param answered: with the answers, and without the line break or space that may follow them; if
+        not, the assistant's turn begins
+    :param padding: arguments for the processor that say how to pad
+    """
+    texts = [prompt_text(one, processor, answered) for one in conversations]
+    if answered:
+        texts = [text.rstrip() for text in texts]
+    shown = [one.decoded() for one in conversations]
+    arguments = {"images": shown} if any(shown) else {}
+    if any(one.video for one in conversations):
+        arguments = {"videos": shown, "do_sample_frames": False}
+    begin = processor.tokenizer.bos_token
+    if begin and texts[0].startswith(begin):  # as transformers' own apply_chat_template does
+        arguments["add_special_tokens"] = False
+    return processor(text=texts, return_tensors="pt", **arguments, **padding)
 
 
 def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = True) -> str:
@@ -211,8 +238,8 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
         return processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not answered
         )
-    text = f"{image_prefix(processor, one.video) * len(shown)}{one.question} "
-    return text + one.answer if answered else text
+    text = f"{image_prefix(processor, one.video) * len(shown)}{one.question}"
+    return f"{text} {one.answer}" if answered else text  # a token begins with the space
 
 
 def _undecoded(data: Dataset, column: str) -> Dataset:
@@ -225,6 +252,18 @@ def _undecoded(data: Dataset, column: str) -> Dataset:
     return data
 
 
+def _words(value: Any, column: str, source: str) -> str:
+    """Text of a cell.
+
+    :raises ValueError: if it holds several
+    """
+    if isinstance(value, list | dict):
+        raise ValueError(
+            f"dataset {source!r}: column {column!r} holds {value!r:.80}, not one text a row"
+        )
+    return "" if value is None else str(value)
+
+
 def _listed(value: Any) -> list:
     if value is None:
         return []
@@ -232,6 +271,9 @@ def _listed(value: Any) -> list:
 
 
 def _file(image: str | bytes | dict, folder: Path) -> bytes | Path:
+    """
+    :raises TypeError: if it is neither the path nor the bytes of a file
+    """
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or ""
     return image if isinstance(image, bytes) else folder / image

@@ -11,7 +11,12 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from casp_plugin.image_text import Conversation, conversation_loader, load_conversations
+from casp_plugin.image_text import (
+    Conversation,
+    conversation_loader,
+    load_conversations,
+    processed,
+)
 
 FILLER = "w5 w6 w7"
 
@@ -69,6 +74,27 @@ def test_sources(write, tmp_path):
         assert one.answer == row["answer"]
         (image,) = one.decoded()
         assert image.tobytes() == Image.open(BytesIO(row["image"])).tobytes()
+
+
+def test_rows_that_hold_something_else(tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    good = {"image": ["good.png"], "question": "w5", "answer": "w6"}
+    odd = {**good, "image": [None]}
+    assert len(load_conversations(jsonl(tmp_path, [good] * 30 + [odd]), 31)) == 30
+    lists = {**good, "answer": ["w6", "w7"]}
+    with pytest.raises(ValueError, match=r"column 'answer' holds .*, not one text a row"):
+        load_conversations(jsonl(tmp_path, [lists]), 1)
+    (found,) = load_conversations(jsonl(tmp_path, [{**good, "answer": 0}]), 1)
+    assert found.answer == "0"
+
+
+def test_decompression_bombs_are_broken_images(tmp_path, monkeypatch):
+    (tmp_path / "good.png").write_bytes(png(8, 8))
+    (tmp_path / "bomb.png").write_bytes(png(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    good = {"image": "good.png", "question": "w5", "answer": "w6"}
+    source = jsonl(tmp_path, [good] * 20 + [{**good, "image": "bomb.png"}])
+    assert len(load_conversations(source, 21)) == 20
 
 
 def test_seed_and_samples(tmp_path):
@@ -146,6 +172,22 @@ def test_chat_template(llava):
     assert ids == [role, *[tiny_vlms.IDS["<image>"]] * TOKENS, 5, role, 7]
 
 
+def test_one_token_begins_a_sequence(llava):
+    """Whether the template writes it or the tokenizer adds it."""
+    _, processor = llava
+    one = Conversation((), "w5", "w7")
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content[0].text }} {% endfor %}"
+    processor.tokenizer.add_bos_token = True
+    try:
+        found = []
+        for processor.chat_template in (None, template, template.replace("{{ bos_token }}", "")):
+            found += [processed([one], processor)["input_ids"].tolist()]
+    finally:
+        processor.chat_template = None
+        processor.tokenizer.add_bos_token = False
+    assert found == [[[1, 5, 7]]] * 3
+
+
 def test_answers_are_cut_images_are_not(llava):
     _, processor = llava
     fits = Conversation((png(),), FILLER, FILLER)
@@ -179,8 +221,13 @@ def test_processors_of_families(family, tmp_path):
     with torch.no_grad():
         model(**batch)
     expected = tiny_vlms.image_prompt(family, expanded=True)
-    image = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    image = model.config.image_token_id
     assert (batch["input_ids"] == image).sum() == expected.count(image) > 0
+    last = int((batch["input_ids"][0] == image).nonzero()[-1])
+    (cut,) = conversation_loader([one], processor, last + 1)
+    assert cut["input_ids"].shape[1] == last + 1
+    with pytest.raises(ValueError, match="no conversation fits"):
+        conversation_loader([one], processor, last)
 
 
 class VideoProcessor:
@@ -192,7 +239,8 @@ class VideoProcessor:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, text, return_tensors, videos=None):
+    def __call__(self, text, return_tensors, videos=None, do_sample_frames=None):
+        assert not videos or do_sample_frames is False
         frames = videos[0] if videos else []
         token = self.video_token
         made = self.tokenizer([text[0].replace(token, token * len(frames))], return_tensors="pt")
