@@ -9,6 +9,7 @@ from tqdm import tqdm
 __all__ = [
     "Hooks",
     "TokenMean",
+    "by_token",
     "first_batches",
     "image_mask",
     "on_device",
@@ -96,8 +97,13 @@ def image_mask(batch: dict, model: nn.Module) -> torch.Tensor | None:
     return found if found.any() else None
 
 
+def by_token(values: torch.Tensor, tokens: torch.Tensor) -> bool:
+    """Whether activations are those of these tokens, (batch, tokens): some models (OPT) run parts
+    of a layer on the tokens of all sequences in a row."""
+    return values.shape[:-1] in (tokens.shape, (tokens.numel(),))
+
+
 def tokens_of(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Activations as (tokens, channels), padding dropped where the mask fits."""
-    if mask is not None and values.shape[:-1] == mask.shape:
-        return values[mask]
-    return values.reshape(-1, values.shape[-1])
+    rows = values.reshape(-1, values.shape[-1])
+    return rows[mask.flatten()] if mask is not None and by_token(values, mask) else rows

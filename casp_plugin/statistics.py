@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 from casp_plugin.attention_maps import AttentionDensities, AttentionDensity
 from casp_plugin.derivatives import AttentionDerivatives, LossGradients
-from casp_plugin.hooks import Hooks, TokenMean, image_mask, on_device, token_mask, tokens_of
+from casp_plugin.hooks import (
+    Hooks,
+    TokenMean,
+    by_token,
+    image_mask,
+    on_device,
+    token_mask,
+    tokens_of,
+)
 from casp_plugin.importance import token_influence
 from casp_plugin.transforms import rotate
 from casp_plugin.units import decoder_layers
@@ -133,7 +141,7 @@ class _Collector:
         """Activations as (tokens, channels), each times the root of its token's weight, and the sum
         of the weights."""
         x = tokens_of(values.detach(), self.mask).float()
-        if self.weights is None or values.shape[:-1] != self.weights.shape:  # all count the same
+        if self.weights is None or not by_token(values, self.weights):  # all count the same
             return x, len(x)
         weights = tokens_of(self.weights[..., None], self.mask)
         return x * weights.sqrt(), weights.sum().item()

@@ -196,10 +196,17 @@ def with_image(folder, family):
 
 
 @pytest.mark.parametrize("image_weight", [None, 0.25, 0])
-def test_tokens_of_images_count_what_they_are_told_to(tmp_path, image_weight):
-    model, batch = with_image(tmp_path, "llava")
-    name = "model.language_model.layers.0.self_attn.q_proj"
-    inside = "model.vision_tower.encoder.layers.0.self_attn.q_proj"  # reads nothing but the image
+@pytest.mark.parametrize(
+    ("family", "name", "inside"),
+    [
+        ("llava", "model.language_model.layers.0.self_attn.q_proj", "model.vision_tower.encoder"),
+        ("blip-2", "language_model.model.decoder.layers.0.fc1", "vision_model.encoder"),
+    ],
+    ids=["llava", "tokens in a row"],
+)
+def test_tokens_of_images_count_what_they_are_told_to(tmp_path, family, name, inside, image_weight):
+    model, batch = with_image(tmp_path, family)
+    inside += ".layers.0.mlp.fc1"  # reads nothing but the image
     seen = {}
     for key in (name, inside):
         model.get_submodule(key).register_forward_hook(
@@ -216,9 +223,9 @@ def test_tokens_of_images_count_what_they_are_told_to(tmp_path, image_weight):
         ),
     )
     images = batch["input_ids"][0] == model.config.image_token_id
-    assert images.sum() == 16
+    assert images.sum() == {"llava": 16, "blip-2": 4}[family]
     weights = torch.where(images, 1 if image_weight is None else image_weight, 1.0).double()
-    x, y = (values[0].double() for values in seen[name])
+    x, y = (values.reshape(len(images), -1).double() for values in seen[name])
     moment = sum(w * torch.outer(row, row) for w, row in zip(weights, x, strict=True))
     moment /= weights.sum()
     energy = (weights * y.square().sum(-1)).sum() / weights.sum()
