@@ -226,6 +226,8 @@ def test_tokens_of_images_count_what_they_are_told_to(tmp_path, family, name, in
     assert images.sum() == {"llava": 16, "blip-2": 4}[family]
     weights = torch.where(images, 1 if image_weight is None else image_weight, 1.0).double()
     x, y = (values.reshape(len(images), -1).double() for values in seen[name])
+    bias = model.get_submodule(name).bias
+    y = y if bias is None else y - bias
     moment = sum(w * torch.outer(row, row) for w, row in zip(weights, x, strict=True))
     moment /= weights.sum()
     energy = (weights * y.square().sum(-1)).sum() / weights.sum()

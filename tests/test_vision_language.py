@@ -109,6 +109,32 @@ def test_awq_scales_the_language_model(tmp_path, monkeypatch):
         torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl"])
+def test_awq_without_factors(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)  # see README
+    tiny_vlms.save_tiny_vlm(tmp_path / "in", family)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
+    bits = BitAllocationModifier(average_bits=5, candidates=[2, 3, 4, 8], group_size=32)
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(tmp_path / "in"),
+        recipe=[bits, AWQModifier(), QuantizationModifier()],
+        dataset=DataLoader([batch_of(model, tmp_path / "in", family)] * 4, batch_size=None),
+    )
+    scaled = [n for n, old in before.items() if not torch.allclose(model.get_parameter(n), old)]
+    assert scaled
+    assert all("language_model" in name for name in scaled)
+
+
+def test_awq_without_mappings(tmp_path):
+    """OPT's norms have names of their own: said before anything runs."""
+    with pytest.raises(
+        ValueError, match="AWQModifier.mappings: llm-compressor knows none for Blip2"
+    ):
+        compress(tmp_path, "blip-2", AWQModifier(), QuantizationModifier())
+
+
 def test_language_only_is_the_default(tmp_path):
     model, batch = compress(tmp_path, "llava", GPTQModifier())
     assert {unit.component for unit in model.casp_plan.units} == {"language"}

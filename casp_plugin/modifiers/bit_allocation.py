@@ -19,7 +19,7 @@ from casp_plugin.components import LANGUAGE
 from casp_plugin.latent import Latent
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
-from casp_plugin.modifiers.factoring import install, point_awq_at_factors
+from casp_plugin.modifiers.factoring import install, point_awq
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, stored_shapes
@@ -252,8 +252,9 @@ class BitAllocationModifier(CaspModifier):
         self._warn(plan, linears, statistics)
         self._choose(plan)
         if plan.decided and statistics is not None:
-            self._factor(model, plan, latents, following)
+            self._factor(model, plan, latents)
             self._hand_over(plan, schemes, quantizer)
+        point_awq(self, model, following)
         self._latents = []  # the quantizer that follows needs the memory
 
     def consider(self, latents: list[Latent], rank_multiple: int | None) -> None:
@@ -375,13 +376,7 @@ class BitAllocationModifier(CaspModifier):
                 "number"
             )
 
-    def _factor(
-        self,
-        model: nn.Module,
-        plan: CompressionPlan,
-        latents: dict[str, Latent],
-        following: list[Modifier],
-    ) -> None:
+    def _factor(self, model: nn.Module, plan: CompressionPlan, latents: dict[str, Latent]) -> None:
         """Make the factors that were chosen."""
         for unit in plan.units:
             names = list(unit.modules)
@@ -390,8 +385,6 @@ class BitAllocationModifier(CaspModifier):
                 rank = unit.choice.rank
                 install(model, plan, latent, rank, None if rank else "dense is the better choice")
                 unit.modules = stored_shapes({name: model.get_submodule(name) for name in names})
-        if latents:
-            point_awq_at_factors(self, model, following)
 
     def _check_tuned(self, linears: dict[str, nn.Module], layers: list[str]) -> None:
         """AutoRound tunes decoder layers; others would keep the scales they were initialized with.

@@ -13,7 +13,7 @@ from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import CompressionPlan, LowRankPlan
 
-__all__ = ["install", "point_awq_at_factors"]
+__all__ = ["install", "point_awq"]
 
 
 def install(
@@ -46,14 +46,14 @@ def install(
             model.set_submodule(name, layer)
 
 
-def point_awq_at_factors(
-    modifier: CaspModifier, model: nn.Module, following: list[Modifier]
-) -> None:
+def point_awq(modifier: CaspModifier, model: nn.Module, following: list[Modifier]) -> None:
     """AWQ scales the layers that read a norm's output; in a factored layer that is ``down``.
 
     A mapping that meets a factored layer becomes one for each norm, with the names of what reads
     it, because that may differ from layer to layer; so does every mapping of a multimodal model,
     where llm-compressor would look for the norms of language models in the other components too.
+
+    :raises ValueError: if no mapping is known that fits the model
     """
     names = {module: name for name, module in model.named_modules()}
     outside = [f"re:^{re.escape(name)}[.]" for name in modifier.outside_language(model)]
@@ -68,7 +68,13 @@ def point_awq_at_factors(
 
     def pointed(mapping: AWQMapping) -> list[AWQMapping]:
         patterns = (mapping.smooth_layer, *mapping.balance_layers)
-        found = list(match_modules_set(model, patterns, outside))
+        try:
+            found = list(match_modules_set(model, patterns, outside))
+        except ValueError as error:
+            raise ValueError(
+                f"AWQModifier.mappings: llm-compressor knows none for {type(model).__name__} ("
+                f"{str(error).strip().splitlines()[0]:.120}): give them in the recipe"
+            ) from None
         balanced = [module for _, *groups in found for group in groups for module in group]
         if not outside and not any(isinstance(module, LowRankLinear) for module in balanced):
             return [mapping]
@@ -81,5 +87,7 @@ def point_awq_at_factors(
 
     for awq in following:
         if isinstance(awq, AWQModifier) and awq.mappings is None:
-            mappings = get_layer_mappings_from_model(model)
-            modifier.hand_over(awq, "mappings", [m for old in mappings for m in pointed(old)])
+            known = get_layer_mappings_from_model(model)
+            made = [mapping for old in known for mapping in pointed(old)]
+            if made != known:
+                modifier.hand_over(awq, "mappings", made)

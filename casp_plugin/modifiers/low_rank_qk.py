@@ -15,7 +15,7 @@ from casp_plugin.latent import Latent, global_ranks
 from casp_plugin.lowrank import WhitenedWeight, uniform_rank
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
-from casp_plugin.modifiers.factoring import install, point_awq_at_factors
+from casp_plugin.modifiers.factoring import install, point_awq
 from casp_plugin.modules import named_linears
 from casp_plugin.plan import AttentionPlan, CompressionPlan
 from casp_plugin.statistics import Request, Statistics
@@ -164,7 +164,7 @@ class LowRankQKModifier(CaspModifier):
             if rank is not None and (latent.kept(rank) >= 1 or rank > min(latent.shape)):
                 rank, note = None, f"factors of rank {rank} would not be smaller"
             install(model, plan, latent, rank, note)
-        point_awq_at_factors(self, model, following)
+        point_awq(self, model, following)
         if self.ranks is None and plan.kept > 1.25 * self.keep:
             plan.warnings.append(
                 f"LowRankQKModifier keeps {plan.kept:.3f} of the q/k parameters instead of "
