@@ -6,7 +6,7 @@ members anyway: a low-rank q/k frees v.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from compressed_tensors.utils import is_match
@@ -101,11 +101,14 @@ def find_units(
     :param layers: decoder layers, in order
     :param granularity: ``unit``: one width for each fused layer; ``layer``: one for each
         decoder layer; ``matrix``: one for each linear, experts of a layer still sharing theirs
-    :param share_layers: number of adjacent decoder layers that share their widths
+    :param share_layers: number of adjacent layers of a stack that share their widths
     :param together: linears that are a unit of their own, whatever the granularity
     :raises ValueError: if the layers do not divide what was asked for
     """
-    position = {layer: index for index, layer in enumerate(layers)}
+    position = {}  # in its own stack: a vision tower's layers come before the language model's
+    for layer in layers:
+        stack = layer.rpartition(".")[0]
+        position[layer] = stack, sum(other == stack for other, _ in position.values())
     owners = {name: tuple(names) for names in map(tuple, together) for name in names}
     members: dict[tuple, list[str]] = {}
     for name, module in linears.items():
@@ -116,9 +119,9 @@ def find_units(
         elif layer is None:
             members.setdefault((None, key), []).append(name)
         else:
-            block = position[layer] // share_layers
+            stack, index = position[layer]
             key = () if granularity == "layer" else key
-            members.setdefault((block, key), []).append(name)
+            members.setdefault((stack, index // share_layers, key), []).append(name)
     return [Unit(_label(names, position), tuple(names)) for names in members.values()]
 
 
@@ -132,7 +135,7 @@ def reading_together(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _split(name: str, position: dict[str, int]) -> tuple[str | None, str]:
+def _split(name: str, position: Container[str]) -> tuple[str | None, str]:
     """The decoder layer that holds a module, and the module's name inside it."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -161,7 +164,7 @@ def _fused(local: str, module: nn.Module | None, apart: bool) -> tuple:
     return (local,)
 
 
-def _label(names: list[str], position: dict[str, int]) -> str:
+def _label(names: list[str], position: Container[str]) -> str:
     """A readable name: ``model.layers.0-1.self_attn.q_proj+k_proj``."""
     split = [_split(name, position) for name in names]
     layers = list(dict.fromkeys(layer for layer, _ in split))

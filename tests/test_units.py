@@ -88,6 +88,18 @@ def test_adjacent_layers_share(load_tiny, granularity, count):
     assert sum(len(unit.modules) for unit in units) == 14
 
 
+def test_stacks_do_not_share():
+    """Three layers of a vision tower, then three of a language model: four pairs, none mixed."""
+    layers = [f"{stack}.layers.{i}" for stack in ("vision", "language") for i in range(3)]
+    linears = {f"{layer}.mlp.up_proj": torch.nn.Linear(4, 4) for layer in layers}
+    units = find_units(linears, layers, "unit", 2)
+    assert [unit.name for unit in units] == [
+        f"{stack}.layers.{which}.mlp.up_proj"
+        for stack in ("vision", "language")
+        for which in ("0-1", "2")
+    ]
+
+
 @pytest.mark.parametrize("granularity", ["unit", "matrix"])
 def test_experts_of_a_layer_share(granularity):
     experts = torch.nn.ModuleDict(

@@ -130,7 +130,7 @@ def test_awq_without_factors(family, tmp_path, monkeypatch):
 def test_awq_without_mappings(tmp_path):
     """OPT's norms have names of their own: said before anything runs."""
     with pytest.raises(
-        ValueError, match="AWQModifier.mappings: llm-compressor knows none for Blip2"
+        ValueError, match=r"AWQModifier.mappings: llm-compressor knows none for Blip2"
     ):
         compress(tmp_path, "blip-2", AWQModifier(), QuantizationModifier())
 
