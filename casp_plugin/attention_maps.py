@@ -56,7 +56,7 @@ class AttentionDensities:
         """
         with _eager_attention(model), disable_lm_head(model), Hooks(model) as hooks:
             for name in self._modules:
-                hooks.add(name, self._on_attention(name))
+                hooks.add(name, self._on_attention(name), with_kwargs=True)
             for batch in first_batches(dataloader, SAMPLES, "Looking at attention maps"):
                 batch = on_device(batch, model)
                 self._mask, self._images = token_mask(batch), image_mask(batch, model)
@@ -69,7 +69,7 @@ class AttentionDensities:
         return {name: _mean(rows) for name, rows in self._found.items() if rows}
 
     def _on_attention(self, name: str):
-        def hook(module: nn.Module, args: tuple, output) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
             attention = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if attention is None or attention.ndim != 4:
                 return
@@ -77,7 +77,10 @@ class AttentionDensities:
             keys = attention.shape[-1]
             fits = images is not None and images.shape[-1] == keys
             mask = mask if mask is not None and mask.shape[-1] == keys else None
-            seen = visible(attention, mask, causal=getattr(module, "is_causal", True))
+            allowed = kwargs.get("attention_mask")  # windows; images that see all of themselves
+            if allowed is None or allowed.ndim != 4:
+                allowed = getattr(module, "is_causal", True)
+            seen = visible(attention, mask, allowed)
             over_images = over_text = torch.full((attention.shape[1],), torch.nan)
             if fits:
                 over_images = density(attention, seen & images[:, None, None], THRESHOLD)

@@ -10,18 +10,25 @@ __all__ = ["density", "entropy_density", "visible"]
 
 
 def visible(
-    attention: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True
+    attention: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    allowed: torch.Tensor | bool = True,
 ) -> torch.Tensor:
     """Entries of attention maps that may be other than zero.
 
     :param attention: maps, (batch, heads, queries, keys), queries aligned with the last keys
     :param mask: tokens that are no padding, (batch, keys); None for all
-    :param causal: whether a query sees no key after it
+    :param allowed: the mask that attention ran with, (batch or 1, 1, queries, keys), bool, or what
+        it adds to the scores, 0 where a query sees a key; or whether a query sees no key after it
     :return: bool, (batch, 1, queries, keys)
     """
     queries, keys = attention.shape[-2:]
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=attention.device)
-    seen = (seen.tril(keys - queries) if causal else seen)[None, None]
+    if isinstance(allowed, bool):
+        seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=attention.device)
+        seen = seen.tril(keys - queries) if allowed else seen
+    else:
+        seen = allowed[..., :keys].to(attention.device)
+        seen = seen if seen.dtype is torch.bool else seen == 0
     if mask is not None:
         seen = seen & mask[:, None, None, :] & mask[:, None, -queries:, None]
     return seen.expand(len(attention), 1, queries, keys)

@@ -56,4 +56,14 @@ def test_extremes():
 def test_queries_of_a_step_see_all_keys_before():
     steps = torch.zeros(1, 1, 2, 5)
     assert visible(steps)[0, 0].sum(-1).tolist() == [4, 5]
-    assert visible(steps, causal=False)[0, 0].sum(-1).tolist() == [5, 5]
+    assert visible(steps, allowed=False)[0, 0].sum(-1).tolist() == [5, 5]
+
+
+def test_masks_that_attention_ran_with():
+    """A window of two keys, as bool and as what is added to the scores."""
+    window = torch.tensor([[i - 2 < j <= i for j in range(5)] for i in range(5)])[None, None]
+    added = torch.zeros(1, 1, 5, 5).masked_fill(~window, torch.finfo(torch.float32).min)
+    for allowed in (window, added):
+        seen = visible(torch.zeros(2, 3, 5, 5), allowed=allowed)
+        assert seen.shape == (2, 1, 5, 5)
+        assert torch.equal(seen, window.expand(2, 1, 5, 5))

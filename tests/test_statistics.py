@@ -327,6 +327,21 @@ def test_attention_densities(tmp_path):
     assert found[inside].image is None
 
 
+def test_attention_densities_where_images_see_all_of_themselves(tmp_path):
+    model, batch = with_image(tmp_path, "gemma3")
+    batch["token_type_ids"] = (batch["input_ids"] == model.config.image_token_id).long()
+    name = "model.language_model.layers.0.self_attn"
+    found = collect(model, [batch], Request(attention_maps=frozenset({name}))).attention_densities
+    model.set_attn_implementation("eager")
+    model.eval()
+    with torch.no_grad():
+        maps = model(**batch, output_attentions=True).attentions[0][0]
+    assert (maps.triu(1) > 0).any()
+    expected = (maps > 0.01).sum((1, 2)) / (maps > 0).sum((1, 2))
+    torch.testing.assert_close(torch.tensor(found[name].heads), expected)
+    assert all(0 < share <= 1 for share in found[name].entropy)
+
+
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
 def test_images_have_gradients_too(tmp_path, family):
     """Language model and vision tower of a model that sees: what every importance needs."""
