@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from casp_plugin.components import component_of
 from casp_plugin.plan import CompressionPlan
 
 __all__ = ["draw"]
@@ -59,7 +58,7 @@ def _bits(plan: CompressionPlan) -> list[_Grid]:
 def _densities(plan: CompressionPlan) -> list[_Grid]:
     by_component: dict[str, dict] = {}
     for attention in plan.attention:
-        cells = by_component.setdefault(component_of(attention.module), {})
+        cells = by_component.setdefault(attention.component, {})
         _, layer = _cell(attention.module)
         cells |= {(f"head {i}", layer): share for i, share in enumerate(attention.heads)}
     return [

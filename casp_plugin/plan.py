@@ -101,6 +101,7 @@ class AttentionPlan(_Model):
     """How sparse one attention module is.
 
     :param module: its name
+    :param component: part of a multimodal model that it lies in
     :param heads: share of the entries of its maps that are not nearly zero, one a head
     :param entropy: keys effectively looked at over visible keys, one a head
     :param image: share of entries over keys that stand for images, all heads; None without images
@@ -108,6 +109,7 @@ class AttentionPlan(_Model):
     """
 
     module: str
+    component: str = LANGUAGE
     heads: list[float]
     entropy: list[float]
     image: float | None = None

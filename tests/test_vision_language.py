@@ -219,6 +219,30 @@ def test_component_weights(tmp_path):
     assert reached[0] < reached[1]
 
 
+def test_components_by_patterns_of_the_user(tmp_path):
+    """Given once, they count for every modifier: no factors in what is vision now."""
+    tiny_vlms.save_tiny_vlm(tmp_path / "in", "llava")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    bits = BitAllocationModifier(
+        average_bits={"language": 5, "upper": 6},
+        component_patterns={"upper": ["1"]},  # ...layers.1
+        candidates=[2, 3, 4, 8],
+        group_size=32,
+    )
+    model = oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(tmp_path / "in"),
+        recipe=[LowRankQKModifier(), bits, GPTQModifier()],
+        dataset=DataLoader([batch_of(model, tmp_path / "in", "llava")] * 4, batch_size=None),
+    )
+    plan = model.casp_plan
+    assert {each.module.split(".")[3] for each in plan.low_rank} == {"0"}
+    assert {unit.component: unit.name.split(".layers.")[1][0] for unit in plan.units} == {
+        "language": "0",
+        "upper": "1",
+    }
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

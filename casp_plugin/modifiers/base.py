@@ -49,20 +49,21 @@ class CaspModifier(Modifier):
     and runs the calibration data once, for all of them.
 
     :param components: parts of a multimodal model that this modifier works on: `language`,
-        `vision`, `connector`, `audio`. A mapping from component to parts of module paths (regular
-        expressions) names them where the built-in table does not, for instance
-        `{language: [], vision: [my_encoder]}`
+        `vision`, `connector`, `audio`
+    :param component_patterns: parts of module paths (regular expressions) that begin a component,
+        where the built-in table knows none, for instance `{vision: [my_encoder]}`. Those that any
+        modifier gives count for all modifiers of the recipe
     :param image_weight: what a token that stands for an image counts in the statistics of layers'
         inputs, one of text being 1; the same in all modifiers of a recipe that give it
     """
 
-    components: list[str] | dict[str, list[str]] = Field(
-        default_factory=lambda: [LANGUAGE], min_length=1
-    )
+    components: list[str] = Field(default_factory=lambda: [LANGUAGE], min_length=1)
+    component_patterns: dict[str, list[str]] = Field(default_factory=dict)
     image_weight: float | None = Field(default=None, ge=0)
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
     _transforms: TransformConfig | None = PrivateAttr(default=None)
+    _patterns: dict[str, list[str]] = PrivateAttr(default_factory=dict)
 
     @abstractmethod
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
@@ -142,10 +143,6 @@ class CaspModifier(Modifier):
         return component_of(name, self._patterns)
 
     @property
-    def _patterns(self) -> dict[str, list[str]] | None:
-        return self.components if isinstance(self.components, dict) else None
-
-    @property
     def settings(self) -> dict[str, Any]:
         """This modifier's own fields, without llm-compressor's lifecycle."""
         return self.model_dump(mode="json", exclude_none=True, exclude=set(Modifier.model_fields))
@@ -201,9 +198,8 @@ def _start(
     if dataloader is not None:
         warn_if_untraceable(model, dataloader)
     request = Request()
-    transforms = _transforms(modifiers)
+    _share(modifiers)
     for modifier in _own(modifiers):
-        modifier._transforms = transforms
         request |= replace(
             modifier.request(model, _after(modifier, modifiers)),
             image_weight=modifier.image_weight,
@@ -218,6 +214,17 @@ def _start(
         statistics = collect(model, dataloader, request)
     plan.calibration_tokens = statistics.tokens or None
     return _Run(plan, statistics)
+
+
+def _share(modifiers: list[Modifier]) -> None:
+    """Tell every modifier what all of the recipe must know."""
+    transforms = _transforms(modifiers)
+    patterns: dict[str, list[str]] = {}
+    for modifier in _own(modifiers):
+        for component, found in modifier.component_patterns.items():
+            patterns.setdefault(component, []).extend(found)
+    for modifier in _own(modifiers):
+        modifier._transforms, modifier._patterns = transforms, patterns
 
 
 def _transforms(modifiers: list[Modifier]) -> TransformConfig | None:
@@ -254,9 +261,8 @@ def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
     modifiers = [modifier.model_copy(deep=True) for modifier in modifiers]
     plan = _new_plan(model)
     bare = skeleton(model)
-    transforms = _transforms(modifiers)
+    _share(modifiers)
     for modifier in _own(modifiers):
-        modifier._transforms = transforms
         modifier.prepare(bare, plan, None, _after(modifier, modifiers))
     return plan
 

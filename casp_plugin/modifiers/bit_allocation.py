@@ -167,13 +167,13 @@ class BitAllocationModifier(CaspModifier):
             if set(budgets) != set(self.components):
                 raise ValueError(
                     f"average_bits has budgets for {list(budgets)}, components are "
-                    f"{list(self.components)}: they must agree"
+                    f"{self.components}: they must agree"
                 )
         unknown = set(self.component_weights) - set(self.components)
         if unknown:
             raise ValueError(
                 f"component_weights: {sorted(unknown)} are not among the components "
-                f"{list(self.components)}"
+                f"{self.components}"
             )
         return self
 

@@ -140,7 +140,7 @@ class LowRankQKModifier(CaspModifier):
             found = statistics.attention_densities
             modules = dict.fromkeys(name.rpartition(".")[0] for name in self._matched(model))
             plan.attention = [
-                AttentionPlan(module=name, **asdict(found[name]))
+                AttentionPlan(module=name, component=self.component_of(name), **asdict(found[name]))
                 for name in modules
                 if name in found
             ]
