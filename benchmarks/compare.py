@@ -7,7 +7,7 @@ A vision-language model is calibrated and scored on questions about images: perp
 of the answers, with exact match and F1 beside it, and a second table tells them by task.
 
 The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
-the first of them. Losses of several seeds are averaged text by text; seconds are those of the
+the first of them, but ``casp_awq_2.28`` with ``awq_2.28`` where that is there. Losses of several seeds are averaged text by text; seconds are those of the
 first seed. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the same
 oneshot call took, saving included. With --rows a run that was stopped goes on where it was.
 """
@@ -223,11 +223,17 @@ def _by_task(found: list[list[dict]]) -> tuple[tuple[str, ...], list[list[str]]]
 
 
 def _rows(found: list[list[dict]]) -> list[list[str]]:
-    """Cells of every row; the first recipe of a budget is what the others are compared with."""
-    baselines = {}
-    for runs in found[1:]:
-        baselines.setdefault(runs[0]["recipe"].rpartition("_")[2], runs)
-    return [_cells(runs, baselines.get(runs[0]["recipe"].rpartition("_")[2])) for runs in found]
+    """Cells of every row."""
+    by_name = {runs[0]["recipe"]: runs for runs in found[1:]}
+    first_of = {}
+    for name, runs in by_name.items():
+        first_of.setdefault(name.rpartition("_")[2], runs)
+    rows = []
+    for runs in found:
+        name = runs[0]["recipe"]
+        plain = by_name.get(name.removeprefix("casp_")) if name.startswith("casp_") else None
+        rows.append(_cells(runs, plain or first_of.get(name.rpartition("_")[2])))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does sparse attention bear compressed W_q and W_k better? CASP's theorem 1, measured.
 
-    python benchmarks/sparsity.py MODEL --dataset D --text T --table T.md --plot P.png
+    python benchmarks/sparsity.py MODEL QUESTIONS.parquet TEXTS.jsonl TABLE.md PLOT.png
 
 W_q and W_k of one decoder layer at a time become rank factors that keep 25 % of their parameters,
 each whitened by its inputs, as in the paper. The layer reads what it reads in the whole model; its
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from casp_plugin.attention_maps import THRESHOLD
 from casp_plugin.calibration import load_text
@@ -170,6 +170,18 @@ def draw(path: Path, found: list[Measured], model: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def batches(made: list[Conversation], processor: ProcessorMixin, max_length: int) -> list[dict]:
+    """All prompts, those without images apart, since a loader holds one kind.
+
+    :raises ValueError: if one was left out
+    """
+    kinds = [[one for one in made if bool(one.images) == seen] for seen in (True, False)]
+    found = [b for kind in kinds if kind for b in conversation_loader(kind, processor, max_length)]
+    if len(found) < len(made):
+        raise ValueError(f"{len(made) - len(found)} of {len(made)} prompts do not fit {max_length}")
+    return found
+
+
 def main(
     model: str,
     dataset: str,
@@ -197,7 +209,7 @@ def main(
     for part in (0, 1):
         words = "\n".join(texts[part::2])
         made = prompts(asked[part::2], words, processor, list(images), tokens, each)
-        halves.append(conversation_loader(made, processor, 2 * tokens))
+        halves.append(batches(made, processor, 2 * tokens))
     products = factored(loaded, halves[0])
     found = Probe(loaded, products).run(halves[1])
 
