@@ -7,9 +7,10 @@ A vision-language model is calibrated and scored on questions about images: perp
 of the answers, with exact match and F1 beside it, and a second table tells them by task.
 
 The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
-the first of them, but ``casp_awq_2.28`` with ``awq_2.28`` where that is there. Losses of several seeds are averaged text by text; seconds are those of the
-first seed. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the same
-oneshot call took, saving included. With --rows a run that was stopped goes on where it was.
+the first of them, but ``casp_awq_2.28`` with ``awq_2.28`` where that is there. Losses of several
+seeds are averaged text by text; seconds are those of the first seed. ``casp time`` is what
+LowRankQK and BitAllocation took over what the rest of the same oneshot call took, saving included.
+With --rows a run that was stopped goes on where it was.
 """
 
 import hashlib

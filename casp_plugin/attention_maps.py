@@ -26,15 +26,15 @@ class AttentionDensity:
 
     :param heads: share of entries above ``THRESHOLD``, one a head
     :param entropy: keys effectively looked at over visible keys, one a head
-    :param image: share of entries above the threshold, of all heads, over keys that stand for
-        images; None where there are none
+    :param image: share of entries above the threshold over keys that stand for images, one a head;
+        None where there are none
     :param text: the same over the other keys; None where there are no images
     """
 
     heads: list[float]
     entropy: list[float]
-    image: float | None = None
-    text: float | None = None
+    image: list[float] | None = None
+    text: list[float] | None = None
 
 
 class AttentionDensities:
@@ -97,8 +97,8 @@ def _mean(rows: list[torch.Tensor]) -> AttentionDensity:
     :param rows: a sequence each: densities, entropies, densities over images and over text,
         (4, heads)
     """
-    heads, entropy, image, text = torch.stack(rows).nanmean(0)
-    image, text = (None if part.isnan().any() else part.mean().item() for part in (image, text))
+    heads, entropy, *kinds = torch.stack(rows).nanmean(0)
+    image, text = (None if part.isnan().any() else part.tolist() for part in kinds)
     return AttentionDensity(heads.tolist(), entropy.tolist(), image, text)
 
 

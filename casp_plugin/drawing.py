@@ -56,15 +56,19 @@ def _bits(plan: CompressionPlan) -> list[_Grid]:
 
 
 def _densities(plan: CompressionPlan) -> list[_Grid]:
-    by_component: dict[str, dict] = {}
+    panels: dict[str, dict] = {}
     for attention in plan.attention:
-        cells = by_component.setdefault(attention.component, {})
+        over = {
+            "": attention.heads,
+            ", over images": attention.image,
+            ", over text": attention.text,
+        }
         _, layer = _cell(attention.module)
-        cells |= {(f"head {i}", layer): share for i, share in enumerate(attention.heads)}
-    return [
-        _grid(f"{component}: attention density", cells, "share of entries", None)
-        for component, cells in by_component.items()
-    ]
+        for kind, heads in over.items():
+            if heads is not None:
+                cells = panels.setdefault(f"{attention.component}: attention density{kind}", {})
+                cells |= {(f"head {i}", layer): share for i, share in enumerate(heads)}
+    return [_grid(title, cells, "share of entries", None) for title, cells in panels.items()]
 
 
 def _grid(title: str, cells: dict[tuple[str, str], float], label: str, ticks) -> _Grid:

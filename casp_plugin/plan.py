@@ -7,6 +7,7 @@ stored as ``casp_plan.json`` beside the checkpoint.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -104,7 +105,7 @@ class AttentionPlan(_Model):
     :param component: part of a multimodal model that it lies in
     :param heads: share of the entries of its maps that are not nearly zero, one a head
     :param entropy: keys effectively looked at over visible keys, one a head
-    :param image: share of entries over keys that stand for images, all heads; None without images
+    :param image: the same over keys that stand for images; None without images
     :param text: the same over the other keys
     """
 
@@ -112,8 +113,8 @@ class AttentionPlan(_Model):
     component: str = LANGUAGE
     heads: list[float]
     entropy: list[float]
-    image: float | None = None
-    text: float | None = None
+    image: list[float] | None = None
+    text: list[float] | None = None
 
 
 class ParetoPoint(_Model):
@@ -262,6 +263,8 @@ class CompressionPlan(_Model):
             tables.append(self._low_rank_table())
         if self.units:
             tables.append(self._unit_table())
+        if len({unit.component for unit in self.units}) > 1:
+            tables.append(self._component_table())
         if self.pareto:
             tables.append(self._pareto_table())
         tables.append(self._total_table())
@@ -273,12 +276,13 @@ class CompressionPlan(_Model):
         for column in ("module", "mean", "least head", "largest head", "images", "text", "entropy"):
             table.add_column(column, justify="left" if column == "module" else "right")
         for one in self.attention:
-            values = [sum(one.heads) / len(one.heads), min(one.heads), max(one.heads)]
+            values = [fmean(one.heads), min(one.heads), max(one.heads)]
+            kinds = (one.image, one.text)
             table.add_row(
                 one.module,
                 *(f"{value:.3f}" for value in values),
-                *("" if part is None else f"{part:.3f}" for part in (one.image, one.text)),
-                f"{sum(one.entropy) / len(one.entropy):.3f}",
+                *("" if shares is None else f"{fmean(shares):.3f}" for shares in kinds),
+                f"{fmean(one.entropy):.3f}",
             )
         return table
 
@@ -313,6 +317,30 @@ class CompressionPlan(_Model):
                 "|".join(map(str, dict.fromkeys(c.bits for c in options))),
                 _shown(options[0].error if unit.choice else None, ".4f"),
                 f"{sizes[0]:,}" if unit.choice else f"from {min(sizes):,}",
+            )
+        return table
+
+    def _component_table(self) -> Table:
+        """What components weigh, got and cost; "at fewest bits" tells how sensitive they are."""
+        columns = ("component", "weights", "average bits", "error", "error at fewest bits")
+        table = Table(title="Components", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="left" if column == "component" else "right")
+        parts: dict[str, list[UnitPlan]] = {}
+        for unit in self.units:
+            parts.setdefault(unit.component, []).append(unit)
+        whole = sum(unit.weights for unit in self.units)
+        decided = [_expected(units, chosen=True) for units in parts.values()]
+        fewest = [_expected(units, chosen=False) for units in parts.values()]
+        for (component, units), now, least in zip(parts.items(), decided, fewest, strict=True):
+            weights = sum(unit.weights for unit in units)
+            bytes_ = None if now is None else sum(unit.choice.bytes for unit in units)
+            table.add_row(
+                component,
+                f"{weights / whole:.1%}",
+                _shown(bytes_ and bytes_ * 8 / weights, ".4f"),
+                _share(now, decided),
+                _share(least, fewest),
             )
         return table
 
@@ -358,6 +386,21 @@ class CompressionPlan(_Model):
         except ImportError:
             raise ValueError("drawing needs: pip install 'casp-plugin[report]'") from None
         draw(self).savefig(path, dpi=120)
+
+
+def _expected(units: list[UnitPlan], chosen: bool) -> float | None:
+    """Importance x error of units as chosen, or dense at the fewest bits; None if unknown."""
+    found = [(unit.importance, unit.choice if chosen else unit.candidates[0]) for unit in units]
+    if any(importance is None or c is None or c.error is None for importance, c in found):
+        return None
+    return sum(importance * candidate.error for importance, candidate in found)
+
+
+def _share(value: float | None, values: list[float | None]) -> str:
+    """An error, and its share of all components'."""
+    if value is None or None in values:
+        return "?"
+    return f"{value:.4f} ({value / sum(values):.0%})" if sum(values) else f"{value:.4f}"
 
 
 def _shown(value, spec: str) -> str:

@@ -163,14 +163,18 @@ def test_drawn(tmp_path):
     """Components have layers and names in common, so each has its own panel."""
     model, _ = compress(tmp_path, "llava", GPTQModifier(), components=["language", "vision"])
     plan = model.casp_plan
-    panels = {axes.get_title().split(",")[0]: axes for axes in draw(plan).axes if axes.get_title()}
-    assert list(panels) == ["vision: bits", "language: bits", "language: attention density"]
-    for component in ("language", "vision"):
-        drawn = panels[f"{component}: bits"].images[0].get_array().compressed()
+    panels = {axes.get_title(): axes for axes in draw(plan).axes if axes.get_title()}
+    density = "language: attention density"
+    names = [title.split(",")[0] for title in panels]
+    assert names == ["vision: bits", "language: bits", density, density, density]
+    for component, axes in zip(("vision", "language"), panels.values(), strict=False):
+        drawn = axes.images[0].get_array().compressed()
         chosen = [unit.choice.bits for unit in plan.units if unit.component == component]
         assert sorted(drawn) == sorted(chosen)
-    drawn = panels["language: attention density"].images[0].get_array()
+    drawn = panels[density].images[0].get_array()
     assert drawn.T.tolist() == [attention.heads for attention in plan.attention]
+    drawn = panels[f"{density}, over images"].images[0].get_array()
+    assert drawn.T.tolist() == [attention.image for attention in plan.attention]
 
 
 def test_low_rank_in_a_vision_tower(tmp_path):
@@ -331,7 +335,13 @@ def test_command_line(files):
 def test_plan_on_the_command_line(files):
     result = casp(files, "plan", "--dataset", files / "data.jsonl", "--json", files / "p.json")
     assert result.exit_code == 0, result.output
-    assert CompressionPlan.load(files / "p.json").decided
+    plan = CompressionPlan.load(files / "p.json")
+    assert plan.decided
+    (table,) = [table for table in plan.tables() if table.title == "Components"]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["vision", "language"]
+    for shares in cells[3:]:  # of the error
+        assert sum(int(cell.split("(")[1].rstrip("%)")) for cell in shares) in (99, 100, 101)
     bare = casp(files, "plan", "--json", files / "bare.json")
     assert bare.exit_code == 0, bare.output
     assert not CompressionPlan.load(files / "bare.json").decided
