@@ -128,6 +128,7 @@ def run(
     from casp_plugin.checkpoint import whole_folder
     from casp_plugin.models import load_model
     from casp_plugin.modifiers import plan_recipe
+    from casp_plugin.modifiers.tracing import check_traceable
 
     _check_output(output)
     bare = _skeleton(model)
@@ -142,10 +143,12 @@ def run(
     }
     source = (dataset, split, dataset_config)
     batches = _batches(bare, processor, source, columns, samples, max_length, seed, batch_size)
+    loaded = load_model(model)
+    check_traceable(loaded, batches)
     _seed(seed)
     with whole_folder(output) as partial:
         compressed = oneshot(
-            model=load_model(model),
+            model=loaded,
             processor=processor,
             recipe=str(recipe),
             dataset=batches,
@@ -265,6 +268,8 @@ def _batches(bare, processor, source, columns, samples, max_length, seed, batch_
         if text not in found or seen in found:
             named = {f"{what}_column": name for what, name in columns.items()}
             more = {"split": split, "config_name": config_name, "seed": seed}
+            if batch_size > 1:
+                raise ValueError("--batch-size is for text: questions about images run one by one")
             rows = load_conversations(dataset, samples, **named, **more)
             return conversation_loader(rows, processor, max_length)
         console.print(f"{dataset} has no column {seen!r}: calibrating on text alone")
@@ -293,7 +298,7 @@ def _check_output(output: Path) -> None:
 
 
 def _copy_tokenizer(model: str, folder: Path) -> None:
-    """The user's own tokenizer files, byte for byte, over what oneshot saved."""
+    """The user's own files of tokenizer and processor, byte for byte, not what oneshot saved."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*"]
@@ -301,5 +306,7 @@ def _copy_tokenizer(model: str, folder: Path) -> None:
     if not source.is_dir():
         source = Path(snapshot_download(model, allow_patterns=patterns))
     for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)

@@ -115,11 +115,8 @@ def load_conversations(
         if len(found) == samples:
             break
     if broken:
-        message = f"dataset {source!r}: {len(broken)} of {len(broken) + len(found)} rows have an "
-        message += f"image that cannot be read: {broken[0]}"
-        if len(broken) > BROKEN_SHARE * (len(broken) + len(found)):
-            raise ValueError(message)
-        logger.warning(message)
+        rows = len(broken) + len(found)
+        _tell_broken(broken, rows, f"images that cannot be read, of dataset {source!r}")
     if not found:
         raise ValueError(f"dataset {source!r} holds no rows")
     return found
@@ -137,24 +134,36 @@ def conversation_loader(
     :param processor: the model's own
     :param max_length: tokens a batch at most, those of images counted; the end of an answer is
         cut, a conversation whose images do not fit is left out with a warning
-    :raises ValueError: if images and placeholders in a question do not agree in number, or no
-        conversation fits
+    :raises ValueError: if images and placeholders in a question do not agree in number, the
+        processor refuses the images of more than ``BROKEN_SHARE``, or no conversation fits
     """
     conversations = list(conversations)
     seen = [one for one in conversations if one.images] or conversations
     if len(seen) < len(conversations):
         logger.warning(f"{len(conversations) - len(seen)} conversations without images left out")
     batches = _Batches(seen, processor, max_length)
-    lengths = [batches.tokens_with_images(one) for one in tqdm(batches.all, desc="Checking images")]
-    batches.all = [one for one, n in zip(batches.all, lengths, strict=True) if n <= max_length]
-    left_out = len(lengths) - len(batches.all)
-    if not batches.all:
+    for one in seen:
+        prompt_text(one, processor)  # images and placeholders agree
+    fits, lengths, refused = [], [], []
+    for one in tqdm(seen, desc="Checking images"):
+        try:
+            lengths.append(batches.tokens_with_images(one))
+        except ValueError as error:  # of the processor: too wide for it, for instance
+            refused.append(str(error))
+            continue
+        if lengths[-1] <= max_length:
+            fits.append(one)
+    if refused:
+        _tell_broken(refused, len(seen), "images that the processor refuses")
+    if not fits:
         raise ValueError(
             f"no conversation fits max_length {max_length}: with its images the shortest takes "
             f"{min(lengths)} tokens"
         )
-    if left_out:
+    if len(fits) < len(lengths):
+        left_out = len(lengths) - len(fits)
         logger.warning(f"{left_out} conversations left out: their images take over {max_length}")
+    batches.all = fits
     return DataLoader(batches, batch_size=None)
 
 
@@ -250,6 +259,16 @@ def _undecoded(data: Dataset, column: str) -> Dataset:
     if isinstance(feature, List) and isinstance(feature.feature, Image):
         return data.cast_column(column, List(Image(decode=False)))
     return data
+
+
+def _tell_broken(errors: list[str], rows: int, what: str) -> None:
+    """
+    :raises ValueError: if they are more than ``BROKEN_SHARE`` of the rows
+    """
+    message = f"{len(errors)} of {rows} rows have {what}: {errors[0]}"
+    if len(errors) > BROKEN_SHARE * rows:
+        raise ValueError(message)
+    logger.warning(f"{message}; left out")
 
 
 def _words(value: Any, column: str, source: str) -> str:

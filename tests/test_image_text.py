@@ -122,7 +122,7 @@ def test_broken_images_are_left_out_or_an_error(tmp_path):
     bad = [{**good, "image": name} for name in ("cut.png", "absent.png")]
     found = load_conversations(jsonl(tmp_path, [good] * 30 + bad), 32)
     assert len(found) == 30
-    with pytest.raises(ValueError, match="2 of 4 rows have an image that cannot be read"):
+    with pytest.raises(ValueError, match="2 of 4 rows have images that cannot be read"):
         load_conversations(jsonl(tmp_path, [good] * 2 + bad), 32)
 
 
@@ -196,6 +196,22 @@ def test_answers_are_cut_images_are_not(llava):
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, TOKENS + 2)
     with pytest.raises(ValueError, match=r"no conversation fits max_length 20: .* takes 32 tokens"):
         conversation_loader([too_long], processor, 20)
+
+
+def test_images_that_the_processor_refuses(llava, monkeypatch):
+    _, processor = llava
+    plain = processor.image_processor.preprocess
+
+    def refusing(images, *args, **kwargs):
+        if any(image.size[0] > 200 for one in images for image in one):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return plain(images, *args, **kwargs)
+
+    monkeypatch.setattr(processor.image_processor, "preprocess", refusing)
+    good, bad = (Conversation((png(width),), "w5", "w7") for width in (32, 300))
+    assert len(conversation_loader([good] * 12 + [bad], processor, 60)) == 12
+    with pytest.raises(ValueError, match="1 of 2 rows have images that the processor refuses"):
+        conversation_loader([good, bad], processor, 60)
 
 
 def test_placeholders_in_the_text(llava):

@@ -274,7 +274,20 @@ def test_untraceable(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         compress(tmp_path, "blip-2", GPTQModifier())
     logger.remove(sink)
-    assert sum("calibration will fail" in warning for warning in warnings) == 1
+    assert sum("calibration may fail" in warning for warning in warnings) == 1
+
+
+def test_untraceable_on_the_command_line(files, monkeypatch):
+    monkeypatch.setattr(tracing, "trace_subgraphs", lambda *args: 1 / 0)
+    result = casp(files, "run", "--dataset", files / "data.jsonl", "--output", files / "out")
+    assert "cannot be traced (division by zero)" in str(result.exception)
+    assert "Collecting" not in result.output
+    assert not (files / "out").exists()
+
+
+def test_batches_of_images(files):
+    arguments = ("--dataset", files / "data.jsonl", "--output", files / "out", "--batch-size", 2)
+    assert "--batch-size is for text" in str(casp(files, "run", *arguments).exception)
 
 
 def test_registering_twice_changes_nothing():
@@ -328,6 +341,8 @@ def test_command_line(files):
     kept += [files / "in" / "tokenizer.json", files / "in" / "tokenizer_config.json"]
     for path in kept:  # the user's own, byte for byte
         assert (files / "out" / path.name).read_bytes() == path.read_bytes()
+    written = {path.name for path in (files / "out").iterdir() if "processor" in path.name}
+    assert written == {path.name for path in kept if "processor" in path.name}
     checked = CliRunner().invoke(cli.app, ["check", str(files / "out")])
     assert checked.exit_code == 0, checked.output
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
-from casp_plugin.modifiers.tracing import warn_if_untraceable
+from casp_plugin.modifiers.tracing import check_traceable
 from casp_plugin.modules import LowRankLinear, skeleton
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics, collect
@@ -196,7 +196,10 @@ def _start(
     _dry_run(model, modifiers)
     _check_finite(model)
     if dataloader is not None:
-        warn_if_untraceable(model, dataloader)
+        try:
+            check_traceable(model, dataloader)
+        except ValueError as error:  # unless oneshot was given another pipeline or tracing_ignore
+            logger.warning(f"calibration may fail: {error}")
     request = Request()
     _share(modifiers)
     for modifier in _own(modifiers):

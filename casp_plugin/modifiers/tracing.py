@@ -16,13 +16,12 @@ from llmcompressor.args import DatasetArguments
 from llmcompressor.pipelines.sequential import pipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
-from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel
 
 from casp_plugin.models import is_multimodal
 
-__all__ = ["register", "warn_if_untraceable"]
+__all__ = ["check_traceable", "register"]
 
 
 @dataclass
@@ -39,19 +38,18 @@ class _WithWrapped(Subgraph):
 _FEATURES = ["get_image_features", "get_video_features", "get_audio_features"]
 
 
-def warn_if_untraceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
-    """Say it before long work where llm-compressor will not get through a multimodal model."""
+def check_traceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
+    """Meet now what llm-compressor would meet after the statistics, by oneshot's defaults.
+
+    :raises ValueError: if a multimodal model cannot be traced
+    """
     if not is_multimodal(model.config):
         return
     with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
         sample = next(iter(dataloader), None)
-    try:
-        if sample is not None:
-            _trace(
-                model, sample, infer_sequential_targets(model), DatasetArguments().tracing_ignore
-            )
-    except ValueError as error:
-        logger.warning(f"calibration will fail as long as it uses oneshot's defaults: {error}")
+    if sample is not None:
+        ignore = DatasetArguments().tracing_ignore
+        _trace(model, sample, infer_sequential_targets(model), ignore)
 
 
 def _trace(
