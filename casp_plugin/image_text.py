@@ -59,7 +59,7 @@ class Conversation:
 
 
 def load_conversations(
-    source: str,
+    source: str | Dataset,
     samples: int,
     image_column: str = "image",
     question_column: str = "question",
@@ -74,8 +74,8 @@ def load_conversations(
 
     :param source: a .jsonl, .json, .parquet or .csv file, in which paths of images are relative to
         it; a folder made by ``save_to_disk``; a folder of images beside a ``metadata.jsonl`` or
-        ``metadata.csv`` whose ``file_name`` names them (they come as column ``image``); or a
-        dataset id on the Hugging Face hub
+        ``metadata.csv`` whose ``file_name`` names them (they come as column ``image``); a dataset
+        id on the Hugging Face hub; or a dataset
     :param samples: largest number of rows to take
     :param image_column: column that holds an image, a list of images or nothing; an image is a
         path or the bytes of a file
@@ -90,7 +90,9 @@ def load_conversations(
     :raises ValueError: if the source does not exist, has no such column or no rows, or if more
         than ``BROKEN_SHARE`` of the rows have an image that cannot be read
     """
-    data = read_source(source, split, config_name)
+    given = isinstance(source, Dataset)
+    data = source if given else read_source(source, split, config_name)
+    source = "given" if given else source  # paths in it are relative to here
     seen = video_column or image_column
     columns = [seen, question_column, answer_column, *filter(None, [task_column])]
     missing = [column for column in columns if column not in data.column_names]

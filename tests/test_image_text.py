@@ -2,6 +2,7 @@
 
 import json
 from io import BytesIO
+from pathlib import Path
 
 import numpy
 import pytest
@@ -56,6 +57,10 @@ def as_saved(folder):
     return folder / "data"
 
 
+def as_dataset(folder):
+    return Dataset.from_list([{**row, "image": {"bytes": row["image"]}} for row in rows()])
+
+
 def as_folder(folder):
     lines = []
     for i, row in enumerate(rows()):
@@ -65,9 +70,10 @@ def as_folder(folder):
     return folder
 
 
-@pytest.mark.parametrize("write", [as_jsonl, as_parquet, as_saved, as_folder])
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet, as_saved, as_folder, as_dataset])
 def test_sources(write, tmp_path):
-    found = load_conversations(str(write(tmp_path)), samples=4)
+    source = write(tmp_path)
+    found = load_conversations(str(source) if isinstance(source, Path) else source, samples=4)
     assert {one.question for one in found} == {row["question"] for row in rows()}
     for one in found:
         row = next(row for row in rows() if row["question"] == one.question)
