@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
 from casp_plugin.components import LANGUAGE
@@ -122,11 +123,29 @@ MORE = {
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe_fits(name):
     family, vision, language, billions, recipe = MODELS[name]
-    sizes = {"vision_config": vision, "text_config": language, **MORE.get(name, {})}
+    sizes = {"vision_config": vision, "text_config": language, "dtype": "float16"}
+    sizes |= MORE.get(name, {})
     model = bare_model(AutoConfig.for_model(family, **sizes))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
     plan = plan_recipe(model, str(ROOT / recipe))
     budgets = {budget.component or LANGUAGE: budget.average_bits for budget in plan.budgets}
     bits = {LANGUAGE: 2.25, "vision": 4.25, "connector": 4.25} if recipe == LLAVA else {}
     assert budgets == (bits or {LANGUAGE: 2.281503 if recipe == SMALL else 2.25})
-    assert f"| `{name}` | `{recipe}` |" in (ROOT / "README.md").read_text()
+    assert f"| `{name}` | `{recipe}` | {_ignored(name)} |" in (ROOT / "README.md").read_text()
+    if recipe == GPTQ:
+        bits = {"average_bits": {LANGUAGE: 2.25, "vision": 4.25}, "candidates": [2, 3, 4, 8]}
+        ignore = ["re:.*lm_head$", _ignored(name).strip("`")]
+        bits["ignore"] = [pattern for pattern in ignore if pattern != "nothing"]
+        modifiers = {"LowRankQKModifier": {}, "BitAllocationModifier": bits, "GPTQModifier": {}}
+        text = yaml.safe_dump({"casp_stage": {"casp_modifiers": modifiers}}, sort_keys=False)
+        plan = plan_recipe(model, text)
+        assert {budget.component for budget in plan.budgets} == {LANGUAGE, "vision"}
+
+
+def _ignored(name):
+    """What README says to ignore so that the vision tower can be quantized."""
+    family, vision, *_ = MODELS[name]
+    if family.startswith("qwen"):
+        odd = {"qwen2_5_vl": "down_proj", "qwen3_vl": "linear_fc2"}.get(family)
+        return f"`re:.*visual.*{odd}$`" if odd else "nothing"
+    return "`re:.*vision.*fc[12]$`" if vision["intermediate_size"] % 64 else "nothing"
