@@ -193,9 +193,8 @@ def rows(
     for budget in budgets:
         model, plan = bench.plan(BASELINE, budget, statistics, seed)
         yield f"{budget:.2f} bits", BASELINE, bench.score(model), plan
-        alike = (
-            plan.budgets[0].reachable_bits[0] > budget - 0.01
-        )  # too low for any choice without factors
+        least, _ = plan.budgets[0].reachable_bits
+        alike = least > budget - 0.01  # too low for any choice without factors
         for name, (low_rank, _, rotated) in PLANS.items():
             if name != BASELINE and not (alike and low_rank is None and not rotated):
                 model, plan = bench.plan(name, budget, statistics, seed)
