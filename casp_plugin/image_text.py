@@ -90,9 +90,11 @@ def load_conversations(
     :raises ValueError: if the source does not exist, has no such column or no rows, or if more
         than ``BROKEN_SHARE`` of the rows have an image that cannot be read
     """
-    given = isinstance(source, Dataset)
-    data = source if given else read_source(source, split, config_name)
-    source = "given" if given else source  # paths in it are relative to here
+    if isinstance(source, Dataset):
+        data, source, folder = source, "given", Path()
+    else:
+        data = read_source(source, split, config_name)
+        folder = Path(source) if Path(source).is_dir() else Path(source).parent
     seen = video_column or image_column
     columns = [seen, question_column, answer_column, *filter(None, [task_column])]
     missing = [column for column in columns if column not in data.column_names]
@@ -101,7 +103,6 @@ def load_conversations(
             f"dataset {source!r} has no column {missing[0]!r}; its columns are {data.column_names}"
         )
     data = _undecoded(data.select_columns(columns), seen).shuffle(seed=seed)
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
     found, broken = [], []
     for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
         words = [_words(row[column], column, source) for column in (question_column, answer_column)]
@@ -181,26 +182,26 @@ class _Batches(torch.utils.data.Dataset):
         return len(self.all)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        made = self.processed(self.all[index])
+        made = self.tensors(self.all[index])
         tokens = made["input_ids"].shape[1]
         return {
             name: value[:, : self.max_length] if value.shape[:2] == (1, tokens) else value
             for name, value in made.items()
         }
 
-    def processed(self, one: Conversation) -> dict[str, torch.Tensor]:
+    def tensors(self, one: Conversation) -> dict[str, torch.Tensor]:
         made = processed([one], self.processor)
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     def tokens_with_images(self, one: Conversation) -> int:
         """Tokens up to the last one of an image."""
-        ids = self.processed(one)["input_ids"][0]
+        ids = self.tensors(one)["input_ids"][0]
         # what the placeholder becomes is another token in Gemma3
         kind = "video" if one.video else "image"
         known = set(getattr(self.processor, f"{kind}_token_ids", None) or ())
         if token := placeholder(self.processor, one.video):
             known.add(self.processor.tokenizer.convert_tokens_to_ids(token))
-        where = torch.isin(ids, torch.tensor(sorted(known - {None}))).nonzero()
+        where = torch.isin(ids, torch.tensor(sorted(known - {None}), dtype=ids.dtype)).nonzero()
         return int(where[-1]) + 1 if one.images and len(where) else 1
 
 
