@@ -12,7 +12,7 @@ VLLM := .venv-vllm
 VLLM_ENV := PYTHONPATH=tests/vllm_site VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-vllm lint bench bench-awq bench-autoround ablation clean
+.PHONY: demo test test-vllm lint bench bench-paper bench-awq bench-autoround ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,7 +75,9 @@ $(AUTOSCHEME): $(DEMO)/autoscheme_%.yaml: recipes/smollm2/autoround_%.yaml
 
 # recipes at equal bytes; a run that was stopped goes on where it was
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
-	$(call RUN,uniform paper casp uniform_hadamard hadamard,gptq)
+	$(call RUN,uniform casp hadamard,gptq)
+bench-paper: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(call RUN,uniform paper uniform_hadamard,paper)
 bench-awq: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(call RUN,awq casp_awq,awq)
 bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json $(AUTOSCHEME)

@@ -4,9 +4,11 @@ print quality and cost side by side.
     python benchmarks/compare.py MODEL RECIPE... --dataset D --heldout H --table T.md
 
 The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
-the first of them. Losses of several seeds are averaged text by text; seconds are those of the
-first seed. ``casp time`` is what LowRankQK and BitAllocation took over what the rest of the same
-oneshot call took, saving included. With --rows a run that was stopped goes on where it was.
+the first of them, seed by seed. Of several seeds a row tells the median, with the range; bits,
+bytes and seconds are those of the first. ``casp time`` is what LowRankQK and BitAllocation took
+over what the rest of the same oneshot call took, saving included. With --rows a run that was
+stopped goes on where it was: finished runs are known by model, recipe, data and seed, so delete the
+file after a change of the code.
 """
 
 import hashlib
@@ -83,10 +85,10 @@ def compare(
             show(COLUMNS, _rows(found))
     print(f"\n{found[-1][0]['recipe']} continues {PROMPT!r}:\n{found[-1][0]['text']}\n")
     if table is not None:
+        tokens = _scores(found[0][0]).tokens
         note = (
-            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[2:])}`, "
-            f"{_mean(found[0]).tokens:,} tokens scored; perplexity ratio with the 95 % interval of "
-            "a paired bootstrap over the texts;"
+            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[2:])}`, {tokens:,} tokens "
+            "scored; perplexity ratio with the 95 % interval of a paired bootstrap over the texts;"
         )
         write_markdown(table, COLUMNS, _rows(found), note)
 
@@ -184,30 +186,36 @@ def measure(folder: str, reference: str, heldout: str, samples: int, max_length:
     )
 
 
-def _mean(runs: list[dict]):
-    """Scores with the losses of each text averaged over the seeds."""
+def _scores(run: dict):
     from casp_plugin.evaluation import Scores, TextScore
 
-    texts = []
-    for same in zip(*(run["texts"] for run in runs), strict=True):
-        tokens, loss, divergence = (sum(column) / len(same) for column in zip(*same, strict=True))
-        texts.append(TextScore(round(tokens), loss, divergence))
-    return Scores(tuple(texts))
+    return Scores(tuple(TextScore(*text) for text in run["texts"]))
+
+
+def _middle(values: list, key=None) -> object:
+    """The median; of an even number the upper one."""
+    return sorted(values, key=key)[len(values) // 2]
+
+
+def _range(values: list[float], spec: str) -> str:
+    return f" ({min(values):{spec}} to {max(values):{spec}})" if len(values) > 1 else ""
 
 
 def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
     from casp_plugin.evaluation import loss_interval
 
-    first, scores = runs[0], _mean(runs)
-    perplexity = f"{scores.perplexity:.2f}"
-    if len(runs) > 1:
-        each = [_mean([run]).perplexity for run in runs]
-        perplexity += f" ({min(each):.1f} to {max(each):.1f})"
+    first = runs[0]
+    each = [_scores(run) for run in runs]
+    scores = _middle(each, key=lambda one: one.perplexity)
+    perplexity = f"{scores.perplexity:.2f}{_range([one.perplexity for one in each], '.1f')}"
     ratio = ""
     if baseline is not None and baseline is not runs:
-        low, high = loss_interval(scores, _mean(baseline))
-        ratio = f"{scores.perplexity / _mean(baseline).perplexity:.3f} "
-        ratio += f"[{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        pairs = list(zip(each, map(_scores, baseline), strict=True))
+        ratios = [one.perplexity / other.perplexity for one, other in pairs]
+        middle = _middle(range(len(pairs)), key=ratios.__getitem__)
+        low, high = loss_interval(*pairs[middle])
+        ratio = f"{ratios[middle]:.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        ratio += _range(ratios, ".3f")
     casp = first.get("casp_time")
     return [
         first["recipe"],

@@ -161,7 +161,7 @@ class _Collector:
 
     def result(self, tokens: int) -> Statistics:
         moments, squares = (
-            {key: mean.value for key, mean in found.items()}
+            {key: mean.total.div_(mean.tokens) for key, mean in found.items()}  # no second copy
             for found in (self.moments, self.squares)
         )
         seen = self._owner
