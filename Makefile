@@ -18,7 +18,7 @@ SMALL_VLM := $(if $(wildcard $(VLM_PARTS)/assemble.py),$(DEMO)/small-vlm/config.
 $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
-.PHONY: demo test test-vllm lint bench bench-awq bench-autoround bench-vlm ablation clean
+.PHONY: demo test test-vllm lint bench bench-paper bench-awq bench-autoround bench-vlm ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -82,7 +82,9 @@ $(AUTOSCHEME): $(DEMO)/autoscheme_%.yaml: recipes/smollm2/autoround_%.yaml
 
 # recipes at equal bytes; a run that was stopped goes on where it was
 bench: $(DEMO)/SmolLM2-135M-Instruct/config.json
-	$(call RUN,uniform paper casp uniform_hadamard hadamard,gptq)
+	$(call RUN,uniform casp hadamard,gptq)
+bench-paper: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(call RUN,uniform paper uniform_hadamard,paper)
 bench-awq: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(call RUN,awq casp_awq,awq)
 bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json $(AUTOSCHEME)

@@ -7,10 +7,11 @@ A vision-language model is calibrated and scored on questions about images: perp
 of the answers, with exact match and F1 beside it, and a second table tells them by task.
 
 The first row is the model as it is. Recipes whose names end alike (``_2.28``) are compared with
-the first of them, but ``casp_awq_2.28`` with ``awq_2.28`` where that is there. Losses of several
-seeds are averaged text by text; seconds are those of the first seed. ``casp time`` is what
-LowRankQK and BitAllocation took over what the rest of the same oneshot call took, saving included.
-With --rows a run that was stopped goes on where it was.
+the first of them, ``casp_awq_2.28`` with ``awq_2.28`` where that is there, seed by seed. Of several
+seeds a row tells the median, with the range; bits, bytes and seconds are those of the first. ``casp
+time`` is what LowRankQK and BitAllocation took over what the rest of the same oneshot call took,
+saving included. With --rows a run that was stopped goes on where it was: finished runs are known by
+model, recipe, data and seed, so delete the file after a change of the code.
 """
 
 import hashlib
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -91,14 +91,14 @@ def main(
             show(COLUMNS, _rows(found))
     print(f"\n{found[-1][0]['recipe']} says: {found[-1][0]['text']}\n")
     tables = [(COLUMNS, _rows(found))]
-    if isinstance(_mean(found[0]), AnswerScores):
+    if isinstance(_scores(found[0][0]), AnswerScores):
         tables.append(_by_task(found))
         show(*tables[1])
     if table is not None:
+        tokens = _scores(found[0][0]).tokens
         note = (
-            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[1:])}`, "
-            f"{_mean(found[0]).tokens:,} tokens scored; perplexity ratio with the 95 % interval of "
-            "a paired bootstrap over the texts;"
+            f"Made by `python benchmarks/compare.py {' '.join(sys.argv[1:])}`, {tokens:,} tokens "
+            "scored; perplexity ratio with the 95 % interval of a paired bootstrap over the texts;"
         )
         write_markdown(table, tables, note)
 
@@ -168,32 +168,38 @@ def _measure(folder: str, reference: str, evaluation: list[str]) -> dict:
     return json.loads(output.splitlines()[-1])  # llm-compressor logs to stdout as well
 
 
-def _mean(runs: list[dict]) -> Scores:
-    """Scores with those of each text averaged over the seeds."""
-    texts = []
-    for same in zip(*(run["texts"] for run in runs), strict=True):
-        tokens, loss, divergence, *more = zip(*same, strict=True)
-        values = [tokens[0], fmean(loss), fmean(value or 0 for value in divergence)]
-        if more:  # answers to questions
-            task, answer, exact, f1 = more
-            texts.append(AnswerScore(*values, task[0], answer[0], fmean(exact), fmean(f1)))
-        else:
-            texts.append(TextScore(*values))
-    kind = AnswerScores if isinstance(texts[0], AnswerScore) else Scores
-    return kind(tuple(texts))
+def _scores(run: dict) -> Scores:
+    """Those of texts, or of answers to questions."""
+    rows = [
+        (tokens, loss, divergence or 0.0, *more) for tokens, loss, divergence, *more in run["texts"]
+    ]
+    if len(rows[0]) > 3:
+        return AnswerScores(tuple(AnswerScore(*row) for row in rows))
+    return Scores(tuple(TextScore(*row) for row in rows))
+
+
+def _middle(values: list, key=None) -> object:
+    """The median; of an even number the upper one."""
+    return sorted(values, key=key)[len(values) // 2]
+
+
+def _range(values: list[float], spec: str) -> str:
+    return f" ({min(values):{spec}} to {max(values):{spec}})" if len(values) > 1 else ""
 
 
 def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
-    first, scores = runs[0], _mean(runs)
-    perplexity = f"{scores.perplexity:.2f}"
-    if len(runs) > 1:
-        each = [_mean([run]).perplexity for run in runs]
-        perplexity += f" ({min(each):.1f} to {max(each):.1f})"
+    first = runs[0]
+    each = [_scores(run) for run in runs]
+    scores = _middle(each, key=lambda one: one.perplexity)
+    perplexity = f"{scores.perplexity:.2f}{_range([one.perplexity for one in each], '.1f')}"
     ratio = ""
     if baseline is not None and baseline is not runs:
-        low, high = loss_interval(scores, _mean(baseline))
-        ratio = f"{scores.perplexity / _mean(baseline).perplexity:.3f} "
-        ratio += f"[{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        pairs = list(zip(each, map(_scores, baseline), strict=True))
+        ratios = [one.perplexity / other.perplexity for one, other in pairs]
+        middle = _middle(range(len(pairs)), key=ratios.__getitem__)
+        low, high = loss_interval(*pairs[middle])
+        ratio = f"{ratios[middle]:.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        ratio += _range(ratios, ".3f")
     answers = isinstance(scores, AnswerScores)
     casp = first.get("casp_time")
     return [
@@ -213,7 +219,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
 
 def _by_task(found: list[list[dict]]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Perplexity, exact match and F1 of every recipe, task by task."""
-    scores = [_mean(runs).by_task for runs in found]
+    scores = [_scores(_middle(runs, lambda run: _scores(run).perplexity)).by_task for runs in found]
     columns = ("task", "questions", *(runs[0]["recipe"] for runs in found))
     rows = []
     for task, reference in scores[0].items():

@@ -23,6 +23,8 @@ __all__ = [
 
 #: the solver stops once the cost is provably this close to the best
 RELATIVE_GAP = 1e-9
+#: where all costs that matter are this much below the largest, they are solved for again without it
+_COARSE = 100
 
 
 class BudgetError(ValueError):
@@ -142,22 +144,32 @@ def _knapsack(
         return None
 
     flat = np.array([c for row in costs for c in row], dtype=np.float64)
-    scale = np.abs(flat).max()
     unit = np.repeat(np.arange(len(costs)), [len(row) for row in costs])
     one_each = csr_array((np.ones(len(unit)), (unit, np.arange(len(unit)))))
     weights = np.array([b // step for row in extra for b in row], dtype=np.float64)
-    result = milp(
-        flat / scale if scale > 0 else flat,
-        integrality=np.ones_like(flat),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(weights[None], low_steps, high_steps),
-        ],
-        options={"mip_rel_gap": RELATIVE_GAP},
-    )
-    if result.x is None:
-        return None
-    picked = np.flatnonzero(result.x > 0.5)
+    least = np.array([min(row) for row in costs])
+    allowed = np.ones_like(flat)
+    while True:
+        scale = np.abs(flat * allowed).max()
+        result = milp(
+            flat * allowed / scale if scale > 0 else flat,
+            integrality=np.ones_like(flat),
+            bounds=Bounds(0, allowed),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(weights[None], low_steps, high_steps),
+            ],
+            options={"mip_rel_gap": RELATIVE_GAP},
+        )
+        if result.x is None:
+            return None
+        picked = np.flatnonzero(result.x > 0.5)
+        # the solver's absolute tolerance is a share of the largest cost: where nothing as good as
+        # this choice holds one so large, choose again without those
+        spare = flat[picked].sum() - least.sum()
+        allowed = (flat - least[unit] <= spare * (1 + 1e-9)).astype(np.float64)
+        allowed[picked] = 1
+        if np.abs(flat * allowed).max() >= scale / _COARSE:
+            break
     starts = np.searchsorted(unit, np.arange(len(costs)))
     return (picked - starts).tolist()

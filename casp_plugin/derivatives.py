@@ -146,6 +146,8 @@ class AttentionDerivatives:
             beside = attended.detach()
         size = beside.float().norm(dim=-1, keepdim=True)
         probe = torch.randn(attended.shape, generator=self._generator).to(attended.device) / size
+        if self._mask is not None and self._mask.shape == probe.shape[:-1]:
+            probe = probe * self._mask[..., None]  # what padding puts out is nobody's
         names = list(self._outputs)
         gradients = torch.autograd.grad(
             attended, [self._outputs[name] for name in names], probe.to(attended.dtype)

@@ -75,26 +75,29 @@ class WhitenedWeight:
         output_metric: torch.Tensor | None = None,
         dampening_frac: float = 0.01,
     ):
-        self.weight = weight.detach().to(torch.float64)
-        if not torch.isfinite(self.weight).all():
+        weighted = weight.detach().to(torch.float64)
+        if not torch.isfinite(weighted).all():
             raise ValueError("weight holds NaN or infinite values")
-        self._unweighted = None  # G^(-1/2)
-        weighted = self.weight
+        self.shape = tuple(weight.shape)
+        unweighted = None  # G^(-1/2)
         if output_metric is not None:
             metric = damped(output_metric, dampening_frac, "output metric")
-            _fits("output metric", metric, self.weight.shape[0], "rows")
-            root, self._unweighted = _roots(metric)
-            weighted = root @ weighted
-        self._weighted = weighted  # G^(1/2) W
+            _fits("output metric", metric, self.shape[0], "rows")
+            root, unweighted = _roots(metric)
+            weighted = root @ weighted  # G^(1/2) W
         gram = weighted @ weighted.T
         if second_moment is not None:
             moment = damped(second_moment, dampening_frac, "second moment")
-            _fits("second moment", moment, self.weight.shape[1], "columns")
+            _fits("second moment", moment, self.shape[1], "columns")
             gram = weighted @ moment @ weighted.T
         energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
         #: squared singular values of G^(1/2) W H^(1/2), descending, shape (out,)
         self.energies = energies.flip(0).clamp_min(0)
-        self._left = vectors.flip(1)
+        left = vectors.flip(1)[:, : min(self.shape)]
+        # what is kept is of the weight's own precision, at least float32: models have many of these
+        kept = torch.promote_types(weight.dtype, torch.float32)
+        self._up = (left if unweighted is None else unweighted @ left).to(kept)
+        self._down = (left.T @ weighted).to(kept)
 
     def lost(self, rank: int) -> float:
         """Energy lost at this rank, E[dy^T G dy]."""
@@ -112,17 +115,14 @@ class WhitenedWeight:
         :param rotation: R, orthogonal, shape (rank, rank), turns the latent; None for none
         :raises ValueError: if the rank is out of range
         """
-        limit = min(self.weight.shape)
+        limit = min(self.shape)
         if not 1 <= rank <= limit:
             raise ValueError(f"rank must lie in [1, {limit}], got {rank}")
-        left = self._left[:, :rank]
         root = self.energies[:rank].pow(0.25)  # sqrt of the singular values
         # a vanishing direction cannot be balanced: it stays as it is, its output is zero anyway
         root = torch.where(root > root.max() * 1e-8, root, torch.ones_like(root))
-        down = (left.T @ self._weighted) / root[:, None]
-        up = left * root
-        if self._unweighted is not None:
-            up = self._unweighted @ up
+        down = self._down[:rank].to(root) / root[:, None]
+        up = self._up[:, :rank].to(root) * root
         if rotation is not None:
             rotation = rotation.to(up)
             up, down = up @ rotation, rotation.T @ down

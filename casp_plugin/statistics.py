@@ -5,7 +5,7 @@ Hooks only; the maths that reads these tensors lives in ``lowrank`` and ``import
 """
 
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -194,7 +194,7 @@ class _Collector:
 
     def result(self, tokens: int) -> Statistics:
         moments, squares = (
-            {key: mean.value for key, mean in found.items()}
+            {key: mean.total.div_(mean.tokens) for key, mean in found.items()}  # no second copy
             for found in (self.moments, self.squares)
         )
         seen = self._owner
@@ -233,7 +233,10 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
     with ExitStack() as stack:
         for context in (disable_cache, eval_context, disable_hf_kernels):
             stack.enter_context(context(model))
-        with collector.attached(model), disable_lm_head(model), torch.no_grad():
+        named = dict(model.named_modules())
+        heads = [name for name in request.linears if named[name] is model.get_output_embeddings()]
+        logits = nullcontext() if heads else disable_lm_head(model)
+        with collector.attached(model), logits, torch.no_grad():
             for batch in tqdm(dataloader, desc="Collecting CASP statistics"):
                 batch = on_device(batch, model)
                 collector.mask = mask = token_mask(batch)

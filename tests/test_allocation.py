@@ -60,6 +60,19 @@ def test_choose_is_optimal(units, share, slack, scale):
     assert cost == pytest.approx(brute_force(costs, bytes_, budget, slack), abs=1e-6)
 
 
+@pytest.mark.parametrize("dear", [1e3, 1e6, 1e9])
+def test_one_candidate_that_costs_more_than_all_others(dear):
+    """It must not blur what they cost."""
+    rng = np.random.default_rng(1)
+    costs = np.sort(rng.exponential(0.01, (8, 3)))[:, ::-1].tolist()
+    bytes_ = [[10, 15, 20]] * 8
+    costs[0][0] = dear
+    for budget in (100, 120, 140):
+        chosen = choose(costs, bytes_, budget, slack=20)
+        cost = sum(row[k] for row, k in zip(costs, chosen, strict=True))
+        assert cost == pytest.approx(brute_force(costs, bytes_, budget, 20), rel=1e-9)
+
+
 def test_spends_what_was_granted():
     # the second candidate is no better, but the budget asks for it
     assert choose([[1.0, 1.0]], [[10, 20]], budget=20, slack=0) == [1]

@@ -282,6 +282,30 @@ def test_bad_fields(modifier, fields, message):
         modifier(**fields)
 
 
+def test_methods_price_ranks_by_the_same_loss(load_tiny, batches):
+    """Whatever factors are best for, what they lose is compared with what bits lose."""
+    for method in ("svd", "whitened", "attention"):
+        low_rank = LowRankQKModifier(method=method)
+        asked = low_rank.request(load_tiny(), [bits(), GPTQModifier()])
+        assert asked.gradient_moments == asked.second_moments != frozenset()
+        influence = bits(importance="block_influence")
+        assert not low_rank.request(load_tiny(), [influence, GPTQModifier()]).gradient_moments
+        assert (
+            not LowRankQKModifier(method=method, keep=0.5)
+            .request(load_tiny(), [bits(), GPTQModifier()])
+            .gradient_moments
+        )
+
+
+@pytest.mark.parametrize("importance", ["fisher", "uniform", "block_influence"])
+def test_output_head(importance, load_tiny, batches):
+    """It has statistics too, where bits are asked for it."""
+    recipe = [bits(importance=importance, ignore=[]), GPTQModifier()]
+    plan = oneshot(model=load_tiny(), recipe=recipe, dataset=batches).casp_plan
+    (head,) = [unit for unit in plan.units if unit.name == "lm_head"]
+    assert head.choice.error > 0
+
+
 AUTO = LowRankQKModifier()
 BAD_RECIPES = [
     ([AUTO, GPTQModifier()], "leaves the ranks to a BitAllocationModifier, and none follows"),
@@ -296,6 +320,11 @@ BAD_RECIPES = [
         r"layers\.0\.self_attn\.k_proj gets no bits, so LowRankQKModifier",
     ),
     ([bits()], "add a quantizing modifier after it"),
+    (
+        [bits(), LowRankQKModifier(keep=0.5), GPTQModifier()],
+        "has BitAllocationModifier, then LowRankQKModifier: LowRankQKModifier comes first",
+    ),
+    ([bits(), bits(), GPTQModifier()], "then one BitAllocationModifier"),
     ([bits(), GPTQModifier(scheme="W4A16")], "must leave scheme unset"),
     ([bits(), StockAutoRoundModifier()], "under one scheme .* use casp_plugin.AutoRoundModifier"),
     ([bits(), QuantizationModifier(targets=["re:.*up_proj"])], "must leave targets unset"),

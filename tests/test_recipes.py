@@ -8,8 +8,10 @@ import yaml
 from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.pipelines.cache import IntermediatesCache
-from transformers import AutoModelForCausalLM
+from llmcompressor.recipe import Recipe
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from casp_plugin import plan_recipe
 from casp_plugin.check import check
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -51,3 +53,22 @@ def test_recipe(path, wide_llama, batches, tmp_path, monkeypatch):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, reloaded(ids).logits, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "smollm2").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_recipe_of_the_benchmarks(path):
+    """Those of ours fit SmolLM2-135M; all are recipes."""
+    text = path.read_text()
+    if "BitAllocationModifier" not in text:
+        assert Recipe.create_instance(str(path)).modifiers
+        return
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+    config = LlamaConfig(**sizes, **heads, tie_word_embeddings=True, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plan = plan_recipe(model, str(path))
+    least, most = plan.reachable_bits
+    assert least <= plan.average_bits <= most

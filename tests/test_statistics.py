@@ -85,9 +85,15 @@ def test_padding_does_not_count(load_tiny):
     padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
     mask = torch.ones_like(padded)
     mask[:, 12:] = 0
-    request = Request(second_moments=frozenset({Q}), influences=frozenset({LAYER}))
+    request = Request(
+        second_moments=frozenset({Q}),
+        influences=frozenset({LAYER}),
+        attention_moments=frozenset({Q, K}),
+    )
     plain = collect(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], request)
     found = collect(model, [{"input_ids": padded, "attention_mask": mask}], request)
+    for name in (Q, K):  # the random directions are the same at the first twelve tokens
+        torch.testing.assert_close(found.attention_moments[name], plain.attention_moments[name])
     assert found.tokens == plain.tokens == 12
     torch.testing.assert_close(found.second_moments[Q], plain.second_moments[Q])
     assert found.influences[LAYER] == pytest.approx(plain.influences[LAYER], rel=1e-4)

@@ -261,6 +261,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
     """Plan on a copy without weights and on copies of the modifiers: nothing is changed."""
+    _check_order(modifiers)
     modifiers = [modifier.model_copy(deep=True) for modifier in modifiers]
     plan = _new_plan(model)
     bare = skeleton(model)
@@ -268,6 +269,18 @@ def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
     for modifier in _own(modifiers):
         modifier.prepare(bare, plan, None, _after(modifier, modifiers))
     return plan
+
+
+def _check_order(modifiers: list[Modifier]) -> None:
+    """
+    :raises ValueError: if factors would be made after the bits were chosen, or bits twice
+    """
+    names = [type(modifier).__name__ for modifier in _own(modifiers)]
+    if names.count("BitAllocationModifier") > 1 or "BitAllocationModifier" in names[:-1]:
+        raise ValueError(
+            f"the recipe has {', then '.join(names)}: LowRankQKModifier comes first, then one "
+            "BitAllocationModifier"
+        )
 
 
 def _new_plan(model: nn.Module) -> CompressionPlan:

@@ -120,10 +120,13 @@ class LowRankQKModifier(CaspModifier):
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
         linears = frozenset(self._matched(model))
         none = frozenset()
+        # with bits chosen at once, what a rank loses is measured on the same inputs, in the same
+        # unit as what bits lose
+        choosers = [m for m in following if isinstance(m, BitAllocationModifier)]
+        by_loss = self.proposes and any(chooser.importance == "fisher" for chooser in choosers)
         return Request(
-            # with bits chosen at once, what a rank loses is measured on the same inputs
             second_moments=linears if self.method != "svd" or self.proposes else none,
-            gradient_moments=linears if self.method == "fisher" else none,
+            gradient_moments=linears if self.method == "fisher" or by_loss else none,
             attention_moments=linears if self.method == "attention" else none,
             attention_maps=frozenset(name.rpartition(".")[0] for name in linears),
         )
