@@ -276,7 +276,7 @@ def _check_order(modifiers: list[Modifier]) -> None:
     :raises ValueError: if factors would be made after the bits were chosen, or bits twice
     """
     names = [type(modifier).__name__ for modifier in _own(modifiers)]
-    if names.count("BitAllocationModifier") > 1 or "BitAllocationModifier" in names[:-1]:
+    if "BitAllocationModifier" in names[:-1]:
         raise ValueError(
             f"the recipe has {', then '.join(names)}: LowRankQKModifier comes first, then one "
             "BitAllocationModifier"
