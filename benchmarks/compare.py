@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median_high
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -178,11 +179,6 @@ def _scores(run: dict) -> Scores:
     return Scores(tuple(TextScore(*row) for row in rows))
 
 
-def _middle(values: list, key=None) -> object:
-    """The median; of an even number the upper one."""
-    return sorted(values, key=key)[len(values) // 2]
-
-
 def _range(values: list[float], spec: str) -> str:
     return f" ({min(values):{spec}} to {max(values):{spec}})" if len(values) > 1 else ""
 
@@ -190,15 +186,16 @@ def _range(values: list[float], spec: str) -> str:
 def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
     first = runs[0]
     each = [_scores(run) for run in runs]
-    scores = _middle(each, key=lambda one: one.perplexity)
-    perplexity = f"{scores.perplexity:.2f}{_range([one.perplexity for one in each], '.1f')}"
+    perplexities = [one.perplexity for one in each]
+    scores = each[perplexities.index(median_high(perplexities))]
+    perplexity = f"{scores.perplexity:.2f}{_range(perplexities, '.1f')}"
     ratio = ""
     if baseline is not None and baseline is not runs:
         pairs = list(zip(each, map(_scores, baseline), strict=True))
         ratios = [one.perplexity / other.perplexity for one, other in pairs]
-        middle = _middle(range(len(pairs)), key=ratios.__getitem__)
-        low, high = loss_interval(*pairs[middle])
-        ratio = f"{ratios[middle]:.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        middle = median_high(ratios)
+        low, high = loss_interval(*pairs[ratios.index(middle)])
+        ratio = f"{middle:.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]"
         ratio += _range(ratios, ".3f")
     answers = isinstance(scores, AnswerScores)
     casp = first.get("casp_time")

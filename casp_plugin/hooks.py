@@ -58,9 +58,9 @@ class TokenMean:
         self.total = summed if self.total is None else self.total.add_(summed)
         self.tokens += tokens
 
-    @property
-    def value(self) -> torch.Tensor:
-        return self.total / self.tokens
+    def finish(self) -> torch.Tensor:
+        """The mean, in the place of the sum: moments are large, and asked for once."""
+        return self.total.div_(self.tokens)
 
 
 def first_batches(dataloader: Iterable[dict], samples: int, desc: str) -> Iterator[dict]:

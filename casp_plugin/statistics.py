@@ -194,7 +194,7 @@ class _Collector:
 
     def result(self, tokens: int) -> Statistics:
         moments, squares = (
-            {key: mean.total.div_(mean.tokens) for key, mean in found.items()}  # no second copy
+            {key: mean.finish() for key, mean in found.items()}
             for found in (self.moments, self.squares)
         )
         seen = self._owner
@@ -207,8 +207,8 @@ class _Collector:
                 for name, block in self.request.mean_squares
                 if name in seen
             },
-            output_energies={n: m.value.item() for n, m in self.outputs.items()},
-            influences={n: m.value.item() for n, m in self.influences.items()},
+            output_energies={n: m.finish().item() for n, m in self.outputs.items()},
+            influences={n: m.finish().item() for n, m in self.influences.items()},
             tokens=tokens,
         )
 
@@ -233,9 +233,9 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
     with ExitStack() as stack:
         for context in (disable_cache, eval_context, disable_hf_kernels):
             stack.enter_context(context(model))
-        named = dict(model.named_modules())
-        heads = [name for name in request.linears if named[name] is model.get_output_embeddings()]
-        logits = nullcontext() if heads else disable_lm_head(model)
+        head = model.get_output_embeddings()
+        asked = any(model.get_submodule(name) is head for name in request.linears)
+        logits = nullcontext() if asked else disable_lm_head(model)
         with collector.attached(model), logits, torch.no_grad():
             for batch in tqdm(dataloader, desc="Collecting CASP statistics"):
                 batch = on_device(batch, model)
@@ -270,4 +270,4 @@ def _token_weights(
 
 def _values(means: dict[str, TokenMean]) -> dict[str, torch.Tensor]:
     """Means of what was seen at all."""
-    return {name: mean.value for name, mean in means.items() if mean.tokens}
+    return {name: mean.finish() for name, mean in means.items() if mean.tokens}
