@@ -179,6 +179,12 @@ def _scores(run: dict) -> Scores:
     return Scores(tuple(TextScore(*row) for row in rows))
 
 
+def _middle(each: list[Scores]) -> Scores:
+    """Those of the seed whose perplexity is the median."""
+    perplexities = [one.perplexity for one in each]
+    return each[perplexities.index(median_high(perplexities))]
+
+
 def _range(values: list[float], spec: str) -> str:
     return f" ({min(values):{spec}} to {max(values):{spec}})" if len(values) > 1 else ""
 
@@ -186,9 +192,8 @@ def _range(values: list[float], spec: str) -> str:
 def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
     first = runs[0]
     each = [_scores(run) for run in runs]
-    perplexities = [one.perplexity for one in each]
-    scores = each[perplexities.index(median_high(perplexities))]
-    perplexity = f"{scores.perplexity:.2f}{_range(perplexities, '.1f')}"
+    scores = _middle(each)
+    perplexity = f"{scores.perplexity:.2f}{_range([one.perplexity for one in each], '.1f')}"
     ratio = ""
     if baseline is not None and baseline is not runs:
         pairs = list(zip(each, map(_scores, baseline), strict=True))
@@ -216,7 +221,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
 
 def _by_task(found: list[list[dict]]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Perplexity, exact match and F1 of every recipe, task by task."""
-    scores = [_scores(_middle(runs, lambda run: _scores(run).perplexity)).by_task for runs in found]
+    scores = [_middle([_scores(run) for run in runs]).by_task for runs in found]
     columns = ("task", "questions", *(runs[0]["recipe"] for runs in found))
     rows = []
     for task, reference in scores[0].items():
