@@ -1,15 +1,13 @@
 """BitAllocationModifier: each unit gets the bit width that its importance earns."""
 
-from collections import defaultdict
 from typing import Literal
 
 import numpy as np
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.transform import TransformConfig
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.autoround import AutoRoundModifier as StockAutoRoundModifier
-from llmcompressor.modifiers.quantization import QuantizationMixin, QuantizationModifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
@@ -17,13 +15,19 @@ from tqdm import tqdm
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.components import LANGUAGE
 from casp_plugin.latent import Latent
-from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install, point_awq
+from casp_plugin.modifiers.quantizer import (
+    find_quantizer,
+    give_schemes,
+    observer_of,
+    rounds_to_nearest,
+    tunes_layers,
+)
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, stored_shapes
-from casp_plugin.schemes import DEFAULT_OBSERVER, weight_args
+from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
 from casp_plugin.units import Unit, decoder_layers, find_units, matched_linears
@@ -36,7 +40,6 @@ TOLERANCE = 0.01
 PARETO_POINTS = 9
 #: ranks are multiples of this where no group size asks for more
 RANK_MULTIPLE = 64
-_QUANTIZERS = "GPTQModifier, QuantizationModifier or AutoRoundModifier"
 
 
 class BitAllocationModifier(CaspModifier):
@@ -200,7 +203,7 @@ class BitAllocationModifier(CaspModifier):
         linears = frozenset(matched)
         none = frozenset()
         squares = frozenset((name, self.input_block(name, m)) for name, m in matched.items())
-        by_gptq = self._by_gptq(self._quantizer(following, matched))
+        by_gptq = self._by_gptq(find_quantizer(following, matched))
         fisher, influenced = self.importance == "fisher", self.importance == "block_influence"
         return Request(
             second_moments=linears if measured and by_gptq else none,
@@ -221,7 +224,7 @@ class BitAllocationModifier(CaspModifier):
         plan.average_bits = self.average_bits
         linears = self._matched(model)
         self._check_latents(linears)
-        quantizer = self._quantizer(following, linears)
+        quantizer = find_quantizer(following, linears)
         schemes = self._schemes(quantizer)
         pricing = Pricing(
             schemes,
@@ -232,7 +235,7 @@ class BitAllocationModifier(CaspModifier):
             rank_multiple=self._rank_multiple,
         )
         layers = decoder_layers(model)
-        if isinstance(quantizer, AutoRoundModifier):
+        if tunes_layers(quantizer):
             self._check_tuned(linears, layers)
         together = [latent.linears for latent in self._latents]
         units = find_units(linears, layers, self.granularity, self.share_layers, together)
@@ -253,7 +256,7 @@ class BitAllocationModifier(CaspModifier):
         self._choose(plan)
         if plan.decided and statistics is not None:
             self._factor(model, plan, latents)
-            self._hand_over(plan, schemes, quantizer)
+            give_schemes(self, plan, schemes, quantizer)
         point_awq(self, model, following)
         self._latents = []  # the quantizer that follows needs the memory
 
@@ -270,55 +273,15 @@ class BitAllocationModifier(CaspModifier):
         field = f"{type(self).__name__}.targets"
         return self.in_components(matched_linears(model, self.targets, self.ignore, field))
 
-    def _quantizer(
-        self, following: list[Modifier], linears: dict[str, nn.Module]
-    ) -> QuantizationMixin:
-        """The modifier that will quantize at the chosen widths."""
-        quantizer = next((m for m in following if isinstance(m, QuantizationMixin)), None)
-        if quantizer is None:
-            raise ValueError(
-                "BitAllocationModifier only chooses bit widths: add a quantizing modifier after "
-                f"it, without a config of its own ({_QUANTIZERS})"
-            )
-        name = type(quantizer).__name__
-        stock = isinstance(quantizer, StockAutoRoundModifier)
-        if stock and not isinstance(quantizer, AutoRoundModifier):
-            raise ValueError(
-                "llm-compressor's own AutoRoundModifier tunes all layers of a plan under one "
-                "scheme and loses their zero points: use casp_plugin.AutoRoundModifier"
-            )
-        given = [
-            field
-            for field, default in (
-                ("config_groups", None),
-                ("scheme", None),
-                ("targets", ["Linear"]),
-            )
-            if getattr(quantizer, field) != default
-        ]
-        if given:
-            raise ValueError(
-                f"{name} after BitAllocationModifier must leave {', '.join(given)} unset: "
-                "BitAllocationModifier fills them"
-            )
-        for module in linears:
-            if any(match_name(module, pattern) for pattern in quantizer.ignore):
-                raise ValueError(
-                    f"{name}.ignore excludes {module}, which BitAllocationModifier allocates bits "
-                    "to: put it into BitAllocationModifier.ignore instead"
-                )
-        return quantizer
-
     def _by_gptq(self, quantizer: QuantizationMixin) -> bool:
         """Whether errors are measured with GPTQ."""
         if self.rounding == "auto":
-            return not isinstance(quantizer, QuantizationModifier)
+            return not rounds_to_nearest(quantizer)
         return self.rounding == "gptq"
 
     def _schemes(self, quantizer: QuantizationMixin) -> dict[int, QuantizationArgs]:
         """Weight scheme of each candidate, with the observer that the quantizer asks for."""
-        observer = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
-        observer = observer or DEFAULT_OBSERVER
+        observer = observer_of(quantizer)
         return {
             bits: weight_args(bits, self._group_size(bits), self.symmetric, observer)
             for bits in self.candidates
@@ -465,26 +428,6 @@ class BitAllocationModifier(CaspModifier):
             chosen = choose(costs, bytes_, most, slack=int(TOLERANCE * budget.weights / 8))
             for unit, index in zip(units, chosen, strict=True):
                 unit.chosen = index
-
-    def _hand_over(
-        self,
-        plan: CompressionPlan,
-        schemes: dict[int, QuantizationArgs],
-        quantizer: QuantizationMixin,
-    ) -> None:
-        """Write the choice into the quantizing modifier, as explicit module names."""
-        targets = defaultdict(list)
-        for unit in plan.units:
-            targets[unit.choice.bits] += unit.modules
-        groups = {
-            f"w{bits}": QuantizationScheme(targets=names, weights=schemes[bits])
-            for bits, names in sorted(targets.items())
-        }
-        self.hand_over(quantizer, "config_groups", groups)
-        quantizer._resolved_config = None  # resolved from nothing when the recipe was parsed
-        quantizer.requires_calibration_data |= any(
-            args.observer == DEFAULT_OBSERVER for args in schemes.values()
-        )
 
 
 def _mean_influence(unit: Unit, influences: dict[str, float]) -> float:

@@ -1,0 +1,92 @@
+"""The quantizing modifier that runs at the chosen widths: found, checked, given its schemes."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.utils import match_name
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.autoround import AutoRoundModifier as StockAutoRoundModifier
+from llmcompressor.modifiers.quantization import QuantizationMixin, QuantizationModifier
+
+from casp_plugin.modifiers.auto_round import AutoRoundModifier
+from casp_plugin.modifiers.base import CaspModifier
+from casp_plugin.plan import CompressionPlan
+from casp_plugin.schemes import DEFAULT_OBSERVER
+
+__all__ = ["find_quantizer", "give_schemes", "observer_of", "rounds_to_nearest", "tunes_layers"]
+
+
+def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> QuantizationMixin:
+    """The first modifier of some that quantizes.
+
+    :param linears: names of the layers that bits are chosen for
+    :raises ValueError: if there is none, or it has settings of its own for these layers
+    """
+    quantizer = next((m for m in following if isinstance(m, QuantizationMixin)), None)
+    if quantizer is None:
+        raise ValueError(
+            "BitAllocationModifier only chooses bit widths: add a quantizing modifier after it, "
+            "without a config of its own (GPTQModifier, QuantizationModifier or AutoRoundModifier)"
+        )
+    name = type(quantizer).__name__
+    if isinstance(quantizer, StockAutoRoundModifier) and not tunes_layers(quantizer):
+        raise ValueError(
+            "llm-compressor's own AutoRoundModifier tunes all layers of a plan under one scheme "
+            "and loses their zero points: use casp_plugin.AutoRoundModifier"
+        )
+    unset = {"config_groups": None, "scheme": None, "targets": ["Linear"]}
+    given = [field for field, default in unset.items() if getattr(quantizer, field) != default]
+    if given:
+        raise ValueError(
+            f"{name} after BitAllocationModifier must leave {', '.join(given)} unset: "
+            "BitAllocationModifier fills them"
+        )
+    for module in linears:
+        if any(match_name(module, pattern) for pattern in quantizer.ignore):
+            raise ValueError(
+                f"{name}.ignore excludes {module}, which BitAllocationModifier allocates bits to: "
+                "put it into BitAllocationModifier.ignore instead"
+            )
+    return quantizer
+
+
+def tunes_layers(quantizer: QuantizationMixin) -> bool:
+    """Whether it tunes decoder layers as a whole, and no layer outside them."""
+    return isinstance(quantizer, AutoRoundModifier)
+
+
+def rounds_to_nearest(quantizer: QuantizationMixin) -> bool:
+    """Whether it rounds every weight by itself."""
+    return isinstance(quantizer, QuantizationModifier)
+
+
+def observer_of(quantizer: QuantizationMixin) -> str:
+    """The observer that its weights' ranges come from."""
+    asked = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
+    return asked or DEFAULT_OBSERVER
+
+
+def give_schemes(
+    modifier: CaspModifier,
+    plan: CompressionPlan,
+    schemes: dict[int, QuantizationArgs],
+    quantizer: QuantizationMixin,
+) -> None:
+    """Write the choice of a plan into the quantizer, as explicit module names.
+
+    :param modifier: which hands it over, and takes it back when the run is over
+    :param schemes: weight scheme of each bit width
+    """
+    targets = defaultdict(list)
+    for unit in plan.units:
+        targets[unit.choice.bits] += unit.modules
+    groups = {
+        f"w{bits}": QuantizationScheme(targets=names, weights=schemes[bits])
+        for bits, names in sorted(targets.items())
+    }
+    modifier.hand_over(quantizer, "config_groups", groups)
+    quantizer._resolved_config = None  # resolved from nothing when the recipe was parsed
+    quantizer.requires_calibration_data |= any(
+        args.observer == DEFAULT_OBSERVER for args in schemes.values()
+    )
