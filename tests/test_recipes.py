@@ -70,5 +70,6 @@ def test_recipe_of_the_benchmarks(path):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plan = plan_recipe(model, str(path))
-    least, most = plan.reachable_bits
-    assert least <= plan.average_bits <= most
+    [budget] = plan.budgets
+    least, most = budget.reachable_bits
+    assert least <= budget.average_bits <= most
