@@ -111,6 +111,7 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import set_seed
 
+    from casp_plugin.checkpoint import copy_processor
     from casp_plugin.models import load_model
     from casp_plugin.modifiers import CaspModifier
 
@@ -141,6 +142,7 @@ def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     finally:
         CaspModifier.on_initialize = initialize
     seconds = time.perf_counter() - start
+    copy_processor(model, Path(out))
     return {"seconds": seconds, "casp_time": sum(spent) / (seconds - sum(spent))}
 
 
@@ -149,8 +151,9 @@ def _calibration(model, dataset, samples, max_length, seed):
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     from casp_plugin.calibration import calibration_loader, load_text
-    from casp_plugin.image_text import conversation_loader, load_conversations
+    from casp_plugin.image_text import load_conversations
     from casp_plugin.models import is_multimodal
+    from casp_plugin.processing import conversation_loader
 
     if is_multimodal(AutoConfig.from_pretrained(model)):
         processor = AutoProcessor.from_pretrained(model)

@@ -22,15 +22,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoProcessor, ProcessorMixin
 
-from casp_plugin.attention_maps import THRESHOLD
+from casp_plugin.attention_maps import visible_in
 from casp_plugin.calibration import load_text
 from casp_plugin.components import LANGUAGE, component_of
 from casp_plugin.hooks import Hooks, image_mask
-from casp_plugin.image_text import Conversation, conversation_loader, load_conversations
+from casp_plugin.image_text import Conversation, load_conversations
 from casp_plugin.lowrank import WhitenedWeight, uniform_rank
 from casp_plugin.models import load_model
 from casp_plugin.modules import named_linears
-from casp_plugin.sparsity import density, visible
+from casp_plugin.processing import conversation_loader
+from casp_plugin.sparsity import THRESHOLD, density
 from casp_plugin.statistics import Request, collect
 
 KEEP = 0.25
@@ -96,7 +97,8 @@ class Probe:
                 self._inside = False
             dense, attention = output[0].float(), output[1]
             error = ((changed.float() - dense).norm() / dense.norm()).item()
-            mean = density(attention, visible(attention), THRESHOLD).mean().item()
+            seen = visible_in(module, kwargs, attention)
+            mean = density(attention, seen, THRESHOLD).mean().item()
             self.found.append(Measured(index, self.share, mean, error))
 
         return hook
@@ -125,16 +127,22 @@ def prompts(
 
     :param images: how many images, in turn
     :param each: prompts for every number of images
+    :raises ValueError: if so many images take more tokens, or the text is too short
     """
     ids = processor.tokenizer(text)["input_ids"]
-    (one,) = conversation_loader(asked[:1], processor, tokens)
+    (one,) = batches(asked[:1], processor, 2 * tokens)
     per_image = int((one["input_ids"] == processor.image_token_id).sum())
+    if not max(images) * per_image < tokens <= len(ids) + min(images) * per_image:
+        raise ValueError(
+            f"--tokens {tokens} must be more than {max(images)} images of {per_image} tokens take, "
+            f"and no more than {min(images)} and the {len(ids)} tokens of text"
+        )
     made = []
     for count in images:
         for i in range(each):
             shown = [asked[(len(made) + j) % len(asked)].images[0] for j in range(count)]
             length = tokens - count * per_image
-            start = (37 * i) % max(1, len(ids) - length)
+            start = (37 * i) % max(1, len(ids) - length)  # other words in each prompt
             before = processor.tokenizer.decode(ids[start : start + length])
             question = f"{before}\n{asked[len(made) % len(asked)].question}"
             made.append(Conversation(tuple(shown), question, ""))
@@ -213,9 +221,9 @@ def main(
     products = factored(loaded, halves[0])
     found = Probe(loaded, products).run(halves[1])
 
-    def correlation(group: list[Measured], one: str, other: str) -> str:
-        rho = spearmanr([getattr(m, one) for m in group], [getattr(m, other) for m in group])
-        return f"{rho.statistic:.2f} (p {rho.pvalue:.1g})"
+    def correlation(group: list[Measured], one: str, other: str) -> float:
+        values = ([getattr(m, key) for m in group] for key in (one, other))
+        return spearmanr(*values).statistic
 
     rows = []
     for share in sorted({round(one.share, 1) for one in found}):
@@ -224,22 +232,21 @@ def main(
             sum(getattr(one, key) for one in group) / len(group) for key in ("density", "error")
         ]
         rows.append([f"{share:.1f}", *(f"{mean:.3f}" for mean in means)])
-        rows[-1].append(correlation(group, "density", "error"))
+        rows[-1].append(f"{correlation(group, 'density', 'error'):.2f}")
     means = [sum(getattr(one, key) for one in found) / len(found) for key in ("density", "error")]
-    rows.append(["all", *(f"{mean:.3f}" for mean in means), correlation(found, "density", "error")])
-    show(COLUMNS, rows)
-    told = f"share of visual tokens with error {correlation(found, 'share', 'error')}, with "
-    told += f"density {correlation(found, 'share', 'density')}"
+    rho = correlation(found, "density", "error")
+    rows.append(["all", *(f"{mean:.3f}" for mean in means), f"{rho:.2f}"])
     layers = [[m for m in found if m.layer == i] for i in range(len(products) // 2)]
-    within = [spearmanr([m.density for m in g], [m.error for m in g]).statistic for g in layers]
-    told += f"; density with error inside one layer, over prompts: median {median(within):.2f}, "
-    told += f"positive in {sum(rho > 0 for rho in within)} of {len(within)} layers"
-    print(told)
+    inside = [correlation(layer, "density", "error") for layer in layers]
+    told = f"{median(inside):.2f}, positive in {sum(rho > 0 for rho in inside)} of {len(inside)}"
+    rows.append(["inside one layer, median", "", "", told])
+    show(COLUMNS, rows)
     draw(plot, found, Path(model).name)
     note = (
         f"{model}, {len(products) // 2} layers, {len(found)} maps of about {tokens} tokens, q/k "
-        f"whitened on as many other prompts; Spearman correlations over layers and prompts: "
-        f"{told}; plot {plot.name};"
+        f"whitened on as many other prompts; Spearman correlations over layers and prompts, of the "
+        f"share of visual tokens with error {correlation(found, 'share', 'error'):.2f}, with "
+        f"density {correlation(found, 'share', 'density'):.2f}; plot {plot.name};"
     )
     write_markdown(table, [(COLUMNS, rows)], note)
 

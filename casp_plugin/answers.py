@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from casp_plugin.evaluation import Scores, TextScore
-from casp_plugin.image_text import Conversation, processed
+from casp_plugin.image_text import Conversation
+from casp_plugin.processing import processed
 
 __all__ = ["AnswerScore", "AnswerScores", "evaluate_answers"]
 
@@ -73,7 +74,8 @@ def evaluate_answers(
     unless the reference, with the end of the turn, is what greedy decoding would give.
 
     :param reference: model to measure KL(reference || model) against, at the answers' tokens
-    :raises ValueError: if there are no questions, or an answer has no tokens
+    :raises ValueError: if there are no questions, an answer has no tokens, or a question with its
+        answer does not begin as without
     """
     conversations = list(conversations)
     if not conversations:
@@ -107,7 +109,13 @@ def _score(
     rows = []
     for i, (one, length) in enumerate(zip(batch, lengths, strict=True)):
         end = int(whole["attention_mask"][i].sum())
-        labels = whole["input_ids"][i, length:end, None].to(logits.device)
+        ids = whole["input_ids"][i, :end]
+        if not ids[:length].equal(prompts["input_ids"][i, -length:]):
+            raise ValueError(
+                f"the processor's chat template begins the answer to {one.question[:80]!r} with "
+                "other tokens than those it asks for one with: such answers cannot be scored"
+            )
+        labels = ids[length:, None].to(logits.device)
         if not len(labels):
             raise ValueError(f"the answer {one.answer!r} to {one.question[:80]!r} has no tokens")
         scores = logits[i, length - 1 : end - 1].float().log_softmax(-1)

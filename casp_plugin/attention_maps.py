@@ -10,14 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from casp_plugin.hooks import Hooks, first_batches, image_mask, on_device, token_mask
-from casp_plugin.sparsity import density, entropy_density, visible
+from casp_plugin.sparsity import THRESHOLD, density, entropy_density, visible
 
-__all__ = ["AttentionDensities", "AttentionDensity"]
+__all__ = ["AttentionDensities", "AttentionDensity", "visible_in"]
 
 #: sequences whose attention maps are looked at: each takes tokens^2 numbers a head
 SAMPLES = 4
-#: entries up to this count as zero
-THRESHOLD = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,7 @@ class AttentionDensities:
             keys = attention.shape[-1]
             fits = images is not None and images.shape[-1] == keys
             mask = mask if mask is not None and mask.shape[-1] == keys else None
-            allowed = kwargs.get("attention_mask")  # windows; images that see all of themselves
-            if allowed is None or allowed.ndim != 4:
-                allowed = getattr(module, "is_causal", True)
-            seen = visible(attention, mask, allowed)
+            seen = visible_in(module, kwargs, attention, mask)
             over_images = over_text = torch.full((attention.shape[1],), torch.nan)
             if fits:
                 over_images = density(attention, seen & images[:, None, None], THRESHOLD)
@@ -90,6 +85,19 @@ class AttentionDensities:
             self._found[name].append(torch.stack([row.double().cpu() for row in rows]))
 
         return hook
+
+
+def visible_in(
+    module: nn.Module, kwargs: dict, attention: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Entries of the maps of an attention module that may be other than zero, see ``visible``.
+
+    :param kwargs: that the module was called with
+    """
+    allowed = kwargs.get("attention_mask")  # windows; images that see all of themselves
+    if allowed is None or allowed.ndim != 4:
+        allowed = getattr(module, "is_causal", True)
+    return visible(attention, mask, allowed)
 
 
 def _mean(rows: list[torch.Tensor]) -> AttentionDensity:

@@ -9,10 +9,19 @@ from llmcompressor.datasets import get_calibration_dataloader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUNDLED", "calibration_loader", "dataset_arguments", "load_text", "read_source"]
+__all__ = [
+    "BUNDLED",
+    "CHAT_COLUMN",
+    "calibration_loader",
+    "dataset_arguments",
+    "load_text",
+    "read_source",
+]
 
 #: name of the text that ships with the package (the Jargon File, public domain)
 BUNDLED = "bundled"
+#: column that holds chats, as the Hugging Face hub calls it
+CHAT_COLUMN = "messages"
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -41,9 +50,9 @@ def load_text(
     :raises ValueError: if the source does not exist, has no such column or split, or no text
     """
     data = read_source(source, split, config_name)
-    if "messages" in data.column_names and column not in data.column_names:
+    if CHAT_COLUMN in data.column_names and column not in data.column_names:
         data = data.map(
-            lambda row: {column: tokenizer.apply_chat_template(row["messages"], tokenize=False)},
+            lambda row: {column: tokenizer.apply_chat_template(row[CHAT_COLUMN], tokenize=False)},
             desc="Applying the chat template",
         )
     if column not in data.column_names:

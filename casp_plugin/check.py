@@ -9,12 +9,13 @@ import numpy
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from casp_plugin.checkpoint import read_config, read_section
-from casp_plugin.loading import CaspHfQuantizer, CompressedTensorsConfig
-from casp_plugin.models import bare_model, image_prefix, is_multimodal, load_model, names_in_memory
+from casp_plugin.loading import bare_checkpoint
+from casp_plugin.models import is_multimodal, load_model, names_in_memory
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.processing import image_prefix
 from casp_plugin.runtime.architectures import TESTED, refusal
 from casp_plugin.schemes import missing_kernel
 from casp_plugin.transforms import stored_transforms
@@ -51,12 +52,12 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
         raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
     try:
         on_disk = _headers(folder)
-        expected, on_disk = _expected_tensors(folder, quantization, on_disk)
+        expected, found = _expected_tensors(folder, on_disk)
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, str(error))]
     findings = [
         Finding("low-rank layers", None, f"{len(read_section(quantization).ranks)}"),
-        _compare(on_disk, expected),
+        _compare(found, expected),
         _sizes(folder, on_disk),
         _kernels(quantization),
     ]
@@ -83,16 +84,11 @@ def _headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
 
 
-def _expected_tensors(folder: Path, quantization: dict, on_disk: dict) -> tuple[dict, dict]:
-    """Shapes that the config promises: the model on the meta device, as loading builds it; and what
-    is on disk by the names that this model has for it."""
-    config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    model = bare_model(config)
-    quantizer = CaspHfQuantizer(CompressedTensorsConfig.from_dict(quantization), pre_quantized=True)
-    quantizer.validate_environment()
-    quantizer.preprocess_model(model)
-    tensors = model.state_dict() | stored_transforms(quantizer.transforms, model)
+def _expected_tensors(folder: Path, on_disk: dict) -> tuple[dict, dict]:
+    """Shapes that the config promises, and what is on disk by the names that the model has for it.
+    Both without the tensors that loading merges into one (experts)."""
+    model, transforms = bare_checkpoint(folder)
+    tensors = model.state_dict() | stored_transforms(transforms, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, module in model.named_modules():
         zeros = f"{name}.weight_zero_point"
@@ -103,7 +99,11 @@ def _expected_tensors(folder: Path, quantization: dict, on_disk: dict) -> tuple[
     for tied in model.all_tied_weights_keys:
         shapes.pop(tied, None)
     names = names_in_memory(list(on_disk), model)
-    return shapes, {names[name]: header for name, header in on_disk.items()}
+    merged = {name for name, parts in Counter(names.values()).items() if parts > 1}
+    for name in merged:
+        shapes.pop(name, None)
+    found = {names[name]: header for name, header in on_disk.items() if names[name] not in merged}
+    return shapes, found
 
 
 def _compare(on_disk: dict, expected: dict) -> Finding:

@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from types import MethodType
 
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ __all__ = [
     "SECTION_FORMAT",
     "Section",
     "casp_section",
+    "copy_processor",
     "read_config",
     "read_section",
     "save_with_plan",
@@ -124,6 +126,25 @@ def write_section(folder: Path, section: dict) -> None:
     quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
     quantization[SECTION] = section
     write_config(folder, config)
+
+
+def copy_processor(source: Path | str, folder: Path) -> None:
+    """Put a model's own files of tokenizer and processor beside its checkpoint, byte for byte, for
+    those that llm-compressor saved: transformers writes them in another form.
+
+    :param source: the original model, a folder or Hugging Face id
+    :param folder: the checkpoint
+    """
+    patterns = ["*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*"]
+    if not Path(source).is_dir():
+        source = snapshot_download(source, allow_patterns=patterns)
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink()
+        for path in Path(source).glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager

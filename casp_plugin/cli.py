@@ -1,6 +1,5 @@
 """The ``casp`` command: plan, run, check, fold."""
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -85,14 +84,8 @@ def plan(
     if dataset is None:
         made = plan_recipe(bare, str(recipe))
     else:
-        columns = {
-            "text": text_column,
-            "image": image_column,
-            "video": video_column,
-            "question": question_column,
-            "answer": answer_column,
-        }
         source = (dataset, split, dataset_config)
+        columns = (text_column, image_column, video_column, question_column, answer_column)
         batches = _batches(bare, _processor(bare), source, columns, samples, max_length, seed)
         _seed(seed)
         made = plan_recipe(load_model(model), str(recipe), batches)
@@ -125,7 +118,7 @@ def run(
     """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
     from llmcompressor import oneshot
 
-    from casp_plugin.checkpoint import whole_folder
+    from casp_plugin.checkpoint import copy_processor, whole_folder
     from casp_plugin.models import load_model
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.tracing import check_traceable
@@ -134,14 +127,8 @@ def run(
     bare = _skeleton(model)
     console.print(plan_recipe(bare, str(recipe)).tables()[-1])
     processor = _processor(bare)
-    columns = {
-        "text": text_column,
-        "image": image_column,
-        "video": video_column,
-        "question": question_column,
-        "answer": answer_column,
-    }
     source = (dataset, split, dataset_config)
+    columns = (text_column, image_column, video_column, question_column, answer_column)
     batches = _batches(bare, processor, source, columns, samples, max_length, seed, batch_size)
     loaded = load_model(model)
     check_traceable(loaded, batches)
@@ -154,7 +141,7 @@ def run(
             dataset=batches,
             output_dir=str(partial),
         )
-        _copy_tokenizer(model, partial)
+        copy_processor(model, partial)
     console.print(compressed.casp_plan.tables()[-1])
     console.print(f"Wrote {output}. Next: casp check {output}")
 
@@ -252,27 +239,36 @@ def _batches(bare, processor, source, columns, samples, max_length, seed, batch_
     else of text.
 
     :param source: dataset, split, configuration
-    :param columns: names of the columns by what they hold: text, image, video, question, answer
+    :param columns: of text, image, video, question, answer
     """
-    from casp_plugin.calibration import calibration_loader, load_text, read_source
-    from casp_plugin.image_text import conversation_loader, load_conversations
+    from casp_plugin.calibration import CHAT_COLUMN, calibration_loader, load_text, read_source
+    from casp_plugin.image_text import load_conversations
     from casp_plugin.models import is_multimodal
+    from casp_plugin.processing import conversation_loader
 
     dataset, split, config_name = source
-    text = columns.pop("text")
+    text, image, video, question, answer = columns
     tokenizer = processor
     if is_multimodal(bare.config):
         tokenizer = processor.tokenizer
         found = read_source(*source).column_names
-        seen = columns["video"] or columns["image"]
-        if text not in found or seen in found:
-            named = {f"{what}_column": name for what, name in columns.items()}
-            more = {"split": split, "config_name": config_name, "seed": seed}
+        shown = video or image
+        if shown in found or not {text, CHAT_COLUMN} & set(found):
             if batch_size > 1:
                 raise ValueError("--batch-size is for text: questions about images run one by one")
-            rows = load_conversations(dataset, samples, **named, **more)
+            rows = load_conversations(
+                dataset,
+                samples,
+                image_column=image,
+                video_column=video,
+                question_column=question,
+                answer_column=answer,
+                split=split,
+                config_name=config_name,
+                seed=seed,
+            )
             return conversation_loader(rows, processor, max_length)
-        console.print(f"{dataset} has no column {seen!r}: calibrating on text alone")
+        console.print(f"{dataset} has no column {shown!r}: calibrating on text alone")
     texts = load_text(dataset, tokenizer, samples, text, split, config_name, seed)
     return calibration_loader(texts, tokenizer, max_length, batch_size)
 
@@ -295,18 +291,3 @@ def _check_output(output: Path) -> None:
         tempfile.TemporaryFile(dir=output if output.exists() else output.parent).close()
     except OSError as error:
         raise ValueError(f"--output {output} cannot be written: {error}") from None
-
-
-def _copy_tokenizer(model: str, folder: Path) -> None:
-    """The user's own files of tokenizer and processor, byte for byte, not what oneshot saved."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*"]
-    source = Path(model)
-    if not source.is_dir():
-        source = Path(snapshot_download(model, allow_patterns=patterns))
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            path.unlink()
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)

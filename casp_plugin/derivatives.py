@@ -6,10 +6,12 @@ Second moments of derivatives over tokens: the output metrics of ``lowrank`` and
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from llmcompressor.utils.helpers import disable_lm_head
 from torch import nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from casp_plugin.hooks import (
@@ -164,12 +166,14 @@ def _predicting_text(
     batch: dict, model: nn.Module, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Tokens whose prediction counts: not those before a token of an image, which no model
-    predicts. None where all do."""
-    images = image_mask(batch, model)
-    if images is None:
-        return mask
-    text = ~torch.nn.functional.pad(images[:, 1:], (0, 1))
-    return text if mask is None else text & mask
+    predicts, nor before one that the batch's labels leave out. None where all do."""
+    kept = [] if mask is None else [mask]
+    images, labels = image_mask(batch, model), batch.get("labels")
+    if images is not None:
+        kept.append(~pad(images[:, 1:], (0, 1)))
+    if labels is not None and (answer := labels != -100).any():
+        kept.append(pad(answer[:, 1:], (0, 1)))
+    return reduce(torch.logical_and, kept) if kept else None
 
 
 def _backward(

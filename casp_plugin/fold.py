@@ -1,6 +1,7 @@
 """Fold a low-rank checkpoint back to dense q/k, so that stock transformers and vLLM load it."""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,31 +14,47 @@ from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from safetensors import safe_open
 
 from casp_plugin.checkpoint import SECTION, read_config, read_section, whole_folder, write_config
+from casp_plugin.loading import bare_checkpoint
+from casp_plugin.models import names_in_memory
 from casp_plugin.plan import PLAN_NAME
 
 __all__ = ["fold"]
 
 
 class _Tensors(Mapping):
-    """All tensors of a checkpoint folder, read from its shards one at a time."""
+    """Tensors of a checkpoint folder, read from its shards one at a time, by the names that the
+    loaded model has for them; those that loading merges into one (experts) by their own."""
 
     def __init__(self, folder: Path):
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise ValueError(f"{folder} holds no safetensors file")
-        self._shards = {}
+        shards = {}
         for path in paths:
             shard = safe_open(path, framework="pt")
-            self._shards |= dict.fromkeys(shard.keys(), shard)
+            shards |= dict.fromkeys(shard.keys(), shard)
+        names = names_in_memory(list(shards), bare_checkpoint(folder)[0])
+        parts = Counter(names.values())
+        #: name in memory -> name on disk
+        self.on_disk = {
+            in_memory if parts[in_memory] == 1 else name: name for name, in_memory in names.items()
+        }
+        self._shards = shards
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._shards[name].get_tensor(name)
+        stored = self.on_disk[name]
+        return self._shards[stored].get_tensor(stored)
 
     def __iter__(self):
-        return iter(self._shards)
+        return iter(self.on_disk)
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self.on_disk)
+
+    def layer_on_disk(self, layer: str) -> str:
+        """What a layer is called on disk."""
+        some = next(name for name in self if name.startswith(f"{layer}."))
+        return self.on_disk[some].removesuffix(some.removeprefix(layer))
 
 
 def fold(source: Path | str, target: Path | str) -> list[str]:
@@ -75,10 +92,12 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     state = {}
     for name in tensors:
         if not any(name.startswith(f"{layer}.") for layer in dense):
-            state[name] = tensors[name]
+            state[tensors.on_disk[name]] = tensors[name]
     for layer in dense:
         latent = section.latent_of.get(layer, layer) if layer in section.ranks else None
-        state |= _dense_layer(layer, latent, tensors, schemes)
+        stored = tensors.layer_on_disk(layer)
+        for part, tensor in _dense_layer(layer, latent, tensors, schemes).items():
+            state[f"{stored}.{part}"] = tensor
 
     with whole_folder(target) as partial:
         save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
@@ -113,20 +132,20 @@ def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes"
 def _dense_layer(
     layer: str, latent: str | None, tensors: Mapping, schemes: "_Schemes"
 ) -> dict[str, torch.Tensor]:
-    """Weight and bias of one layer, dequantized, factors multiplied in float32.
+    """``weight`` and ``bias`` of one layer, dequantized, factors multiplied in float32.
 
     :param latent: the factored layer that holds its ``down``; None for a dense one
     """
     if latent is not None:
         up = schemes.weight(f"{layer}.up", tensors)
         down = schemes.weight(f"{latent}.down", tensors)
-        state = {f"{layer}.weight": (up.float() @ down.float()).to(up.dtype)}
+        state = {"weight": (up.float() @ down.float()).to(up.dtype)}
         bias = f"{layer}.up.bias"
     else:
-        state = {f"{layer}.weight": schemes.weight(layer, tensors)}
+        state = {"weight": schemes.weight(layer, tensors)}
         bias = f"{layer}.bias"
     if bias in tensors:
-        state[f"{layer}.bias"] = tensors[bias]
+        state["bias"] = tensors[bias]
     return state
 
 

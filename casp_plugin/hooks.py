@@ -68,7 +68,9 @@ def first_batches(dataloader: Iterable[dict], samples: int, desc: str) -> Iterat
     with tqdm(desc=desc, total=samples) as bar:
         for batch in dataloader:
             yield batch
-            bar.update(len(next(v for v in batch.values() if torch.is_tensor(v))))
+            # pixels may come in patches
+            first = next(v for v in (batch.get("input_ids"), *batch.values()) if torch.is_tensor(v))
+            bar.update(len(first))
             if bar.n >= samples:
                 return
 

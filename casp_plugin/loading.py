@@ -18,8 +18,8 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import get_direct_state_dict
 from packaging.version import Version
+from transformers import AutoConfig, PreTrainedModel
 from transformers import CompressedTensorsConfig as _CompressedTensorsConfig
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -34,11 +34,12 @@ from casp_plugin.checkpoint import (
     read_section,
     save_with_plan,
 )
+from casp_plugin.models import bare_model
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.transforms import check_transforms, stored_transforms
 
-__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "register"]
+__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "bare_checkpoint", "register"]
 
 _METHOD = "compressed-tensors"
 #: the first version that packs all widths as a dense bit stream
@@ -104,6 +105,8 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list) -> list:
         """transformers takes all experts for quantized; dense ones load as they always do."""
+        if self.compressor.quantization_config is None:  # nothing is
+            return weight_conversions
         updated = super().update_weight_conversions(weight_conversions)
         if self.section is None:
             return updated
@@ -153,6 +156,22 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
                 for key, value in compressor.compress(local, scheme).items():
                     state[f"{name}.{key}"] = value
         return state, {}
+
+
+def bare_checkpoint(folder: Path | str) -> tuple[PreTrainedModel, TransformConfig | None]:
+    """The model of a checkpoint folder without its weights, on the meta device, as loading builds
+    it; and its rotations.
+
+    :raises ValueError: if our section names layers that the model has not
+    """
+    config = AutoConfig.from_pretrained(folder)
+    quantization = CompressedTensorsConfig.from_dict(config.quantization_config)
+    del config.quantization_config
+    model = bare_model(config)
+    quantizer = CaspHfQuantizer(quantization, pre_quantized=True)
+    quantizer.validate_environment()
+    quantizer.preprocess_model(model)
+    return model, quantizer.transforms
 
 
 def install_factored_layers(model: torch.nn.Module, section: Section) -> None:

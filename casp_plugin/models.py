@@ -1,5 +1,4 @@
-"""Models by name: their class, a copy without weights, the names of their tensors on disk, and what
-stands for an image in their texts."""
+"""Models by name: their class, a copy without weights, the names of their tensors on disk."""
 
 import torch
 from transformers import (
@@ -8,20 +7,12 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = [
-    "bare_model",
-    "image_prefix",
-    "is_multimodal",
-    "load_model",
-    "names_in_memory",
-    "placeholder",
-]
+__all__ = ["bare_model", "is_multimodal", "load_model", "names_in_memory"]
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -61,18 +52,6 @@ def names_in_memory(names: list[str], model: PreTrainedModel) -> dict[str, str]:
         renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
         found[name] = name if renamed not in known and name in known else renamed
     return found
-
-
-def placeholder(processor: ProcessorMixin, video: bool = False) -> str | None:
-    """What stands for an image, or a video, in a text, if the processor knows of any."""
-    token = getattr(processor, "video_token" if video else "image_token", None)
-    return None if token is None else str(token)
-
-
-def image_prefix(processor: ProcessorMixin, video: bool = False) -> str:
-    """What to write before a text about an image or a video: nothing where the processor itself
-    puts its query tokens there (BLIP-2)."""
-    return "" if hasattr(processor, "num_query_tokens") else placeholder(processor, video) or ""
 
 
 def _auto_class(config: PreTrainedConfig) -> type:

@@ -15,9 +15,11 @@ from rich import box
 from rich.table import Table
 
 from casp_plugin.components import LANGUAGE
+from casp_plugin.sparsity import THRESHOLD
 
 __all__ = [
     "PLAN_NAME",
+    "AttentionPlan",
     "Budget",
     "Candidate",
     "CompressionPlan",
@@ -271,7 +273,7 @@ class CompressionPlan(_Model):
         return tables
 
     def _attention_table(self) -> Table:
-        title = "Attention density: share of a map's entries above 0.01"
+        title = f"Attention density: share of a map's entries above {THRESHOLD}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("module", "mean", "least head", "largest head", "images", "text", "entropy"):
             table.add_column(column, justify="left" if column == "module" else "right")

@@ -6,7 +6,10 @@ density of the attention map: the share of its entries that are not (nearly) zer
 
 import torch
 
-__all__ = ["density", "entropy_density", "visible"]
+__all__ = ["THRESHOLD", "density", "entropy_density", "visible"]
+
+#: entries up to this count as zero
+THRESHOLD = 0.01
 
 
 def visible(
@@ -54,8 +57,11 @@ def entropy_density(attention: torch.Tensor, seen: torch.Tensor) -> torch.Tensor
     :param seen: entries that count, (batch, 1, queries, keys)
     :return: (heads,), in (0, 1]; NaN where nothing counts
     """
-    weights = torch.where(seen, attention.double(), 0)
-    entropy = -torch.special.xlogy(weights, weights).sum(-1)  # (batch, heads, queries)
-    keys = seen.sum(-1)
-    share = torch.where(keys > 0, entropy.exp() / keys.clamp(min=1), 0)
-    return share.sum((0, 2)) / (keys > 0).sum()
+    keys = seen[:, 0].sum(-1)  # (batch, queries)
+    shares = []
+    for head in attention.unbind(1):  # one at a time: maps are large
+        weights = torch.where(seen[:, 0], head.double(), 0)
+        entropy = -torch.special.xlogy(weights, weights).sum(-1)
+        share = torch.where(keys > 0, entropy.exp() / keys.clamp(min=1), 0)
+        shares.append(share.sum() / (keys > 0).sum())
+    return torch.stack(shares)

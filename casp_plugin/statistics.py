@@ -15,6 +15,7 @@ from llmcompressor.utils.helpers import (
     disable_lm_head,
     eval_context,
 )
+from loguru import logger
 from torch import nn
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ class Request:
         much the attention output moves with them
     :param attention_maps: attention modules whose maps' densities are wanted
     :param image_weight: what a token that stands for an image counts in the means over inputs and
-        outputs, one of text being 1; None for 1
+        outputs, one of text being 1; None for 1, or for that of the request this one is joined to
     """
 
     second_moments: frozenset[str] = frozenset()
@@ -65,11 +66,9 @@ class Request:
     image_weight: float | None = None
 
     def __or__(self, other: "Request") -> "Request":
-        given = {one.image_weight for one in (self, other)} - {None}
-        if len(given) > 1:
-            raise ValueError(f"image_weight must be the same for all modifiers, got {given}")
         merged = {name: getattr(self, name) | getattr(other, name) for name in _MEASURED}
-        return Request(**merged, image_weight=next(iter(given), None))
+        weight = other.image_weight if self.image_weight is None else self.image_weight
+        return Request(**merged, image_weight=weight)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in _MEASURED)
@@ -229,7 +228,7 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
     attention = AttentionDerivatives(request.attention_moments)
     maps = AttentionDensities(request.attention_maps)
     layers = decoder_layers(model)
-    tokens = 0
+    tokens, weighted = 0, request.image_weight in (None, 1)
     with ExitStack() as stack:
         for context in (disable_cache, eval_context, disable_hf_kernels):
             stack.enter_context(context(model))
@@ -241,11 +240,14 @@ def collect(model: nn.Module, dataloader: Iterable[dict], request: Request) -> S
                 batch = on_device(batch, model)
                 collector.mask = mask = token_mask(batch)
                 collector.weights = _token_weights(batch, model, request.image_weight)
+                weighted |= collector.weights is not None
                 if "input_ids" in batch:
                     tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
                 model(**batch)
         if not tokens:
             raise ValueError("the calibration dataset is empty: pass at least one sample of text")
+        if not weighted:
+            logger.warning("image_weight changes nothing: no token of the data stands for an image")
         if request.attention_maps:
             maps.collect(model, dataloader)
         if request.attention_moments:

@@ -6,13 +6,16 @@ DATA has columns image, question and answer: see README, "Vision-language models
 """
 
 import sys
+from pathlib import Path
 
 from llmcompressor import oneshot
 from rich import print
 from transformers import AutoProcessor
 
-from casp_plugin.image_text import conversation_loader, load_conversations
+from casp_plugin.checkpoint import copy_processor
+from casp_plugin.image_text import load_conversations
 from casp_plugin.models import load_model
+from casp_plugin.processing import conversation_loader
 
 model, data, recipe, out = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(model)
@@ -24,4 +27,5 @@ compressed = oneshot(
     recipe=recipe,
     output_dir=out,
 )
+copy_processor(model, Path(out))
 print(*compressed.casp_plan.tables())

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casp_plugin.answers import AnswerScore, AnswerScores, evaluate_answers
 from casp_plugin.image_text import Conversation
+from casp_plugin.processing import processed
 
 QUESTIONS = [
     Conversation((png(),), "w5 w6 w7 w8", "w9 w10", "long"),
@@ -66,6 +67,32 @@ def test_right_answers(llava):
     ]
     found = evaluate_answers(model, processor, again, max_new_tokens=2)
     assert found.exact_match == found.f1 == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])
+def test_answers_are_not_seen_before_they_are_said(family, tmp_path):
+    """PaliGemma's tokens see each other, but for those of an answer."""
+    tiny_vlms.save_tiny_vlm(tmp_path, family)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    asked = [Conversation((png(),), "w5 w6", answer) for answer in ("w7 w8", "w7 w9")]
+    one, other = (processed([conversation], processor) for conversation in asked)
+    differs = int((one["input_ids"] != other["input_ids"]).nonzero()[0, 1])
+    before, again = (model(**inputs).logits[:, :differs] for inputs in (one, other))
+    torch.testing.assert_close(before, again)
+    scores = evaluate_answers(model, processor, asked, max_new_tokens=2)
+    assert [score.tokens for score in scores.texts] == [3 if family == "paligemma" else 2] * 2
+
+
+def test_a_template_that_begins_answers_in_another_way(llava, monkeypatch):
+    model, processor = llava
+    template = "{% for m in messages %}{% for c in m.content %}"
+    template += "{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"
+    template += "{% if add_generation_prompt %}w20{% endif %}"
+    monkeypatch.setattr(processor, "chat_template", template)
+    with pytest.raises(ValueError, match="begins the answer to 'w5 w6 w7 w8' with other tokens"):
+        evaluate_answers(model, processor, QUESTIONS[:1])
 
 
 def test_means():

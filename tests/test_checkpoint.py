@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors import safe_open
@@ -146,6 +147,23 @@ def damage(folder, tmp_path, edit):
 
 
 PACKED = "model.layers.0.self_attn.q_proj.up.weight_packed"
+
+
+def test_check_of_experts(batches, tmp_path):
+    """On disk each is a tensor of its own, in memory they are one."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    source = save_tiny_model(
+        tmp_path / "in", "qwen2_moe", shared_expert_intermediate_size=32, **sizes
+    )
+    out = tmp_path / "out"
+    recipe = LowRankQKModifier(keep=0.4)
+    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(out))
+    findings = {finding.what: finding for finding in check(out)}
+    assert all(finding.passed is not False for finding in findings.values()), findings
+    total = sum(tensor.nbytes for tensor in tensors(out).values())
+    assert findings["bytes"].detail.startswith(f"{total:,} bytes")
+    fold(out, tmp_path / "folded")
+    torch.testing.assert_close(logits(tmp_path / "folded"), logits(out), atol=1e-5, rtol=0)
 
 
 def test_check_finds_a_missing_tensor(compressed, tmp_path):

@@ -8,16 +8,12 @@ import numpy
 import pytest
 import tiny_vlms
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from casp_plugin.image_text import (
-    Conversation,
-    conversation_loader,
-    load_conversations,
-    processed,
-)
+from casp_plugin.image_text import Conversation, load_conversations
+from casp_plugin.processing import conversation_loader, processed
 
 FILLER = "w5 w6 w7"
 
@@ -119,6 +115,21 @@ def test_missing_column(tmp_path):
     source = jsonl(tmp_path, [{"picture": "a.png", "question": "", "answer": ""}])
     with pytest.raises(ValueError, match=r"no column 'image'; its columns are \['picture'"):
         load_conversations(source, 1)
+
+
+def test_wrong_objects(tmp_path):
+    with pytest.raises(ValueError, match=r"splits \['train'\]: pass one of them"):
+        load_conversations(DatasetDict(train=as_dataset(tmp_path)), 2)
+    with pytest.raises(ValueError, match="no conversations"):
+        conversation_loader([], None, 32)
+
+
+def test_images_are_turned_as_cameras_say(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    one = Conversation((tmp_path / "turned.jpg",), "w5", "w6")
+    assert one.decoded()[0].size == (20, 40)
 
 
 def test_broken_images_are_left_out_or_an_error(tmp_path):

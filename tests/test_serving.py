@@ -41,8 +41,9 @@ from transformers.models.auto.modeling_auto import (
 from casp_plugin import AutoRoundModifier, BitAllocationModifier, LowRankQKModifier
 from casp_plugin.calibration import dataset_arguments, load_text
 from casp_plugin.fold import fold
-from casp_plugin.image_text import conversation_loader, load_conversations, prompt_text
+from casp_plugin.image_text import load_conversations
 from casp_plugin.models import load_model
+from casp_plugin.processing import conversation_loader, prompt_text
 from casp_plugin.runtime.architectures import TESTED
 
 pytestmark = pytest.mark.vllm

@@ -6,6 +6,7 @@ import tiny_vlms
 import torch
 from transformers import AutoModelForImageTextToText
 
+from casp_plugin.hooks import first_batches
 from casp_plugin.modules import named_linears
 from casp_plugin.statistics import Request, collect
 
@@ -248,10 +249,9 @@ def test_tokens_of_images_count_what_they_are_told_to(tmp_path, family, name, in
     )
 
 
-def test_image_weights_must_agree():
-    with pytest.raises(ValueError, match="image_weight must be the same"):
-        Request(image_weight=0.5) | Request(image_weight=1)
-    assert (Request(image_weight=0.5) | Request()).image_weight == 0.5
+def test_image_weights_are_joined():
+    assert (Request(image_weight=0.0) | Request()).image_weight == 0
+    assert (Request() | Request(image_weight=0.5)).image_weight == 0.5
 
 
 def test_only_text_is_predicted(tmp_path):
@@ -272,6 +272,30 @@ def test_only_text_is_predicted(tmp_path):
     counted = torch.ones(len(images), dtype=torch.bool)
     counted[first - 1 : first + 15] = False
     torch.testing.assert_close(seen[-1][0].norm(dim=-1) > 0, counted)
+
+
+def test_labels_say_what_is_predicted(tmp_path):
+    model, batch = with_image(tmp_path, "llava")
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    name = "model.language_model.layers.1.mlp.down_proj"
+    seen = []
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: output.requires_grad and output.register_hook(seen.append)
+        and None
+    )  # fmt: skip
+    earlier = "model.language_model.layers.0.mlp.down_proj"
+    request = Request(gradients=frozenset({name, earlier}))
+    collect(model, [{**batch, "labels": labels}], request)
+    predicting = (seen[-1][0].norm(dim=-1) > 0).nonzero().flatten().tolist()
+    tokens = labels.shape[1]
+    assert predicting == [tokens - 3, tokens - 2]
+
+
+def test_first_batches_counts_sequences():
+    """Not the patches of the images that stand before them in a batch."""
+    batch = {"pixel_values": torch.zeros(64, 3), "input_ids": torch.zeros(1, 8)}
+    assert len(list(first_batches([batch] * 6, 4, "x"))) == 4
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3"])

@@ -11,9 +11,11 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from loguru import logger
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers.models.opt import modeling_opt
 from typer.testing import CliRunner
 
 from casp_plugin import (
@@ -25,7 +27,9 @@ from casp_plugin import (
 )
 from casp_plugin.check import check
 from casp_plugin.drawing import draw
-from casp_plugin.modifiers import tracing
+from casp_plugin.fold import fold
+from casp_plugin.modifiers import plan_recipe, tracing
+from casp_plugin.modules import LowRankLinear
 
 COMPONENTS = {
     family: ["language", "vision"] + ["connector"] * (family != "gemma3")
@@ -78,6 +82,19 @@ def test_all_components(family, quantizer, tmp_path):
     failed = [what for what, finding in findings.items() if finding.passed is False]
     assert failed == (["vLLM"] if family in DENSE_CONNECTORS else [])
     assert findings["reload"].detail.endswith("for an image") == (family in WITH_PROCESSOR)
+
+
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_fold(family, tmp_path):
+    """Stock transformers does not load SigLIP towers quantized."""
+    components = ["language"] if family in ("gemma3", "paligemma") else COMPONENTS[family]
+    model, batch = compress(tmp_path, family, GPTQModifier(), components=components)
+    fold(tmp_path / "out", tmp_path / "folded")
+    folded = AutoModelForImageTextToText.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    assert not any(isinstance(module, LowRankLinear) for module in folded.modules())
+    with torch.no_grad():
+        expected, found = (each(**batch).logits for each in (model, folded))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_auto_round_tunes_language_models_only(tmp_path):
@@ -265,8 +282,26 @@ def test_wrong_components(settings, message, tmp_path):
         compress(tmp_path, "llava", GPTQModifier(), **settings)
 
 
+def test_image_weights_must_agree(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_vlms.save_tiny_vlm(tmp_path, "llava"))
+    bits = BitAllocationModifier(average_bits=4, group_size=32, image_weight=1)
+    with pytest.raises(ValueError, match=r"image_weight must be the same .* got \[0.5, 1.0\]"):
+        plan_recipe(model, [LowRankQKModifier(image_weight=0.5), bits, GPTQModifier()])
+
+
+def test_image_weight_without_images(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_vlms.save_tiny_vlm(tmp_path, "llava"))
+    warnings = []
+    sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
+    recipe = [LowRankQKModifier(keep=0.5, image_weight=0.5)]
+    plan_recipe(model, recipe, [{"input_ids": torch.tensor([[5, 6, 7, 8]])}])
+    logger.remove(sink)
+    assert any("image_weight changes nothing" in warning for warning in warnings)
+
+
 def test_untraceable(tmp_path, monkeypatch):
-    """One clear warning before the statistics, one clear error after them."""
+    """One clear warning before the statistics, one clear error after them, and torch as it was."""
+    before = [getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH]
     monkeypatch.setattr(tracing, "_FEATURES", [])  # then BLIP-2 is such a model
     warnings = []
     sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
@@ -275,6 +310,8 @@ def test_untraceable(tmp_path, monkeypatch):
         compress(tmp_path, "blip-2", GPTQModifier())
     logger.remove(sink)
     assert sum("calibration may fail" in warning for warning in warnings) == 1
+    assert [getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH] == before
+    assert modeling_opt.DynamicCache is DynamicCache
 
 
 def test_untraceable_on_the_command_line(files, monkeypatch):
@@ -366,6 +403,17 @@ def test_text_alone(files):
     rows = [{"text": f"w{5 + i} w6 w7"} for i in range(4)]
     (files / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = casp(files, "plan", "--dataset", files / "text.jsonl", "--json", files / "p.json")
+    assert "calibrating on text alone" in result.output
+    assert "no calibration token reached 'vision'" in str(result.exception)
+
+
+def test_chats_alone(files):
+    (files / "in" / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }} {% endfor %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": f"w{5 + i} w6 w7"}]} for i in range(4)]
+    (files / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = casp(files, "plan", "--dataset", files / "chats.jsonl", "--json", files / "p.json")
     assert "calibrating on text alone" in result.output
     assert "no calibration token reached 'vision'" in str(result.exception)
 

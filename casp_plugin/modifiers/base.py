@@ -220,7 +220,13 @@ def _start(
 
 
 def _share(modifiers: list[Modifier]) -> None:
-    """Tell every modifier what all of the recipe must know."""
+    """Tell every modifier what all of the recipe must know.
+
+    :raises ValueError: if they disagree
+    """
+    weights = {modifier.image_weight for modifier in _own(modifiers)} - {None}
+    if len(weights) > 1:
+        raise ValueError(f"image_weight must be the same in all modifiers, got {sorted(weights)}")
     transforms = _transforms(modifiers)
     patterns: dict[str, list[str]] = {}
     for modifier in _own(modifiers):

@@ -7,7 +7,8 @@ model's layers, has them. Where no such line stands (BLIP-2), what makes the fea
 wrapped by its name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -15,6 +16,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.args import DatasetArguments
 from llmcompressor.pipelines.sequential import pipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
 from transformers import PreTrainedModel
@@ -75,6 +77,22 @@ def _trace(
     return subgraphs
 
 
+_patching = HFTracer.patch_for_tracing.__wrapped__
+
+
+@contextmanager
+def _patch_for_tracing(self: HFTracer, root: nn.Module) -> Iterator[None]:
+    """Functions of torch as the tracer wants them; as they were again also where tracing fails,
+    which llm-compressor 0.14 leaves out."""
+    steps = _patching(self, root)
+    next(steps)
+    try:
+        yield
+    finally:
+        next(steps, None)
+
+
 def register() -> None:
-    """Let the sequential pipeline of llm-compressor trace by the function above."""
+    """Let the sequential pipeline of llm-compressor trace by the functions above."""
     pipeline.trace_subgraphs = _trace
+    HFTracer.patch_for_tracing = _patch_for_tracing
