@@ -55,12 +55,12 @@ $(VLLM)/.ready: pyproject.toml
 	touch $@
 
 # once where vLLM is, without llm-compressor; once from here, which compresses, asks vLLM and
-# compares with transformers
+# compares with transformers: two tests at a time, a thread each
 test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.json $(SMALL_VLM)
 	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/test_runtime.py
 	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
 	  $(if $(SMALL_VLM),CASP_SMALL_VLM=$(DEMO)/small-vlm CASP_SMALL_VLM_DATA=$(VLM_PARTS)/data/calib.parquet) \
-	  $(BIN)/python -m pytest -q -m vllm tests/test_serving.py
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/test_serving.py
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .
@@ -91,9 +91,10 @@ bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json $(AUTOSCHEME)
 	$(call RUN,autoround casp_autoround,autoround,$(AUTOSCHEME))
 
 # the same of the small vision-language model: questions about images
+VLM_RECIPES := uniform casp casp_image_weight casp_all autoround casp_autoround awq casp_awq
 bench-vlm: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/compare.py $(<D) \
-	  $(foreach b,2.28 3.30,$(foreach r,uniform casp casp_all autoround casp_autoround awq casp_awq,recipes/small_vlm/$(r)_$(b).yaml)) \
+	  $(foreach b,2.28 3.30,$(foreach r,$(VLM_RECIPES),$(wildcard recipes/small_vlm/$(r)_$(b).yaml))) \
 	  --dataset $(VLM_PARTS)/data/calib.parquet --heldout $(VLM_PARTS)/data/test_public.parquet --samples 256 \
 	  --heldout-samples 612 $(addprefix --seed ,$(SEEDS)) --rows $(DEMO)/rows_vlm.jsonl \
 	  --table benchmarks/results/small_vlm.md
