@@ -4,14 +4,14 @@
 
 W_q and W_k of one decoder layer at a time become rank factors that keep 25 % of their parameters,
 each whitened by its inputs, as in the paper. The layer reads what it reads in the whole model; its
-attention output with and without factors is compared (relative error), beside the density of its
-map. All prompts are about equally long, so that densities can be compared; they differ in how
-many images they hold, and so in the share of visual tokens.
+map (total variation of a query's row) and its output (relative error) with and without factors are
+compared, beside the density of the map. All prompts are about equally long, so that densities can
+be compared; they differ in how many images they hold, and so in the share of visual tokens.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import typer
@@ -35,21 +35,33 @@ from casp_plugin.sparsity import THRESHOLD, density
 from casp_plugin.statistics import Request, collect
 
 KEEP = 0.25
-COLUMNS = ("share of visual tokens", "density", "error", "correlation of density and error")
+COLUMNS = (
+    "share of visual tokens",
+    "density",
+    "error of the map",
+    "error of the output",
+    "correlation of density and error of the map",
+    "of density and error of the output",
+)
+VALUES = ("share", "density", "map_error", "error")
 
 
 @dataclass(frozen=True)
 class Measured:
     """One layer on one prompt.
 
+    :param visual: number of visual tokens
     :param share: visual tokens over all tokens
     :param density: share of the map's entries above the threshold, mean over heads
+    :param map_error: total variation of a query's row, 0 to 1, mean over queries and heads
     :param error: relative error of the attention output
     """
 
     layer: int
+    visual: int
     share: float
     density: float
+    map_error: float
     error: float
 
 
@@ -77,7 +89,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, products: dict[str, torch.Tensor]):
         self.model, self.products = model, products
-        self.share, self.found = 0.0, []
+        self.visual, self.share, self.found = 0, 0.0, []
         self._inside = False
 
     def on_attention(self, index: int, name: str):
@@ -90,7 +102,7 @@ class Probe:
                 for part, weight in before.items():
                     weight = nn.Parameter(self.products[f"{name}.{part}"].to(weight))
                     module.get_submodule(part).weight = weight
-                changed = module(*args, **kwargs)[0]
+                changed, other = module(*args, **kwargs)[:2]
             finally:
                 for part, weight in before.items():
                     module.get_submodule(part).weight = weight
@@ -99,7 +111,8 @@ class Probe:
             error = ((changed.float() - dense).norm() / dense.norm()).item()
             seen = visible_in(module, kwargs, attention)
             mean = density(attention, seen, THRESHOLD).mean().item()
-            self.found.append(Measured(index, self.share, mean, error))
+            moved = (other - attention).abs().sum(-1).mean().item() / 2
+            self.found.append(Measured(index, self.visual, self.share, mean, moved, error))
 
         return hook
 
@@ -115,7 +128,8 @@ class Probe:
                 hooks.add(name, self.on_attention(index, name), with_kwargs=True)
             for batch in tqdm(loader, desc="Measuring"):
                 seen = image_mask(batch, self.model)
-                self.share = 0.0 if seen is None else seen.float().mean().item()
+                self.visual = 0 if seen is None else int(seen.sum())
+                self.share = self.visual / batch["input_ids"].numel()
                 self.model(**batch, use_cache=False)
         return self.found
 
@@ -149,6 +163,21 @@ def prompts(
     return made
 
 
+def by_share(found: list[Measured]) -> list[list[Measured]]:
+    """Those of prompts with equally many images together, by rising number."""
+    counts = sorted({one.visual for one in found})
+    return [[one for one in found if one.visual == count] for count in counts]
+
+
+def means(group: list[Measured]) -> dict[str, float]:
+    return {key: fmean(getattr(one, key) for one in group) for key in VALUES}
+
+
+def correlation(group: list[Measured], one: str, other: str) -> float:
+    """Spearman's."""
+    return spearmanr(*([getattr(each, key) for each in group] for key in (one, other))).statistic
+
+
 def draw(path: Path, found: list[Measured], model: str) -> None:
     figure = Figure(figsize=(11, 4.2))
     left, right = figure.subplots(1, 2)
@@ -162,14 +191,10 @@ def draw(path: Path, found: list[Measured], model: str) -> None:
     figure.colorbar(layers, ax=left, label="decoder layer")
     left.set_xlabel(f"attention density (entries above {THRESHOLD})")
     left.set_ylabel("relative error of the attention output")
-    shares = sorted({round(one.share, 1) for one in found})
+    points = [means(group) for group in by_share(found)]
     for what, axis in (("error", right), ("density", right.twinx())):
-        means = [
-            sum(getattr(one, what) for one in group) / len(group)
-            for group in ([o for o in found if round(o.share, 1) == share] for share in shares)
-        ]
         colour = "tab:red" if what == "error" else "tab:blue"
-        axis.plot(shares, means, "o-", color=colour)
+        axis.plot([p["share"] for p in points], [p[what] for p in points], "o-", color=colour)
         axis.set_ylabel(f"{what}, mean over layers", color=colour)
     right.set_xlabel("share of visual tokens")
     figure.suptitle(f"{model}: W_q, W_k at {KEEP:.0%} of their parameters, a layer at a time")
@@ -221,25 +246,18 @@ def main(
     products = factored(loaded, halves[0])
     found = Probe(loaded, products).run(halves[1])
 
-    def correlation(group: list[Measured], one: str, other: str) -> float:
-        values = ([getattr(m, key) for m in group] for key in (one, other))
-        return spearmanr(*values).statistic
-
     rows = []
-    for share in sorted({round(one.share, 1) for one in found}):
-        group = [one for one in found if round(one.share, 1) == share]
-        means = [
-            sum(getattr(one, key) for one in group) / len(group) for key in ("density", "error")
-        ]
-        rows.append([f"{share:.1f}", *(f"{mean:.3f}" for mean in means)])
-        rows[-1].append(f"{correlation(group, 'density', 'error'):.2f}")
-    means = [sum(getattr(one, key) for one in found) / len(found) for key in ("density", "error")]
-    rho = correlation(found, "density", "error")
-    rows.append(["all", *(f"{mean:.3f}" for mean in means), f"{rho:.2f}"])
+    for group in (*by_share(found), found):
+        share, *others = means(group).values()
+        rows.append([f"{share:.2f}" if group is not found else "all"])
+        rows[-1] += [f"{value:.3f}" for value in others]
+        rows[-1] += [f"{correlation(group, 'density', key):.2f}" for key in ("map_error", "error")]
     layers = [[m for m in found if m.layer == i] for i in range(len(products) // 2)]
-    inside = [correlation(layer, "density", "error") for layer in layers]
-    told = f"{median(inside):.2f}, positive in {sum(rho > 0 for rho in inside)} of {len(inside)}"
-    rows.append(["inside one layer, median", "", "", told])
+    rows.append(["inside one layer, median", "", "", ""])
+    for key in ("map_error", "error"):
+        inside = [correlation(layer, "density", key) for layer in layers]
+        positive = sum(rho > 0 for rho in inside)
+        rows[-1].append(f"{median(inside):.2f}, positive in {positive} of {len(inside)}")
     show(COLUMNS, rows)
     draw(plot, found, Path(model).name)
     note = (
