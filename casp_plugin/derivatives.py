@@ -26,8 +26,9 @@ from casp_plugin.hooks import (
 
 __all__ = ["AttentionDerivatives", "LossGradients"]
 
-#: sequences that derivatives are taken from; they settle long before the moments of inputs do
-SAMPLES = 16
+#: sequences and tokens that derivatives are taken from, at least; they settle long before the
+#: moments of inputs do
+SAMPLES, TOKENS = 16, 8192
 
 
 class LossGradients:
@@ -63,7 +64,7 @@ class LossGradients:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
             predicted = 0
-            for batch in first_batches(dataloader, SAMPLES, "Collecting gradients"):
+            for batch in first_batches(dataloader, SAMPLES, "Collecting gradients", TOKENS):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
                 text = _predicting_text(batch, model, self._mask)
@@ -119,7 +120,7 @@ class AttentionDerivatives:
                 hooks.add(attention, self._on_leave, with_kwargs=True)
             for name in self.moments:
                 hooks.add(name, self._on_linear(name))
-            for batch in first_batches(dataloader, SAMPLES, "Probing the attention"):
+            for batch in first_batches(dataloader, SAMPLES, "Probing the attention", TOKENS):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
                 with torch.no_grad():

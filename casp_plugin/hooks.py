@@ -63,15 +63,23 @@ class TokenMean:
         return self.total.div_(self.tokens)
 
 
-def first_batches(dataloader: Iterable[dict], samples: int, desc: str) -> Iterator[dict]:
-    """The batches that hold the first sequences, with a progress bar."""
-    with tqdm(desc=desc, total=samples) as bar:
+def first_batches(
+    dataloader: Iterable[dict], samples: int, desc: str, tokens: int = 0
+) -> Iterator[dict]:
+    """The batches that hold the first sequences, with a progress bar.
+
+    :param samples: sequences at least
+    :param tokens: tokens at least: short sequences say little each
+    """
+    seen = 0
+    with tqdm(desc=desc) as bar:
         for batch in dataloader:
             yield batch
             # pixels may come in patches
             first = next(v for v in (batch.get("input_ids"), *batch.values()) if torch.is_tensor(v))
             bar.update(len(first))
-            if bar.n >= samples:
+            seen += first.shape[:2].numel()
+            if bar.n >= samples and seen >= tokens:
                 return
 
 

@@ -125,6 +125,7 @@ def test_no_data(load_tiny):
 def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
     """Squares and second moments of the gradient for labels drawn from the predictions."""
     monkeypatch.setattr("casp_plugin.derivatives.SAMPLES", 4)
+    monkeypatch.setattr("casp_plugin.derivatives.TOKENS", 0)
     model = load_tiny()
     request = Request(gradients=frozenset({Q, DOWN}), gradient_moments=frozenset({Q, K}))
     found = collect(model, batches, request)
@@ -168,6 +169,7 @@ def test_gradients_leave_the_model_as_it_was(load_tiny, batches):
 def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
     """Backward inside one attention module, along random directions of its output."""
     monkeypatch.setattr("casp_plugin.derivatives.SAMPLES", 2)
+    monkeypatch.setattr("casp_plugin.derivatives.TOKENS", 0)
     model = load_tiny()
     names = frozenset(name.replace("layers.1", f"layers.{i}") for i in (0, 1) for name in (Q, K))
     found = collect(model, batches, Request(attention_moments=names))
@@ -296,6 +298,7 @@ def test_first_batches_counts_sequences():
     """Not the patches of the images that stand before them in a batch."""
     batch = {"pixel_values": torch.zeros(64, 3), "input_ids": torch.zeros(1, 8)}
     assert len(list(first_batches([batch] * 6, 4, "x"))) == 4
+    assert len(list(first_batches([batch] * 6, 4, "x", tokens=40))) == 5
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
