@@ -72,7 +72,7 @@ def first_batches(
     :param tokens: tokens at least: short sequences say little each
     """
     seen = 0
-    with tqdm(desc=desc) as bar:
+    with tqdm(desc=desc, total=samples) as bar:
         for batch in dataloader:
             yield batch
             # pixels may come in patches

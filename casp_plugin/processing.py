@@ -15,7 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from casp_plugin.image_text import Conversation, tell_broken
 
-__all__ = ["conversation_loader", "image_prefix", "placeholder", "processed", "prompt_text"]
+__all__ = ["conversation_loader", "image_prefix", "processed", "prompt_text"]
 
 
 def conversation_loader(
@@ -96,7 +96,7 @@ class _Batches(torch.utils.data.Dataset):
         # what the placeholder becomes is another token in Gemma3
         kind = "video" if one.video else "image"
         known = set(getattr(self.processor, f"{kind}_token_ids", None) or ())
-        if token := placeholder(self.processor, one.video):
+        if token := _placeholder(self.processor, one.video):
             known.add(self.processor.tokenizer.convert_tokens_to_ids(token))
         where = torch.isin(ids, torch.tensor(sorted(known - {None}), dtype=ids.dtype)).nonzero()
         return int(where[-1]) + 1 if one.images and len(where) else 1
@@ -144,7 +144,7 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
     :param answered: with the answer; without it the assistant's turn begins
     :raises ValueError: if images and placeholders in the question do not agree in number
     """
-    token = placeholder(processor, one.video)
+    token = _placeholder(processor, one.video)
     kind, wanted = ("video", 1) if one.video else ("image", len(one.images))
     marked = one.question.count(token) if token else 0
     if marked not in (0, wanted):
@@ -165,7 +165,7 @@ def prompt_text(one: Conversation, processor: ProcessorMixin, answered: bool = T
     return f"{text} {one.answer}" if answered else text  # a token begins with the space
 
 
-def placeholder(processor: ProcessorMixin, video: bool = False) -> str | None:
+def _placeholder(processor: ProcessorMixin, video: bool = False) -> str | None:
     """What stands for an image, or a video, in a text, if the processor knows of any."""
     token = getattr(processor, "video_token" if video else "image_token", None)
     return None if token is None else str(token)
@@ -174,4 +174,4 @@ def placeholder(processor: ProcessorMixin, video: bool = False) -> str | None:
 def image_prefix(processor: ProcessorMixin, video: bool = False) -> str:
     """What to write before a text about an image or a video: nothing where the processor itself
     puts its query tokens there (BLIP-2)."""
-    return "" if hasattr(processor, "num_query_tokens") else placeholder(processor, video) or ""
+    return "" if hasattr(processor, "num_query_tokens") else _placeholder(processor, video) or ""
