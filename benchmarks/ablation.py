@@ -8,7 +8,6 @@ scored. ``compare.py`` runs whole recipes instead, with errors passed on from la
 """
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import heldout_source, show, write_markdown
+from common import show, write_markdown
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform import QuIPModifier
 from torch import nn
@@ -27,7 +26,8 @@ import casp_plugin.distortion
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.calibration import calibration_loader, load_text
 from casp_plugin.distortion import rounding_delta
-from casp_plugin.evaluation import Scores, evaluate, loss_interval
+from casp_plugin.evaluation.results import compare
+from casp_plugin.evaluation.text import Scores, evaluate
 from casp_plugin.modules import named_linears
 from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Request, Statistics, collect
@@ -204,7 +204,7 @@ def rows(
 def main(
     model: str,
     dataset: str = "bundled",
-    heldout: str = "bundled",
+    heldout: str = "bundled-heldout",
     samples: int = 32,
     heldout_samples: int = 8,
     max_length: int = 512,
@@ -218,7 +218,7 @@ def main(
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = load_text(dataset, tokenizer, samples, seed=seed)
-    scored = load_text(heldout_source(heldout), tokenizer, heldout_samples)["text"]
+    scored = load_text(heldout, tokenizer, heldout_samples)["text"]
     bench = Bench(model, texts, scored, max_length, group_size)
     found, baseline = [], {}
     for kind, name, scores, plan in rows(bench, list(budgets), seed):
@@ -245,9 +245,8 @@ def _cells(
         everything = plan.total_bytes * 8 / (plan.weights + plan.other_bytes / 2)
         cells[2:4] = f"{plan.reached_bits:.3f}", f"{everything:.3f}"
     if baseline is not None and baseline is not scores:
-        low, high = map(math.exp, loss_interval(scores, baseline))
-        ratio = scores.perplexity / baseline.perplexity
-        cells[6] = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+        found = compare(scores.measurements("")[0], baseline.measurements("")[0])
+        cells[6] = f"{found.change:.3f} [{found.low:.3f}, {found.high:.3f}]"
     return cells
 
 

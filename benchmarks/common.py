@@ -1,4 +1,4 @@
-"""What the benchmarks share: held-out text, tables on the screen and in Markdown."""
+"""What the benchmarks share: tables on the screen and in Markdown."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -6,16 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-import casp_plugin
-
 VERSIONS = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
-
-
-def heldout_source(source: str) -> str:
-    """A file or dataset to score on; ``bundled`` is the text that ships with the package."""
-    if source != "bundled":
-        return source
-    return str(Path(casp_plugin.__file__).parent / "text" / "heldout.jsonl")
 
 
 def show(columns: tuple[str, ...], rows: list[list[str]]) -> None:

@@ -16,7 +16,6 @@ model, recipe, data and seed, so delete the file after a change of the code.
 
 import hashlib
 import json
-import math
 import subprocess
 import sys
 import time
@@ -28,8 +27,9 @@ from typing import Annotated
 import typer
 from common import show, write_markdown
 
-from casp_plugin.answers import AnswerScore, AnswerScores
-from casp_plugin.evaluation import Scores, TextScore, loss_interval
+from casp_plugin.evaluation.answers import AnswerScore, AnswerScores
+from casp_plugin.evaluation.results import compare
+from casp_plugin.evaluation.text import Scores, TextScore
 
 COLUMNS = (
     "recipe",
@@ -50,7 +50,7 @@ def main(
     model: str,
     recipes: list[Path],
     dataset: str = "bundled",
-    heldout: str = "bundled",
+    heldout: str = "bundled-heldout",
     samples: int = 32,
     heldout_samples: int = 32,
     max_length: int = 512,
@@ -174,12 +174,9 @@ def _measure(folder: str, reference: str, evaluation: list[str]) -> dict:
 
 def _scores(run: dict) -> Scores:
     """Those of texts, or of answers to questions."""
-    rows = [
-        (tokens, loss, divergence or 0.0, *more) for tokens, loss, divergence, *more in run["texts"]
-    ]
-    if len(rows[0]) > 3:
-        return AnswerScores(tuple(AnswerScore(*row) for row in rows))
-    return Scores(tuple(TextScore(*row) for row in rows))
+    if "answer" in run["texts"][0]:
+        return AnswerScores(tuple(AnswerScore(**row) for row in run["texts"]))
+    return Scores(tuple(TextScore(**row) for row in run["texts"]))
 
 
 def _middle(each: list[Scores]) -> Scores:
@@ -202,8 +199,9 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
         pairs = list(zip(each, map(_scores, baseline), strict=True))
         ratios = [one.perplexity / other.perplexity for one, other in pairs]
         middle = median_high(ratios)
-        low, high = loss_interval(*pairs[ratios.index(middle)])
-        ratio = f"{middle:.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        pair = pairs[ratios.index(middle)]
+        found = compare(*(scores.measurements("")[0] for scores in pair))
+        ratio = f"{middle:.3f} [{found.low:.3f}, {found.high:.3f}]"
         ratio += _range(ratios, ".3f")
     answers = isinstance(scores, AnswerScores)
     casp = first.get("casp_time")
@@ -213,7 +211,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
         f"{first['whole']:.3f}",
         f"{first['bytes']:,}",
         perplexity,
-        f"{scores.kl:.4f}",
+        f"{scores.kl or 0:.4f}",
         ratio,
         f"{scores.exact_match:.1%}" if answers else "",
         f"{scores.f1:.1%}" if answers else "",

@@ -7,18 +7,17 @@ A language model is scored on texts, a vision-language model on questions about 
 """
 
 import json
-from dataclasses import astuple
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
-from common import heldout_source
 from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer, set_seed
 
-from casp_plugin.answers import evaluate_answers
 from casp_plugin.calibration import load_text
 from casp_plugin.components import LANGUAGE, component_of
-from casp_plugin.evaluation import evaluate
+from casp_plugin.evaluation.answers import evaluate_answers
+from casp_plugin.evaluation.text import evaluate
 from casp_plugin.image_text import load_conversations
 from casp_plugin.models import is_multimodal, load_model
 from casp_plugin.modules import named_linears
@@ -38,12 +37,12 @@ def main(folder: str, reference: str, heldout: str, samples: int, max_length: in
         sample = scores.texts[0].answer
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        texts = load_text(heldout_source(heldout), tokenizer, samples)["text"]
+        texts = load_text(heldout, tokenizer, samples)["text"]
         scores = evaluate(model, tokenizer, texts, max_length, against)
         set_seed(0)
         ids = tokenizer(PROMPT, return_tensors="pt")
         sample = tokenizer.decode(model.generate(**ids, max_new_tokens=40, do_sample=False)[0])
-    found = {"texts": [astuple(one) for one in scores.texts], "text": sample}
+    found = {"texts": [asdict(one) for one in scores.texts], "text": sample}
     print(json.dumps({**_sizes(folder, original), **found}))
 
 

@@ -18,8 +18,8 @@ __all__ = [
     "read_source",
 ]
 
-#: name of the text that ships with the package (the Jargon File, public domain)
-BUNDLED = "bundled"
+#: texts that ship with the package (the Jargon File, public domain): to calibrate and to score on
+BUNDLED = {"bundled": "calibration.jsonl", "bundled-heldout": "heldout.jsonl"}
 #: column that holds chats, as the Hugging Face hub calls it
 CHAT_COLUMN = "messages"
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -38,8 +38,9 @@ def load_text(
 
     A column ``messages`` is turned into text by the tokenizer's chat template.
 
-    :param source: ``bundled``; a .jsonl, .json, .parquet, .csv or .txt file (a .txt file is cut
-        at empty lines); a folder made by ``save_to_disk``; or a dataset id on the Hugging Face hub
+    :param source: one of ``BUNDLED``; a .jsonl, .json, .parquet, .csv or .txt file (a .txt file is
+        cut at empty lines); a folder made by ``save_to_disk``; or a dataset id on the Hugging Face
+        hub
     :param tokenizer: tokenizer of the model
     :param samples: largest number of samples to take
     :param column: column that holds the text
@@ -89,12 +90,12 @@ def calibration_loader(
 
 def read_source(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
     """
-    :param source: a file, a folder, a hub id or ``bundled``, as in ``load_text``
+    :param source: a file, a folder, a hub id or one of ``BUNDLED``, as in ``load_text``
     :raises ValueError: if it cannot be read
     """
     path = Path(source)
-    if source == BUNDLED:
-        path = Path(str(files("casp_plugin") / "text" / "calibration.jsonl"))
+    if source in BUNDLED:
+        path = Path(str(files("casp_plugin") / "text" / BUNDLED[source]))
     try:
         if path.suffix == ".txt" and path.is_file():
             return load_dataset("text", data_files=str(path), split="train", sample_by="paragraph")

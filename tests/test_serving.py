@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -454,6 +455,43 @@ def test_smollm2(serve, tmp_path, recipe):
     )
     prompts = [tokenizer(text).input_ids for text in ("The old hacker sat down and", "2 + 2 =")]
     assert_same(serve(folder, prompts, 16), expected(folder, prompts, 16), tolerance=1e-3)
+
+
+def test_lm_eval(vllm_python, tmp_path):
+    """lm-eval's own command says the same of a real model through transformers, after the import,
+    and through vLLM, without any."""
+    source = os.environ.get("CASP_SMOLLM2")
+    if source is None:
+        pytest.skip("CASP_SMOLLM2 is not set")
+    folder = tmp_path / "out"
+    texts = load_text("bundled", AutoTokenizer.from_pretrained(source), 4)
+    rounded = {"w4": scheme(4, "Linear", group_size=64)}
+    oneshot(
+        model=source,
+        recipe=[
+            LowRankQKModifier(keep=0.6, method="whitened"),
+            QuantizationModifier(config_groups=rounded, ignore=["lm_head"]),
+        ],
+        output_dir=str(folder),
+        **dataset_arguments(texts, 256),
+    )
+    code = "import casp_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    stock = [str(Path(vllm_python).parent / "lm_eval")]
+    more = {"hf": "softmax_dtype=float32", "vllm": "enforce_eager=True,max_model_len=512"}
+    found = {}
+    for backend, command in {"hf": [sys.executable, "-c", code], "vllm": stock}.items():
+        arguments = f"pretrained={folder},dtype=float32,{more[backend]}"
+        command += ["--model", backend, "--model_args", arguments, "--tasks", "casp_facts*"]
+        command += ["--include_path", str(Path(__file__).parent / "tasks" / "lm_eval")]
+        command += ["--device", "cpu", "--output_path", str(tmp_path / backend)]
+        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
+        [path] = (tmp_path / backend).rglob("results*.json")
+        found[backend] = json.loads(path.read_text())["results"]
+    for task, metrics in found["hf"].items():
+        for key, value in metrics.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(found["vllm"][task][key], rel=1e-3), (task, key)
+    assert found["hf"]["casp_facts"]["acc,none"] > 0.5
 
 
 @pytest.mark.parametrize("recipe", ["casp_2.28", "casp_all_3.30"])

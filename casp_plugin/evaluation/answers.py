@@ -1,22 +1,24 @@
 """How well a vision-language model answers questions about images."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
-from casp_plugin.evaluation import Scores, TextScore
+from casp_plugin.evaluation.results import Measurement
+from casp_plugin.evaluation.text import Scores, TextScore, token_scores
 from casp_plugin.image_text import Conversation
 from casp_plugin.processing import processed
 
 __all__ = ["AnswerScore", "AnswerScores", "evaluate_answers"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerScore(TextScore):
     """Scores of one answer. Tokens are those of the reference answer and of what ends a turn.
 
@@ -54,9 +56,23 @@ class AnswerScores(Scores):
         """The scores of each task, sorted by name."""
         tasks = sorted({text.task for text in self.texts})
         return {
-            task: AnswerScores(tuple(text for text in self.texts if text.task == task))
+            task: AnswerScores(
+                tuple(text for text in self.texts if text.task == task), self.documents
+            )
             for task in tasks
         }
+
+    def measurements(self, task: str) -> list[Measurement]:
+        """As those of texts, then exact match and F1."""
+        found = super().measurements(task)
+        ones = [1.0] * len(self.texts)
+        for metric, totals in (
+            ("exact_match", [text.exact for text in self.texts]),
+            ("f1", [text.f1 for text in self.texts]),
+        ):
+            fields = {"metric": metric, "task": task, "documents": self.documents}
+            found.append(Measurement.of_mean(totals, ones, higher_is_better=True, **fields))
+        return found
 
 
 @torch.no_grad()
@@ -88,7 +104,9 @@ def evaluate_answers(
         batch = [conversations[index] for index in indices]
         scores = _score(model, processor, batch, reference, max_new_tokens)
         found.update(zip(indices, scores, strict=True))
-    return AnswerScores(tuple(found[index] for index in range(len(conversations))))
+    asked = repr([(one.task, one.question, one.answer) for one in conversations])
+    documents = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    return AnswerScores(tuple(found[index] for index in range(len(conversations))), documents)
 
 
 def _score(
@@ -115,24 +133,22 @@ def _score(
                 f"the processor's chat template begins the answer to {one.question[:80]!r} with "
                 "other tokens than those it asks for one with: such answers cannot be scored"
             )
-        labels = ids[length:, None].to(logits.device)
+        labels = ids[length:]
         if not len(labels):
             raise ValueError(f"the answer {one.answer!r} to {one.question[:80]!r} has no tokens")
-        scores = logits[i, length - 1 : end - 1].float().log_softmax(-1)
-        divergence = None
-        if expected is not None:
-            wanted = expected[i, length - 1 : end - 1].float().log_softmax(-1).to(scores.device)
-            divergence = (wanted.exp() * (wanted - scores)).sum().item()
-        loss = -scores.gather(1, labels).sum().item()
+        asked = slice(length - 1, end - 1)
+        wanted = None if expected is None else expected[i, asked]
         ended = labels[-1].item() in ends  # else greedy decoding would go on
-        right = ended and bool((scores.argmax(-1) == labels[:, 0]).all())
-        rows.append((len(labels), loss, divergence, one.answer if right else None))
-    if any(answer is None for *_, answer in rows):
+        right = ended and bool(logits[i, asked].argmax(-1).cpu().equal(labels.cpu()))
+        score = TextScore(len(labels), *token_scores(logits[i, asked], labels, wanted))
+        rows.append((score, one.answer if right else None))
+    if any(answer is None for _, answer in rows):
         made = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
         made = made[:, prompts["input_ids"].shape[1] :]
         said = processor.batch_decode(made, skip_special_tokens=True)
-    for i, (one, (tokens, loss, divergence, answer)) in enumerate(zip(batch, rows, strict=True)):
+    for i, (one, (score, answer)) in enumerate(zip(batch, rows, strict=True)):
         answer = said[i].strip() if answer is None else answer
         exact = float(compute_exact(one.answer, answer))
         f1 = float(compute_f1(one.answer, answer))
-        yield AnswerScore(tokens, loss, divergence, one.task, answer, exact, f1)
+        found = {"task": one.task, "answer": answer, "exact": exact, "f1": f1}
+        yield AnswerScore(**asdict(score), **found)

@@ -1,64 +1,38 @@
-"""The ``casp`` command: plan, run, check, fold."""
+"""Commands that make checkpoints: plan, run, check, fold."""
 
-import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-app = typer.Typer(
-    name="casp",
-    help="Compress language models to 2 to 4 bits a weight with CASP and llm-compressor.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+from casp_plugin.cli.app import app
+from casp_plugin.cli.data import DataSource, calibration_batches, load_processor
+from casp_plugin.cli.options import (
+    DATASET,
+    AnswerColumn,
+    Checkpoint,
+    Column,
+    ConfigName,
+    ImageColumn,
+    Length,
+    Model,
+    QuestionColumn,
+    RecipeFile,
+    Samples,
+    Seed,
+    Split,
+    VideoColumn,
+    console,
 )
-console = Console()
-
-Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face id.", metavar="MODEL")]
-Checkpoint = Annotated[
-    Path, typer.Argument(help="Checkpoint folder.", metavar="OUT", exists=True, file_okay=False)
-]
-RecipeFile = Annotated[
-    Path, typer.Option("--recipe", help="Recipe in YAML.", exists=True, dir_okay=False)
-]
-_DATASET = typer.Option(
-    "--dataset",
-    help="Calibration text: .jsonl, .parquet, .csv or .txt file, a datasets folder, a hub id, or "
-    "'bundled' for the text that ships with casp-plugin.",
-)
-Column = Annotated[str, typer.Option("--text-column", help="Column that holds the text.")]
-ImageColumn = Annotated[
-    str, typer.Option("--image-column", help="Column that holds images, for models that see.")
-]
-VideoColumn = Annotated[
-    str | None,
-    typer.Option("--video-column", help="Column that holds a video's frames, instead of images."),
-]
-QuestionColumn = Annotated[
-    str, typer.Option("--question-column", help="Column that holds the questions about them.")
-]
-AnswerColumn = Annotated[
-    str, typer.Option("--answer-column", help="Column that holds the answers.")
-]
-Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
-ConfigName = Annotated[
-    str | None, typer.Option("--dataset-config", help="Configuration of a hub dataset.")
-]
-Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
-Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
 
 
 @app.command()
 def plan(
     model: Model,
     recipe: RecipeFile,
-    dataset: Annotated[str | None, _DATASET] = None,
+    dataset: Annotated[str | None, DATASET] = None,
     text_column: Column = "text",
     image_column: ImageColumn = "image",
     video_column: VideoColumn = None,
@@ -84,9 +58,11 @@ def plan(
     if dataset is None:
         made = plan_recipe(bare, str(recipe))
     else:
-        source = (dataset, split, dataset_config)
         columns = (text_column, image_column, video_column, question_column, answer_column)
-        batches = _batches(bare, _processor(bare), source, columns, samples, max_length, seed)
+        source = DataSource(dataset, split, dataset_config, *columns)
+        batches = calibration_batches(
+            bare.config, load_processor(model), source, samples, max_length, seed
+        )
         _seed(seed)
         made = plan_recipe(load_model(model), str(recipe), batches)
     for table in made.tables():
@@ -101,7 +77,7 @@ def plan(
 def run(
     model: Model,
     recipe: RecipeFile,
-    dataset: Annotated[str, _DATASET],
+    dataset: Annotated[str, DATASET],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     text_column: Column = "text",
     image_column: ImageColumn = "image",
@@ -126,10 +102,12 @@ def run(
     _check_output(output)
     bare = _skeleton(model)
     console.print(plan_recipe(bare, str(recipe)).tables()[-1])
-    processor = _processor(bare)
-    source = (dataset, split, dataset_config)
+    processor = load_processor(model)
     columns = (text_column, image_column, video_column, question_column, answer_column)
-    batches = _batches(bare, processor, source, columns, samples, max_length, seed, batch_size)
+    source = DataSource(dataset, split, dataset_config, *columns)
+    batches = calibration_batches(
+        bare.config, processor, source, samples, max_length, seed, batch_size
+    )
     loaded = load_model(model)
     check_traceable(loaded, batches)
     _seed(seed)
@@ -189,21 +167,6 @@ def _weights_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def main() -> None:
-    """Entry point: what a user got wrong is one line, not a traceback."""
-    try:
-        app()
-    except ModuleNotFoundError as error:  # where the package only serves
-        _fail(f"{error}: this command needs pip install 'casp-plugin[compress]'")
-    except (ValueError, ValidationError, OSError, ImportError) as error:
-        _fail(error)
-
-
-def _fail(error: Exception | str) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", highlight=False)
-    sys.exit(1)
-
-
 def _skeleton(model: str):
     """The model without weights, from its config alone.
 
@@ -222,55 +185,6 @@ def _skeleton(model: str):
     bare = bare_model(config)
     bare.config._name_or_path = model
     return bare
-
-
-def _processor(bare):
-    """Tokenizer of a language model, processor of one that takes images too."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    from casp_plugin.models import is_multimodal
-
-    kind = AutoProcessor if is_multimodal(bare.config) else AutoTokenizer
-    return kind.from_pretrained(bare.config._name_or_path)
-
-
-def _batches(bare, processor, source, columns, samples, max_length, seed, batch_size=1):
-    """Calibration batches: of questions about images where the model sees and the data has any,
-    else of text.
-
-    :param source: dataset, split, configuration
-    :param columns: of text, image, video, question, answer
-    """
-    from casp_plugin.calibration import CHAT_COLUMN, calibration_loader, load_text, read_source
-    from casp_plugin.image_text import load_conversations
-    from casp_plugin.models import is_multimodal
-    from casp_plugin.processing import conversation_loader
-
-    dataset, split, config_name = source
-    text, image, video, question, answer = columns
-    tokenizer = processor
-    if is_multimodal(bare.config):
-        tokenizer = processor.tokenizer
-        found = read_source(*source).column_names
-        shown = video or image
-        if shown in found or not {text, CHAT_COLUMN} & set(found):
-            if batch_size > 1:
-                raise ValueError("--batch-size is for text: questions about images run one by one")
-            rows = load_conversations(
-                dataset,
-                samples,
-                image_column=image,
-                video_column=video,
-                question_column=question,
-                answer_column=answer,
-                split=split,
-                config_name=config_name,
-                seed=seed,
-            )
-            return conversation_loader(rows, processor, max_length)
-        console.print(f"{dataset} has no column {shown!r}: calibrating on text alone")
-    texts = load_text(dataset, tokenizer, samples, text, split, config_name, seed)
-    return calibration_loader(texts, tokenizer, max_length, batch_size)
 
 
 def _seed(seed: int) -> None:

@@ -1,12 +1,14 @@
 """Scores of answers against a slow reference: one question at a time, in float64."""
 
+from math import exp
+
 import pytest
 import tiny_vlms
 import torch
 from test_image_text import png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from casp_plugin.answers import AnswerScore, AnswerScores, evaluate_answers
+from casp_plugin.evaluation.answers import AnswerScore, AnswerScores, evaluate_answers
 from casp_plugin.image_text import Conversation
 from casp_plugin.processing import processed
 
@@ -97,12 +99,14 @@ def test_a_template_that_begins_answers_in_another_way(llava, monkeypatch):
 
 def test_means():
     texts = (
-        AnswerScore(2, 1.0, None, "a", "x", True, 1.0),
-        AnswerScore(3, 2.0, None, "b", "y z", False, 0.5),
+        AnswerScore(2, 1.0, task="a", answer="x", exact=1.0, f1=1.0),
+        AnswerScore(3, 2.0, task="b", answer="y z", exact=0.0, f1=0.5),
     )
     scores = AnswerScores(texts)
     assert (scores.exact_match, scores.f1) == (0.5, 0.75)
     assert scores.by_task["b"].exact_match == 0
+    found = {one.metric: one.value for one in scores.measurements("questions")}
+    assert found == {"perplexity": pytest.approx(exp(3 / 5)), "exact_match": 0.5, "f1": 0.75}
 
 
 def test_no_questions(llava):

@@ -1,0 +1,5 @@
+"""``python -m casp_plugin``: the same as ``casp``."""
+
+from casp_plugin.cli import main
+
+main()

@@ -1,0 +1,91 @@
+"""Data that a command line names: what to calibrate on, what to score on."""
+
+from dataclasses import dataclass
+
+from casp_plugin.cli.options import console
+
+__all__ = ["DataSource", "calibration_batches", "load_processor"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A dataset and the columns that hold text, or images, questions and answers."""
+
+    dataset: str
+    split: str
+    config_name: str | None
+    text: str
+    image: str
+    video: str | None
+    question: str
+    answer: str
+
+    def shows_images(self, config) -> bool:
+        """Whether the model sees and the dataset has questions about images for it.
+
+        :param config: of the model
+        """
+        from casp_plugin.calibration import CHAT_COLUMN, read_source
+        from casp_plugin.models import is_multimodal
+
+        if not is_multimodal(config):
+            return False
+        found = read_source(self.dataset, self.split, self.config_name).column_names
+        shown = self.video or self.image
+        if shown in found or not {self.text, CHAT_COLUMN} & set(found):
+            return True
+        console.print(f"{self.dataset} has no column {shown!r}: text alone")
+        return False
+
+    def conversations(self, samples: int, seed: int, **more):
+        """Questions about images, shuffled."""
+        from casp_plugin.image_text import load_conversations
+
+        return load_conversations(
+            self.dataset,
+            samples,
+            image_column=self.image,
+            video_column=self.video,
+            question_column=self.question,
+            answer_column=self.answer,
+            split=self.split,
+            config_name=self.config_name,
+            seed=seed,
+            **more,
+        )
+
+    def texts(self, tokenizer, samples: int, seed: int):
+        """Texts, shuffled."""
+        from casp_plugin.calibration import load_text
+
+        return load_text(
+            self.dataset, tokenizer, samples, self.text, self.split, self.config_name, seed
+        )
+
+
+def load_processor(model: str):
+    """Tokenizer of a language model, processor of one that takes images too."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    from casp_plugin.models import is_multimodal
+
+    kind = AutoProcessor if is_multimodal(AutoConfig.from_pretrained(model)) else AutoTokenizer
+    return kind.from_pretrained(model)
+
+
+def calibration_batches(config, processor, source, samples, max_length, seed, batch_size=1):
+    """Batches of questions about images where the model sees and the data has any, else of text.
+
+    :param config: of the model
+    :param source: a ``DataSource``
+    """
+    from casp_plugin.calibration import calibration_loader
+    from casp_plugin.processing import conversation_loader
+
+    if source.shows_images(config):
+        if batch_size > 1:
+            raise ValueError("--batch-size is for text: questions about images run one by one")
+        return conversation_loader(source.conversations(samples, seed), processor, max_length)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    texts = source.texts(tokenizer, samples, seed)
+    return calibration_loader(texts, tokenizer, max_length, batch_size)

