@@ -150,10 +150,11 @@ def _calibration(model, dataset, samples, max_length, seed):
     """(tokenizer or processor, batches)"""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-    from casp_plugin.calibration import calibration_loader, load_text
+    from casp_plugin.calibration import calibration_loader
     from casp_plugin.image_text import load_conversations
     from casp_plugin.models import is_multimodal
     from casp_plugin.processing import conversation_loader
+    from casp_plugin.sources import load_text
 
     if is_multimodal(AutoConfig.from_pretrained(model)):
         processor = AutoProcessor.from_pretrained(model)

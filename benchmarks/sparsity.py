@@ -23,7 +23,6 @@ from tqdm import tqdm
 from transformers import AutoProcessor, ProcessorMixin
 
 from casp_plugin.attention_maps import visible_in
-from casp_plugin.calibration import load_text
 from casp_plugin.components import LANGUAGE, component_of
 from casp_plugin.hooks import Hooks, image_mask
 from casp_plugin.image_text import Conversation, load_conversations
@@ -31,6 +30,7 @@ from casp_plugin.lowrank import WhitenedWeight, uniform_rank
 from casp_plugin.models import load_model
 from casp_plugin.modules import named_linears
 from casp_plugin.processing import conversation_loader
+from casp_plugin.sources import load_text
 from casp_plugin.sparsity import THRESHOLD, density
 from casp_plugin.statistics import Request, collect
 

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
 
-from casp_plugin.calibration import read_source
+from casp_plugin.sources import read_source
 
 __all__ = ["Conversation", "load_conversations", "tell_broken"]
 

@@ -1,5 +1,7 @@
 """Models by name: their class, a copy without weights, the names of their tensors on disk."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoConfig,
@@ -12,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["bare_model", "is_multimodal", "load_model", "names_in_memory"]
+__all__ = ["bare_model", "bytes_on_disk", "is_multimodal", "load_model", "names_in_memory"]
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -28,6 +30,11 @@ def load_model(name: str, **arguments) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(name)
     return _auto_class(config).from_pretrained(name, **{"dtype": "auto", **arguments})
+
+
+def bytes_on_disk(model: str | Path) -> int | None:
+    """Bytes of a model's safetensors files; None where it is no folder that has any."""
+    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) or None
 
 
 def bare_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from casp_plugin import CompressionPlan, cli
-from casp_plugin.calibration import load_text
+from casp_plugin.sources import load_text
 
 RECIPE = """
 casp_stage:

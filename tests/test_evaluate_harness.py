@@ -20,7 +20,8 @@ from casp_plugin.evaluation.harness import (
     measurements_of,
     run_tasks,
 )
-from casp_plugin.evaluation.results import load
+from casp_plugin.evaluation.results import Evaluation
+from casp_plugin.records import load_records
 
 TASKS = Path(__file__).parent / "tasks"
 LM_EVAL = str(TASKS / "lm_eval")
@@ -101,7 +102,7 @@ def test_eval_compares(tiny_llama, compressed, tmp_path):
     arguments = map(str, ["eval", tiny_llama, compressed, *shared, "--output", first])
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
-    original, smaller = load(first)
+    original, smaller = load_records(Evaluation, first, "casp eval")
     assert [one.metric for one in smaller.measurements] == [
         "perplexity",
         "kl",
@@ -118,7 +119,7 @@ def test_eval_compares(tiny_llama, compressed, tmp_path):
     command = ["eval", compressed, *shared, "--baseline", first, "--output", second]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 0, result.output
-    assert load(second)[0].measurements == smaller.measurements
+    assert load_records(Evaluation, second, "casp eval")[0].measurements == smaller.measurements
     assert "against" in result.output
 
 
@@ -151,7 +152,7 @@ def test_bad_input(tiny_llama, tmp_path):
     assert "--stride 9 is more than --max-length 8" in longer
     (tmp_path / "other.json").write_text("{}")
     baseline = error_of(tiny_llama, "--baseline", tmp_path / "other.json")
-    assert "is no file of casp eval" in baseline
+    assert "was not written by casp eval" in baseline
     with pytest.raises(ValueError, match="no folder with a comma"):
         run_tasks("a,b", ["casp_facts"], include_path=LM_EVAL)
 
@@ -240,5 +241,5 @@ def test_lmms_eval(lmms_python, stock, tmp_path):
     if stock:
         right = json.loads(path.read_text())["results"]["casp_colours"]["exact_match,none"]
     else:
-        [right] = [one.value for one in load(path)[0].measurements]
+        [right] = [one.value for one in load_records(Evaluation, path, "casp eval")[0].measurements]
     assert right > 0.5

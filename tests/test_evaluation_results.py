@@ -14,9 +14,8 @@ from casp_plugin.evaluation.results import (
     compare,
     compare_all,
     comparison_table,
-    load,
-    save,
 )
+from casp_plugin.records import load_records, save_records
 
 ONES = np.ones(200)
 
@@ -124,13 +123,13 @@ def evaluation(model, *measurements):
 def test_files(tmp_path):
     path = tmp_path / "new" / "results.json"
     found = [evaluation("a", measured([1.0, 0.0])), evaluation("b", measured([2.0], metric="kl"))]
-    save(found, path)
-    assert load(path) == found
+    save_records(found, path)
+    assert load_records(Evaluation, path, "casp eval") == found
     assert [each.name for each in path.parent.iterdir()] == ["results.json"]
     for broken in ("{}", "[]", "[1]", "no JSON", json.dumps([{"model": "a"}])):
         path.write_text(broken)
-        with pytest.raises(ValueError, match="is no file of casp eval"):
-            load(path)
+        with pytest.raises(ValueError, match=r"was not written by casp eval|holds no results"):
+            load_records(Evaluation, path, "casp eval")
 
 
 def test_what_two_models_share():

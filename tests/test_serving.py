@@ -40,12 +40,15 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from casp_plugin import AutoRoundModifier, BitAllocationModifier, LowRankQKModifier
-from casp_plugin.calibration import dataset_arguments, load_text
+from casp_plugin.bench.runs import Speed
+from casp_plugin.calibration import dataset_arguments
 from casp_plugin.fold import fold
 from casp_plugin.image_text import load_conversations
 from casp_plugin.models import load_model
 from casp_plugin.processing import conversation_loader, prompt_text
+from casp_plugin.records import load_records
 from casp_plugin.runtime.architectures import TESTED
+from casp_plugin.sources import load_text
 
 pytestmark = pytest.mark.vllm
 
@@ -429,6 +432,21 @@ def test_server(server):
     text = tokenizer.decode(reference["tokens"])
     assert completion.choices[0].text.split() == text.split()
     assert chat.choices[0].message.content.split() == text.split()
+
+
+def test_bench(vllm_python, batches, tmp_path):
+    """`casp bench` where vLLM is: a compressed model in turns with the original."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    folder = compress(source, tmp_path / "out", batches)
+    command = [vllm_python, "-m", "casp_plugin", "bench", folder, "--baseline", source]
+    command += ["--engine", "vllm", "--prompt-tokens", "8", "--new-tokens", "40", "--rounds", "2"]
+    command += ["--engine-args", "dtype=float32,enforce_eager=True,max_model_len=64"]
+    command += ["--output", tmp_path / "bench.json"]
+    subprocess.run(list(map(str, command)), check=True, env={**os.environ, **ENVIRONMENT})
+    original, smaller = load_records(Speed, tmp_path / "bench.json", "casp bench")
+    assert (original.engine, smaller.model) == ("vllm", str(folder))
+    assert smaller.rounds[0].prompt_tokens == 8
+    assert smaller.against(original)["decode"][0] > 0
 
 
 def test_tested_architectures():

@@ -1,6 +1,6 @@
-"""The ``casp`` command: plan, run, check, fold; eval."""
+"""The ``casp`` command: plan, run, check, fold; eval, bench."""
 
-from casp_plugin.cli import compress, evaluate  # noqa: F401  their commands
+from casp_plugin.cli import compress, measure  # noqa: F401  their commands
 from casp_plugin.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -155,16 +155,13 @@ def fold(
     all the same: stock vLLM on CPU has one for 4 bits only.
     """
     from casp_plugin.fold import fold as fold_checkpoint
+    from casp_plugin.models import bytes_on_disk
 
     dense = fold_checkpoint(checkpoint, output)
-    before, after = map(_weights_on_disk, (checkpoint, output))
+    before, after = map(bytes_on_disk, (checkpoint, output))
     console.print(
         f"Wrote {output}: {len(dense)} layers are dense now, {before:,} -> {after:,} bytes"
     )
-
-
-def _weights_on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _skeleton(model: str):

@@ -25,8 +25,8 @@ class DataSource:
 
         :param config: of the model
         """
-        from casp_plugin.calibration import CHAT_COLUMN, read_source
         from casp_plugin.models import is_multimodal
+        from casp_plugin.sources import CHAT_COLUMN, read_source
 
         if not is_multimodal(config):
             return False
@@ -56,7 +56,7 @@ class DataSource:
 
     def texts(self, tokenizer, samples: int, seed: int):
         """Texts, shuffled."""
-        from casp_plugin.calibration import load_text
+        from casp_plugin.sources import load_text
 
         return load_text(
             self.dataset, tokenizer, samples, self.text, self.split, self.config_name, seed

@@ -1,12 +1,10 @@
-"""Measurements of checkpoints and comparisons of two: JSON, tables."""
+"""Measurements of checkpoints and comparisons of two, with tables."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from casp_plugin.evaluation.intervals import difference_interval, mcnemar, mean_interval
@@ -18,8 +16,6 @@ __all__ = [
     "compare",
     "compare_all",
     "comparison_table",
-    "load",
-    "save",
 ]
 
 
@@ -199,25 +195,3 @@ def comparison_table(title: str, comparisons: Sequence[Comparison]) -> Table:
         values = f"{one.value:.4g}", f"{one.baseline:.4g}"
         table.add_row(one.task, one.metric, *values, change, verdict)
     return table
-
-
-def save(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Write evaluations as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(_FILE.dump_json(list(evaluations), indent=1))
-    partial.replace(path)
-
-
-def load(path: Path) -> list[Evaluation]:
-    """Read evaluations, one at least.
-
-    :raises ValueError: if the file holds none
-    """
-    try:
-        return _FILE.validate_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no file of casp eval --output: {error}") from None
-
-
-_FILE = TypeAdapter(Annotated[list[Evaluation], Field(min_length=1)])

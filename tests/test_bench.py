@@ -1,0 +1,135 @@
+"""Speed and memory: the arithmetic by hand, the machinery on tiny models."""
+
+import gc
+import multiprocessing
+
+import pytest
+import tiny_vlms
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from typer.testing import CliRunner
+
+from casp_plugin.bench.engines import Round, TransformersEngine, Workload, answer
+from casp_plugin.bench.memory import peak_memory, reset_peak_memory
+from casp_plugin.bench.runs import Speed, measure, speed_table
+from casp_plugin.cli import app
+from casp_plugin.records import load_records
+
+SMALL = Workload(prompt_tokens=6, new_tokens=3, batch_size=2)
+
+
+def test_peak_memory_forgets():
+    size = 256 * 2**20
+    reset_peak_memory()
+    before = peak_memory()
+    block = torch.ones(size, dtype=torch.uint8)
+    assert peak_memory() - before > 0.9 * size
+    del block
+    gc.collect()
+    assert peak_memory() - before > 0.9 * size  # still
+    reset_peak_memory()
+    assert peak_memory() - before < 0.5 * size
+
+
+def test_workload_is_the_same_each_time():
+    assert SMALL.token_ids(50) == SMALL.token_ids(50)
+    assert SMALL.token_ids(50) != SMALL.model_copy(update={"seed": 1}).token_ids(50)
+    rows = SMALL.token_ids(50)
+    assert [len(row) for row in rows] == [6, 6]
+    assert all(0 <= token < 50 for row in rows for token in row)
+    with pytest.raises(ValidationError, match="new_tokens"):
+        Workload(new_tokens=1)
+
+
+@pytest.mark.parametrize(("shown", "video"), [({"images": 2}, False), ({"frames": 3}, True)])
+def test_random_pictures(shown, video):
+    asked = Workload(**shown, image_size=20).conversation()
+    pictures = asked.decoded()
+    assert len(pictures) == next(iter(shown.values()))
+    assert asked.video == video
+    assert {picture.size for picture in pictures} == {(20, 20)}
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def speed(model, *rounds, size=None):
+    made = [
+        Round(prompt_tokens=6, prefill=prefill, total=total, prefill_memory=memory, memory=2**30)
+        for prefill, total, memory in rounds
+    ]
+    shared = {"engine": "hf", "device": "abacus", "versions": {}, "workload": SMALL}
+    return Speed(model=model, bytes_on_disk=size, rounds=made, **shared)
+
+
+def test_speeds_by_hand():
+    fast = speed("fast", (1.0, 2.0, 7), (2.0, 4.0, 9), (1.0, 5.0, 8), size=2**30)
+    slow = speed("slow", (2.0, 4.0, 1), (3.0, 5.0, 2), (4.0, 5.0, 3), size=2**31)
+    assert fast.prefill == 1
+    assert fast.decode == 2  # rounds of 2 x 2 tokens in 1, 2 and 4 seconds
+    assert (fast.prefill_memory, fast.memory) == (9, 2**30)
+    ratios = fast.against(slow)
+    assert ratios["prefill"] == (0.5, 0.25, pytest.approx(2 / 3))
+    assert ratios["decode"] == (1, 0.25, 2)
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(speed_table([slow, fast]))
+    text = console.export_text()
+    assert "1.000  x0.5" in text
+    assert "x0.5 [0.25, 0.667]" in text
+
+
+def test_too_few_tokens():
+    hasty = speed("hasty", (2.0, 1.0, 1))
+    with pytest.raises(ValueError, match="3 new tokens took no longer than one"):
+        _ = hasty.decode
+
+
+def test_engine_generates_all_tokens(tiny_llama):
+    found = answer(TransformersEngine(tiny_llama, SMALL), SMALL)
+    assert found.prompt_tokens == 6
+    assert found.prefill > 0
+    assert found.memory >= 2**20
+
+
+def test_engine_sees(tmp_path):
+    tiny_vlms.save_tiny_vlm(tmp_path, "llava")
+    workload = Workload(images=1, image_size=16, new_tokens=2)
+    engine = TransformersEngine(str(tmp_path), workload)
+    assert "pixel_values" in engine.inputs
+    assert answer(engine, workload).prompt_tokens == engine.inputs["input_ids"].shape[1]
+
+
+def test_measure_in_turns(tiny_llama):
+    first, second = measure([tiny_llama, tiny_llama], SMALL, rounds=2, warmup=1)
+    assert len(first.rounds) == len(second.rounds) == 2
+    assert first.bytes_on_disk > 0
+    assert first.versions["torch"] == torch.__version__
+    assert not multiprocessing.active_children()
+
+
+def test_a_model_that_fails(tiny_llama, tmp_path):
+    with pytest.raises(RuntimeError, match=r"nowhere: (OSError|HFValidationError)"):
+        measure([tiny_llama, str(tmp_path / "nowhere")], SMALL)
+    assert not multiprocessing.active_children()
+
+
+def test_command(tiny_llama, tmp_path):
+    path = tmp_path / "bench.json"
+    command = ["bench", tiny_llama, "--baseline", tiny_llama, "--prompt-tokens", 6, "--new-tokens"]
+    command += [40, "--rounds", 1, "--engine-args", "dtype=float64", "--output", path]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    assert "peak memory" in result.output
+    assert len(load_records(Speed, path, "casp bench")) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--engine", "onnx"], "--engine 'onnx' must be one of hf, vllm"),
+        (["--images", "1", "--frames", "8"], "images or a video, not both"),
+        (["--engine-args", "dtype"], "must be key=value"),
+    ],
+)
+def test_bad_input(tiny_llama, more, message):
+    result = CliRunner().invoke(app, ["bench", tiny_llama, *more])
+    assert message in str(result.exception)
