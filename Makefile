@@ -19,7 +19,7 @@ SMALL_VLM := $(if $(wildcard $(VLM_PARTS)/assemble.py),$(DEMO)/small-vlm/config.
 $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
-.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm ablation clean
+.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm bench-sparsity ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -108,13 +108,16 @@ bench-autoround: $(DEMO)/SmolLM2-135M-Instruct/config.json $(AUTOSCHEME)
 	$(call RUN,autoround casp_autoround,autoround,$(AUTOSCHEME))
 
 # the same of the small vision-language model: questions about images
-VLM_RECIPES := uniform casp casp_image_weight casp_all autoround casp_autoround awq casp_awq
+VLM_TABLE ?= benchmarks/results/small_vlm.md
+VLM_RECIPES ?= uniform casp casp_image_weight casp_all autoround casp_autoround awq casp_awq
 bench-vlm: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/compare.py $(<D) \
 	  $(foreach b,2.28 3.30,$(foreach r,$(VLM_RECIPES),$(wildcard recipes/small_vlm/$(r)_$(b).yaml))) \
 	  --dataset $(VLM_PARTS)/data/calib.parquet --heldout $(VLM_PARTS)/data/test_public.parquet --samples 256 \
 	  --heldout-samples 612 $(addprefix --seed ,$(SEEDS)) --rows $(DEMO)/rows_vlm.jsonl \
-	  --table benchmarks/results/small_vlm.md
+	  --table $(VLM_TABLE)
+
+bench-sparsity: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/sparsity.py $(<D) $(VLM_PARTS)/data/calib.parquet $(DATA)/calibration.jsonl \
 	  benchmarks/results/sparsity.md benchmarks/results/sparsity.png
 

@@ -74,11 +74,12 @@ class Scores:
             return Measurement.of_mean(totals, weights, exponential, **fields)
 
         found = [over_tokens("perplexity", [text.loss for text in self.texts], False, True)]
-        if self.kl is not None:
-            found += [
-                over_tokens("kl", [text.divergence for text in self.texts], False),
-                over_tokens("top1_agreement", [text.agreed for text in self.texts], True),
-            ]
+        for metric, totals, better in (
+            ("kl", [text.divergence for text in self.texts], False),
+            ("top1_agreement", [text.agreed for text in self.texts], True),
+        ):
+            if None not in totals:
+                found.append(over_tokens(metric, totals, better))
         return found
 
 
