@@ -75,6 +75,7 @@ def test_speeds_by_hand():
     text = console.export_text()
     assert "1.000  x0.5" in text
     assert "x0.5 [0.25, 0.667]" in text
+    speed_table([speed("from the hub", (2.0, 4.0, 1)), speed("here", (2.0, 4.0, 1), size=9)])
 
 
 def test_too_few_tokens():
@@ -107,7 +108,7 @@ def test_measure_in_turns(tiny_llama):
 
 
 def test_a_model_that_fails(tiny_llama, tmp_path):
-    with pytest.raises(RuntimeError, match=r"nowhere: (OSError|HFValidationError)"):
+    with pytest.raises(ChildProcessError, match=r"nowhere: (OSError|HFValidationError)"):
         measure([tiny_llama, str(tmp_path / "nowhere")], SMALL)
     assert not multiprocessing.active_children()
 

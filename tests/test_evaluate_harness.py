@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_vlms
 import torch
+from test_cli import RECIPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -66,15 +67,6 @@ def test_images(tmp_path):
     tiny_vlms.save_tiny_vlm(tmp_path, "llava")
     found = asked(tmp_path, "casp_colours", backend="hf-multimodal", limit=2)
     assert found["casp_colours", "exact_match"].value == 0
-
-
-RECIPE = """
-casp_stage:
-  casp_modifiers:
-    LowRankQKModifier: {keep: 0.4}
-    BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}
-    GPTQModifier: {}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +137,7 @@ def error_of(*arguments):
 
 
 def test_bad_input(tiny_llama, tmp_path):
+    assert "nowhere" in error_of(tiny_llama, tmp_path / "nowhere")  # before the first is scored
     assert "lm-eval has no task nonsense" in error_of(tiny_llama, "--tasks", "nonsense")
     wrong = error_of(tiny_llama, "--tasks", "x", "--harness", "helm")
     assert "harness 'helm' must be one of lm-eval, lmms-eval" in wrong

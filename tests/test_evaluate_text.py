@@ -106,6 +106,8 @@ def test_token_scores_in_chunks(monkeypatch, chunk):
     assert divergence == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-5)
     assert agreed == sum(int(p[t].argmax() == q[t].argmax()) for t in range(7))
     assert token_scores(logits, labels)[1:] == (None, None)
+    with pytest.raises(ValueError, match="the reference has 10 tokens in its vocabulary"):
+        token_scores(logits, labels, expected[:, :10])
 
 
 def test_measurements(load_tiny, tiny_llama):

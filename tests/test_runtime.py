@@ -642,7 +642,7 @@ def test_commands_say_what_they_need(tmp_path):
     command = [Path(sys.executable).parent / "casp", "fold", tmp_path, tmp_path / "folded"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "casp-plugin[compress]" in done.stderr.replace("\n", "")
+    assert "casp-plugin[compress" in done.stderr.replace("\n", "")
 
 
 def test_transformers_says_that_it_needs_another_version():

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from casp_plugin.bench.memory import peak_memory, reset_peak_memory
 
-__all__ = ["ENGINES", "Engine", "Round", "Workload"]
+__all__ = ["ENGINES", "Engine", "Round", "Workload", "answer"]
 
 
 class Workload(BaseModel):

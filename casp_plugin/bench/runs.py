@@ -100,7 +100,7 @@ def measure(
     :param rounds: that count
     :param warmup: rounds before, that do not
     :param arguments: more for ``from_pretrained`` or ``vllm.LLM``
-    :raises RuntimeError: if a model cannot be loaded or run
+    :raises ChildProcessError: if a model cannot be loaded or run
     """
     found = [[] for _ in models]
     with _workers(models, workload, engine, arguments or {}) as workers:
@@ -134,7 +134,7 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
         for speed in speeds:
             one = value(speed)
             text = "" if one is None else f"{one * scale:{spec}}"
-            if speed is not first and one is not None:
+            if speed is not first and None not in (one, value(first)):
                 middle, *ends = ratio(speed) if ratio else [one / value(first)]
                 text += f"  x{middle:.3g}"
                 text += f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else ""
@@ -183,9 +183,9 @@ def _received(worker: Connection, model: str):
     try:
         found = worker.recv()
     except EOFError:
-        raise RuntimeError(f"{model}: the process that ran it died; out of memory?") from None
+        raise ChildProcessError(f"{model}: the process that ran it died; out of memory?") from None
     if isinstance(found, str):
-        raise RuntimeError(f"{model}: {found}")
+        raise ChildProcessError(f"{model}: {found}")
     return found
 
 

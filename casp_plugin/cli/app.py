@@ -21,7 +21,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:  # where the package only serves
-        _fail(f"{error}: this command needs pip install 'casp-plugin[compress]'")
+        _fail(f"{error}: this command needs pip install 'casp-plugin[compress,eval]'")
     except (ValueError, ValidationError, OSError, ImportError) as error:
         _fail(error)
 

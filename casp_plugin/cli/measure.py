@@ -89,16 +89,20 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     """Measure checkpoints, with 95 % intervals, and compare them on the same documents."""
+    from transformers import AutoConfig
+
     from casp_plugin.evaluation import results
     from casp_plugin.evaluation.harness import find_tasks, run_tasks
     from casp_plugin.machine import installed_versions
     from casp_plugin.models import load_model
     from casp_plugin.records import load_records, save_records
 
+    for name in (*models, *([reference] if reference else [])):
+        AutoConfig.from_pretrained(name)  # now rather than after hours, as all that follows
     compared = load_records(results.Evaluation, baseline, "casp eval") if baseline else []
     wanted = tasks.split(",") if tasks else []
     if wanted:
-        find_tasks(wanted, harness, include_path)  # now rather than after hours
+        find_tasks(wanted, harness, include_path)
     scoring = {"samples": samples, "max_length": max_length, "stride": stride or max_length}
     if scoring["stride"] > max_length:
         raise ValueError(f"--stride {stride} is more than --max-length {max_length}")

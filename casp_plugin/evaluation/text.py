@@ -158,7 +158,13 @@ def token_scores(
     :param logits: of the model; (tokens, vocabulary)
     :param labels: (tokens,)
     :param expected: logits of the reference; (tokens, vocabulary)
+    :raises ValueError: if the vocabularies differ in size
     """
+    if expected is not None and expected.shape != logits.shape:
+        raise ValueError(
+            f"the reference has {expected.shape[-1]} tokens in its vocabulary, the model "
+            f"{logits.shape[-1]}: they cannot be compared"
+        )
     loss, divergence, agreed = 0.0, 0.0, 0
     for start in range(0, len(labels), _CHUNK):
         rows = slice(start, start + _CHUNK)
