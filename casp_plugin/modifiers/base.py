@@ -21,6 +21,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
+from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
 from casp_plugin.modifiers.tracing import check_traceable
@@ -55,15 +56,20 @@ class CaspModifier(Modifier):
         modifier gives count for all modifiers of the recipe
     :param image_weight: what a token that stands for an image counts in the statistics of layers'
         inputs, one of text being 1; the same in all modifiers of a recipe that give it
+    :param cache_dir: folder that keeps what was measured: statistics (as large as they are in
+        memory) and rounding errors. Another run of the same model, data and seed, whatever its
+        budget, begins with them; one in any modifier is for all of the recipe
     """
 
     components: list[str] = Field(default_factory=lambda: [LANGUAGE], min_length=1)
     component_patterns: dict[str, list[str]] = Field(default_factory=dict)
     image_weight: float | None = Field(default=None, ge=0)
+    cache_dir: str | None = Field(default=None, exclude=True)  # of a machine, not of the recipe
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
     _transforms: TransformConfig | None = PrivateAttr(default=None)
     _patterns: dict[str, list[str]] = PrivateAttr(default_factory=dict)
+    _cache: MeasurementCache | None = PrivateAttr(default=None)
 
     @abstractmethod
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
@@ -108,6 +114,7 @@ class CaspModifier(Modifier):
 
     def release(self) -> None:
         """Take back what was handed over."""
+        self._cache = None
         for modifier, field in self._handed_over:
             setattr(modifier, field, None)
 
@@ -214,9 +221,31 @@ def _start(
         names = " and ".join(type(modifier).__name__ for modifier in _own(modifiers))
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
     if statistics is None:
-        statistics = collect(model, dataloader, request)
+        statistics = _measured(model, dataloader, request, modifiers, plan)
     plan.calibration_tokens = statistics.tokens or None
     return _Run(plan, statistics)
+
+
+def _measured(
+    model: nn.Module,
+    dataloader: Iterable,
+    request: Request,
+    modifiers: list[Modifier],
+    plan: CompressionPlan,
+) -> Statistics:
+    """Statistics, from the cache that the recipe names where they are there."""
+    roots = [modifier.cache_dir for modifier in _own(modifiers) if modifier.cache_dir]
+    if not roots:
+        return collect(model, dataloader, request)
+    facts = {"model": plan.model, "versions": plan.versions, "seed": plan.seed}
+    cache = MeasurementCache.of(roots[0], model, dataloader, request, facts)
+    for modifier in _own(modifiers):
+        modifier._cache = cache
+    statistics = cache.statistics()
+    if statistics is None:
+        statistics = collect(model, dataloader, request)
+        cache.keep_statistics(statistics)
+    return statistics
 
 
 def _share(modifiers: list[Modifier]) -> None:

@@ -226,30 +226,17 @@ class BitAllocationModifier(CaspModifier):
         self._check_latents(linears)
         quantizer = find_quantizer(following, linears)
         schemes = self._schemes(quantizer)
-        pricing = Pricing(
-            schemes,
-            statistics if self.solver == "exact" else None,
-            fisher=self.importance == "fisher",
-            by_gptq=self._by_gptq(quantizer),
-            input_block=self.input_block,
-            rank_multiple=self._rank_multiple,
-        )
         layers = decoder_layers(model)
         if tunes_layers(quantizer):
             self._check_tuned(linears, layers)
-        together = [latent.linears for latent in self._latents]
-        units = find_units(linears, layers, self.granularity, self.share_layers, together)
-        importances = self._importances(units, layers, statistics)
         latents = {next(iter(latent.linears)): latent for latent in self._latents}
-
-        progress = tqdm(units, desc="Measuring rounding errors", disable=statistics is None)
-        for unit, importance in zip(progress, importances, strict=True):
-            dense = {name: linears[name] for name in unit.modules}
-            latent = latents.get(unit.modules[0])
-            priced = pricing.unit(unit.name, importance, dense, latent)
-            priced.component = self.component_of(unit.modules[0])
-            plan.units.append(priced)
-        pricing.finish()
+        facts = self._price_facts(plan, quantizer)
+        priced = self._cache and self._cache.units(facts)
+        if not priced:
+            priced = self._priced(linears, layers, latents, schemes, quantizer, statistics)
+            if self._cache:
+                self._cache.keep_units(priced, facts)
+        plan.units = priced
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
@@ -259,6 +246,52 @@ class BitAllocationModifier(CaspModifier):
             give_schemes(self, plan, schemes, quantizer)
         point_awq(self, model, following)
         self._latents = []  # the quantizer that follows needs the memory
+
+    def _priced(
+        self,
+        linears: dict[str, nn.Linear | LowRankLinear],
+        layers: list[str],
+        latents: dict[str, Latent],
+        schemes: dict[int, QuantizationArgs],
+        quantizer: QuantizationMixin,
+        statistics: Statistics | None,
+    ) -> list[UnitPlan]:
+        """Every unit with its candidates, nothing chosen yet.
+
+        :param latents: what may be factored, by the first linear of each
+        """
+        pricing = Pricing(
+            schemes,
+            statistics if self.solver == "exact" else None,
+            fisher=self.importance == "fisher",
+            by_gptq=self._by_gptq(quantizer),
+            input_block=self.input_block,
+            rank_multiple=self._rank_multiple,
+        )
+        together = [latent.linears for latent in self._latents]
+        units = find_units(linears, layers, self.granularity, self.share_layers, together)
+        importances = self._importances(units, layers, statistics)
+        found = []
+        progress = tqdm(units, desc="Measuring rounding errors", disable=statistics is None)
+        for unit, importance in zip(progress, importances, strict=True):
+            dense = {name: linears[name] for name in unit.modules}
+            latent = latents.get(unit.modules[0])
+            priced = pricing.unit(unit.name, importance, dense, latent)
+            priced.component = self.component_of(unit.modules[0])
+            found.append(priced)
+        pricing.finish()
+        return found
+
+    def _price_facts(self, plan: CompressionPlan, quantizer: QuantizationMixin) -> dict:
+        """What prices depend on beside the statistics: all settings but the budget's number."""
+        own = {k: v for k, v in self.settings.items() if k != "average_bits"}
+        others = {k: v for k, v in plan.settings.items() if k != type(self).__name__}
+        transforms = self._transforms and self._transforms.model_dump(mode="json")
+        return {
+            "settings": {**others, type(self).__name__: own},
+            "quantizer": [type(quantizer).__name__, observer_of(quantizer)],
+            "transforms": transforms,
+        }
 
     def consider(self, latents: list[Latent], rank_multiple: int | None) -> None:
         """Take over the choice between dense layers and factors.
