@@ -1,12 +1,14 @@
-"""A plan as a picture: bits over the layers, and how sparse the attention of each head is."""
+"""Pictures: bits over the layers, how sparse each head's attention is, quality against bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from casp_plugin.plan import CompressionPlan
+from casp_plugin.sweep import Point
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_frontier"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,47 @@ def draw(plan: CompressionPlan) -> Figure:
         axes.set_xlabel("layer")
         axes.set_title(grid.title)
         figure.colorbar(image, ticks=grid.ticks, label=grid.label)
+    return figure
+
+
+def draw_frontier(points: Sequence[Point]) -> Figure:
+    """Quality against bytes, a line for each recipe, with 95 % intervals.
+
+    :param points: the first is the original model, drawn as a level
+    """
+    original, *others = points
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(original.quality.value, linestyle="--", color="gray")
+    axes.annotate(
+        f"original, {original.bytes / 1e6:,.0f} MB",
+        (1, original.quality.value),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+    )
+    for series in dict.fromkeys(point.series for point in others):
+        line = sorted((p for p in others if p.series == series), key=lambda point: point.bytes)
+        sizes = [point.bytes / 1e6 for point in line]
+        values = [point.quality.value for point in line]
+        spread = [
+            (0, 0) if q.low is None else (q.value - q.low, q.high - q.value)
+            for q in (point.quality for point in line)
+        ]
+        axes.errorbar(
+            sizes, values, list(zip(*spread, strict=True)), marker="o", capsize=3, label=series
+        )
+        for point, size, value in zip(line, sizes, values, strict=True):
+            if point.average_bits is not None:
+                where = {"xytext": (5, 5), "textcoords": "offset points"}
+                axes.annotate(f"{point.average_bits:.3g}", (size, value), **where)
+    values = [point.quality.value for point in points]
+    if min(values) > 0 and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+    axes.set_xlabel("safetensors, MB (beside points: average bits)")
+    axes.set_ylabel(original.quality.metric)
+    axes.legend()
     return figure
 
 

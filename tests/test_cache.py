@@ -31,14 +31,19 @@ def recipe(cache_dir=None, average_bits=5.0, **fields):
 def measured(monkeypatch):
     """Names of what was measured, as it happens."""
     done = []
-    for owner, name in ((base, "collect"), (Pricing, "finish")):
+    collect, finish = base.collect, Pricing.finish
 
-        def noted(*args, original=getattr(owner, name), name=name):
-            if name != "finish" or args[0].statistics is not None:  # not of a plan without data
-                done.append(name)
-            return original(*args)
+    def collected(*args):
+        done.append("collect")
+        return collect(*args)
 
-        monkeypatch.setattr(owner, name, noted)
+    def finished(pricing):
+        if pricing.statistics is not None:  # not of a plan without data
+            done.append("finish")
+        finish(pricing)
+
+    monkeypatch.setattr(base, "collect", collected)
+    monkeypatch.setattr(Pricing, "finish", finished)
     return done
 
 

@@ -12,6 +12,7 @@ from casp_plugin.cli.data import DataSource, calibration_batches, load_processor
 from casp_plugin.cli.options import (
     DATASET,
     AnswerColumn,
+    Cache,
     Checkpoint,
     Column,
     ConfigName,
@@ -43,6 +44,7 @@ def plan(
     samples: Samples = 512,
     max_length: Length = 2048,
     seed: Seed = 0,
+    cache: Cache = None,
     json: Annotated[Path | None, typer.Option(help="Save the plan as JSON here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw bits per layer here.")] = None,
 ) -> None:
@@ -53,8 +55,9 @@ def plan(
     """
     from casp_plugin.models import load_model
     from casp_plugin.modifiers import plan_recipe
+    from casp_plugin.modifiers.recipes import load_recipe
 
-    bare = _skeleton(model)  # refuses a quantized model before its weights are read
+    bare = skeleton(model)  # refuses a quantized model before its weights are read
     if dataset is None:
         made = plan_recipe(bare, str(recipe))
     else:
@@ -64,7 +67,7 @@ def plan(
             bare.config, load_processor(model), source, samples, max_length, seed
         )
         _seed(seed)
-        made = plan_recipe(load_model(model), str(recipe), batches)
+        made = plan_recipe(load_model(model), load_recipe(recipe, cache_dir=cache), batches)
     for table in made.tables():
         console.print(table)
     if json is not None:
@@ -90,38 +93,50 @@ def run(
     max_length: Length = 2048,
     batch_size: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 1,
     seed: Seed = 0,
+    cache: Cache = None,
 ) -> None:
     """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
+    from casp_plugin.modifiers import plan_recipe
+    from casp_plugin.modifiers.recipes import load_recipe
+
+    check_output(output)
+    bare = skeleton(model)
+    filled = load_recipe(recipe, cache_dir=cache)
+    console.print(plan_recipe(bare, filled).tables()[-1])
+    columns = (text_column, image_column, video_column, question_column, answer_column)
+    source = DataSource(dataset, split, dataset_config, *columns)
+    amount = (samples, max_length, seed, batch_size)
+    batches = calibration_batches(bare.config, load_processor(model), source, *amount)
+    compressed = compress(model, filled, batches, output, seed)
+    console.print(compressed.casp_plan.tables()[-1])
+    console.print(f"Wrote {output}. Next: casp check {output}")
+
+
+def compress(model: str, recipe, batches, output: Path, seed: int):
+    """A model, compressed by a recipe and written to a folder.
+
+    :param recipe: an instance of llm-compressor's ``Recipe``
+    :param batches: calibration batches
+    """
     from llmcompressor import oneshot
 
     from casp_plugin.checkpoint import copy_processor, whole_folder
     from casp_plugin.models import load_model
-    from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.tracing import check_traceable
 
-    _check_output(output)
-    bare = _skeleton(model)
-    console.print(plan_recipe(bare, str(recipe)).tables()[-1])
-    processor = load_processor(model)
-    columns = (text_column, image_column, video_column, question_column, answer_column)
-    source = DataSource(dataset, split, dataset_config, *columns)
-    batches = calibration_batches(
-        bare.config, processor, source, samples, max_length, seed, batch_size
-    )
     loaded = load_model(model)
     check_traceable(loaded, batches)
     _seed(seed)
     with whole_folder(output) as partial:
         compressed = oneshot(
             model=loaded,
-            processor=processor,
-            recipe=str(recipe),
+            processor=load_processor(model),
+            recipe=recipe,
             dataset=batches,
             output_dir=str(partial),
         )
         copy_processor(model, partial)
-    console.print(compressed.casp_plan.tables()[-1])
-    console.print(f"Wrote {output}. Next: casp check {output}")
+    return compressed
 
 
 @app.command()
@@ -164,7 +179,7 @@ def fold(
     )
 
 
-def _skeleton(model: str):
+def skeleton(model: str):
     """The model without weights, from its config alone.
 
     :raises ValueError: if the model cannot be found, or is quantized already
@@ -190,7 +205,7 @@ def _seed(seed: int) -> None:
     set_seed(seed)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Fail now rather than after hours.
 
     :raises ValueError: if the folder cannot be written

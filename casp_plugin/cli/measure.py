@@ -115,7 +115,7 @@ def evaluate(
     for model in models:
         measured, settings = [], {"seed": seed}
         if source:
-            measured += _score(model, source, original, task_column, join, seed, **scoring)
+            measured += score(model, source, original, task_column, join, seed, **scoring)
             settings |= {"dataset": dataset, "reference": reference, "join": join, **scoring}
         if wanted:
             chosen = (wanted, harness, backend, model_args, include_path)
@@ -138,7 +138,7 @@ def evaluate(
         console.print(results.comparison_table(title, results.compare_all(other, first)))
 
 
-def _score(model, source, reference, task_column, join, seed, samples, max_length, stride):
+def score(model, source, reference, task_column, join, seed, samples, max_length, stride):
     """Measurements on texts, or on questions about images, in all and by task."""
     from casp_plugin.evaluation.answers import evaluate_answers
     from casp_plugin.evaluation.text import evaluate as evaluate_text

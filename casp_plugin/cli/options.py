@@ -41,3 +41,10 @@ ConfigName = Annotated[
 Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Keep what is measured here, for other budgets and for runs after one that died.",
+    ),
+]

@@ -1,0 +1,149 @@
+"""The command that makes a model at many sizes."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from casp_plugin.cli.app import app
+from casp_plugin.cli.compress import compress, skeleton
+from casp_plugin.cli.data import DataSource, calibration_batches, load_processor
+from casp_plugin.cli.measure import score
+from casp_plugin.cli.options import (
+    DATASET,
+    AnswerColumn,
+    Column,
+    ConfigName,
+    ImageColumn,
+    Length,
+    Model,
+    QuestionColumn,
+    Samples,
+    Seed,
+    Split,
+    VideoColumn,
+    console,
+)
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def sweep(
+    context: typer.Context,
+    model: Model,
+    recipe: Annotated[
+        list[Path],
+        typer.Option(
+            help="Recipe in YAML. Several times for several lines; one without "
+            "BitAllocationModifier is one point.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    average_bits: Annotated[
+        list[str], typer.Option(help="Budgets: 2.1 2.25 2.5 3 4, or by commas.")
+    ],
+    dataset: Annotated[str, DATASET],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")
+    ],
+    heldout: Annotated[
+        str, typer.Option(help="What to score on, in the same columns.")
+    ] = "bundled-heldout",
+    heldout_split: Annotated[str, typer.Option(help="Split of it.")] = "test",
+    heldout_samples: Annotated[int, typer.Option(help="Texts or questions at most.", min=1)] = 512,
+    text_column: Column = "text",
+    image_column: ImageColumn = "image",
+    video_column: VideoColumn = None,
+    question_column: QuestionColumn = "question",
+    answer_column: AnswerColumn = "answer",
+    split: Split = "train",
+    dataset_config: ConfigName = None,
+    samples: Samples = 512,
+    max_length: Length = 2048,
+    seed: Seed = 0,
+) -> None:
+    """Compress a model to many sizes and score each: what is measured of it is measured once."""
+    from casp_plugin.drawing import draw_frontier
+    from casp_plugin.evaluation.results import Evaluation
+    from casp_plugin.machine import installed_versions
+    from casp_plugin.models import bytes_on_disk, load_model
+    from casp_plugin.modifiers import plan_recipe
+    from casp_plugin.modifiers.recipes import allocates_bits, load_recipe
+    from casp_plugin.plan import CompressionPlan
+    from casp_plugin.sweep import Point, begin, finished, frontier_table
+
+    budgets = _numbers([*average_bits, *context.args])
+    bare = skeleton(model)
+    wanted: dict[str, tuple[Path, float | None]] = {}
+    for path in recipe:
+        if not allocates_bits(load_recipe(path)):
+            wanted[path.stem] = (path, None)
+            continue
+        for bits in budgets:
+            plan_recipe(bare, load_recipe(path, bits))  # what cannot be reached is said now
+            name = f"{_series(path)}_{bits:g}"
+            if wanted.setdefault(name, (path, bits))[0] != path:
+                raise ValueError(f"--recipe: {path} and {wanted[name][0]} both make {name}")
+
+    columns = (text_column, image_column, video_column, question_column, answer_column)
+    source = DataSource(dataset, split, dataset_config, *columns)
+    judged = DataSource(heldout, heldout_split, dataset_config, *columns)
+    facts = {
+        "model": model,
+        "dataset": [dataset, split, dataset_config, *columns],
+        "heldout": [heldout, heldout_split, heldout_samples],
+        "samples": samples,
+        "max_length": max_length,
+        "seed": seed,
+    }
+    begin(output, facts, recipe)
+    scoring = {"samples": heldout_samples, "max_length": max_length, "stride": max_length}
+    processor = load_processor(model)
+    batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
+
+    def point(name: str) -> Point:
+        path, bits = wanted.get(name, (None, None))
+        folder = output / name if path else model
+        if path and not folder.exists():
+            filled = load_recipe(path, bits, cache_dir=output / "cache")
+            compress(model, filled, batches, folder, seed)
+        reference = load_model(model)
+        measured = score(
+            str(folder), judged, reference if path else None, None, False, seed, **scoring
+        )
+        plan = CompressionPlan.load(folder) if bits else None
+        return Point(
+            name=name,
+            series=path and _series(path),
+            average_bits=plan and plan.reached_bits,
+            bytes=bytes_on_disk(folder) or sum(each.nbytes for each in reference.parameters()),
+            evaluation=Evaluation(
+                model=str(folder),
+                settings={"seed": seed, "dataset": heldout, **scoring},
+                versions=installed_versions(),
+                measurements=measured,
+            ),
+        )
+
+    points = finished(output, {name: lambda name=name: point(name) for name in (model, *wanted)})
+    table = frontier_table(points)
+    console.print(table)
+    with (output / "sweep.md").open("w") as file:
+        Console(file=file, width=200).print(table)
+    draw_frontier(points).savefig(output / "sweep.png", dpi=120)
+    console.print(f"Wrote {output}: sweep.md, sweep.png, sweep.json, {len(wanted)} checkpoints")
+
+
+def _series(recipe: Path) -> str:
+    """Name of a recipe without the budget that it ends with."""
+    return re.sub(r"_\d+(\.\d+)?$", "", recipe.stem)
+
+
+def _numbers(words: list[str]) -> list[float]:
+    """Budgets from ``2.1,2.5 3``."""
+    try:
+        return [float(number) for word in words for number in word.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--average-bits {' '.join(words)}: numbers are needed") from None
