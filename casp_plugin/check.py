@@ -2,13 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 import numpy
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoProcessor, PreTrainedModel
 
 from casp_plugin.checkpoint import read_config, read_section
@@ -18,6 +18,7 @@ from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.processing import image_prefix
 from casp_plugin.runtime.architectures import TESTED, refusal
 from casp_plugin.schemes import missing_kernel
+from casp_plugin.sizes import read_headers, tensor_bytes
 from casp_plugin.transforms import stored_transforms
 
 __all__ = ["Finding", "check"]
@@ -51,7 +52,7 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
     if not quantization:
         raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
     try:
-        on_disk = _headers(folder)
+        on_disk = read_headers(folder)
         expected, found = _expected_tensors(folder, on_disk)
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, str(error))]
@@ -65,23 +66,6 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
         findings.append(_reload(folder))
     findings.append(_served(config.get("architectures") or [], quantization))
     return findings
-
-
-def _headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor on disk, without reading data."""
-    headers = {}
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} holds no safetensors file")
-    for path in paths:
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118, not a dict
-                view = shard.get_slice(name)
-                headers[name] = (tuple(view.get_shape()), view.get_dtype())
-    return headers
-
-
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
 
 
 def _expected_tensors(folder: Path, on_disk: dict) -> tuple[dict, dict]:
@@ -123,7 +107,7 @@ def _compare(on_disk: dict, expected: dict) -> Finding:
 
 
 def _sizes(folder: Path, on_disk: dict) -> Finding:
-    total = sum(prod(shape) * _BYTES[dtype] for shape, dtype in on_disk.values())
+    total = sum(map(tensor_bytes, on_disk.values()))
     if not (folder / PLAN_NAME).exists():
         return Finding("bytes", None, f"{total:,} bytes of tensors; no {PLAN_NAME} to compare with")
     planned = CompressionPlan.load(folder).total_bytes

@@ -25,6 +25,7 @@ __all__ = [
     "CompressionPlan",
     "LowRankPlan",
     "ParetoPoint",
+    "SpectrumPlan",
     "UnitPlan",
 ]
 
@@ -98,6 +99,19 @@ class LowRankPlan(_Model):
     keep: float
     error: float | None = None
     note: str | None = None
+
+
+class SpectrumPlan(_Model):
+    """What factors lose, rank by rank.
+
+    :param modules: linears that share a latent
+    :param ranks: some ranks from 0 to the largest there is
+    :param lost: share of the output energy that is lost at each, under the modifier's metric
+    """
+
+    modules: list[str]
+    ranks: list[int]
+    lost: list[float]
 
 
 class AttentionPlan(_Model):
@@ -176,6 +190,7 @@ class CompressionPlan(_Model):
         allocated
     :param attention: attention modules whose maps were looked at
     :param low_rank: every linear that was considered for factors
+    :param spectra: of what was considered; empty without statistics
     :param units: every unit that bits were chosen for
     :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
     :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases)
@@ -191,6 +206,7 @@ class CompressionPlan(_Model):
     average_bits: float | dict[str, float] | None = None
     attention: list[AttentionPlan] = Field(default_factory=list)
     low_rank: list[LowRankPlan] = Field(default_factory=list)
+    spectra: list[SpectrumPlan] = Field(default_factory=list)
     units: list[UnitPlan] = Field(default_factory=list)
     pareto: list[ParetoPoint] = Field(default_factory=list)
     other_bytes: int | None = None
@@ -384,7 +400,7 @@ class CompressionPlan(_Model):
         if not self.decided:
             raise ValueError("nothing to draw: the plan has no bits yet (it needs statistics)")
         try:  # an extra, and slow to import
-            from casp_plugin.drawing import draw
+            from casp_plugin.drawing.plans import draw
         except ImportError:
             raise ValueError("drawing needs: pip install 'casp-plugin[report]'") from None
         draw(self).savefig(path, dpi=120)

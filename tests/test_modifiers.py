@@ -85,6 +85,22 @@ def test_ranks_and_bits_chosen_at_once(tiny_llama, batches, tmp_path, method, gr
     torch.testing.assert_close(model(ids).logits, reloaded(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_plan_tells_the_spectra(load_tiny, batches):
+    """Against the singular values of q and k stacked."""
+    model = load_tiny()
+    plan = plan_recipe(load_tiny(), [low_rank(method="svd"), GPTQModifier()], batches)
+    assert len(plan.spectra) == 2
+    for i, spectrum in enumerate(plan.spectra):
+        attention = model.model.layers[i].self_attn
+        stacked = torch.cat([attention.q_proj.weight, attention.k_proj.weight]).double()
+        energies = torch.linalg.svdvals(stacked).square()
+        assert spectrum.ranks[0] == 0
+        assert spectrum.ranks[-1] == len(energies)
+        expected = [(energies[rank:].sum() / energies.sum()).item() for rank in spectrum.ranks]
+        assert spectrum.lost == pytest.approx(expected, abs=1e-9)
+    assert not plan_recipe(load_tiny(), [low_rank(method="svd"), GPTQModifier()]).spectra
+
+
 def test_plan_without_data_shows_every_rank(load_tiny):
     plan = plan_recipe(load_tiny(), [LowRankQKModifier(), bits(), GPTQModifier()])
     [unit, *_] = [unit for unit in plan.units if unit.name.endswith("q_proj+k_proj")]

@@ -26,7 +26,7 @@ from casp_plugin import (
     cli,
 )
 from casp_plugin.check import check
-from casp_plugin.drawing import draw
+from casp_plugin.drawing.plans import draw
 from casp_plugin.fold import fold
 from casp_plugin.modifiers import plan_recipe, tracing
 from casp_plugin.modules import LowRankLinear

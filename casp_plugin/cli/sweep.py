@@ -65,7 +65,7 @@ def sweep(
     seed: Seed = 0,
 ) -> None:
     """Compress a model to many sizes and score each: what is measured of it is measured once."""
-    from casp_plugin.drawing import draw_frontier
+    from casp_plugin.drawing.results import draw_frontier
     from casp_plugin.evaluation.results import Evaluation
     from casp_plugin.machine import installed_versions
     from casp_plugin.models import bytes_on_disk, load_model

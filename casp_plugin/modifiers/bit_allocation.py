@@ -415,9 +415,10 @@ class BitAllocationModifier(CaspModifier):
         candidates = [c for unit in plan.units for c in unit.candidates if c.needs]
         for package in sorted({c.needs for c in candidates}):
             bits = sorted({c.bits for c in candidates if c.needs == package})
+            codes = "symmetric" if self.symmetric else "asymmetric"
             plan.warnings.append(
-                f"vLLM on CUDA runs {bits} bits {'symmetric' if self.symmetric else 'asymmetric'} "
-                f"only with an extra package: pip install {package}"
+                f"vLLM on CUDA runs {codes} {' and '.join(map(str, bits))} bits only with an extra "
+                f"package: pip install {package}"
             )
         if statistics is not None and self.solver == "exact":
             reached = statistics.second_moments.keys() | statistics.mean_squares.keys()

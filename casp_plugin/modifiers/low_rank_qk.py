@@ -17,7 +17,7 @@ from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.factoring import install, point_awq
 from casp_plugin.modules import named_linears
-from casp_plugin.plan import AttentionPlan, CompressionPlan
+from casp_plugin.plan import AttentionPlan, CompressionPlan, SpectrumPlan
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.units import matched_linears, reading_together
 
@@ -25,6 +25,8 @@ __all__ = ["LowRankQKModifier"]
 
 #: what tells a method how much the outputs matter, by its field in the statistics
 _METRICS = {"fisher": "gradient_moments", "attention": "attention_moments"}
+#: ranks that a plan tells the lost energy of
+SPECTRUM_POINTS = 32
 _FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
@@ -158,6 +160,7 @@ class LowRankQKModifier(CaspModifier):
                 f"LowRankQKModifier leaves {len(left_out)} layers dense, because the loss of the "
                 f"calibration data does not depend on them: {', '.join(left_out[:4])}"
             )
+        plan.spectra = [_spectrum_plan(each) for each in latents if each.spectrum is not None]
         if self.proposes:
             self._propose(latents, following)
             return
@@ -271,6 +274,13 @@ class LowRankQKModifier(CaspModifier):
         raise ValueError(
             f"LowRankQKModifier.ranks: no entry matches {name}; entries: {list(self.ranks)}"
         )
+
+
+def _spectrum_plan(latent: Latent) -> SpectrumPlan:
+    largest = min(latent.shape)
+    ranks = sorted({round(largest * i / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
+    lost = [latent.spectrum.error(rank) for rank in ranks]
+    return SpectrumPlan(modules=list(latent.linears), ranks=ranks, lost=lost)
 
 
 def _by_input(names: list[str], statistics: Statistics) -> list[list[str]]:

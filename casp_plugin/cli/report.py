@@ -1,0 +1,56 @@
+"""The command that tells people what a checkpoint is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from casp_plugin.cli.app import app
+from casp_plugin.cli.options import Checkpoint, console
+
+CARD_NAME, PAGE_NAME = "README.md", "report.html"
+
+
+@app.command()
+def report(
+    checkpoint: Checkpoint,
+    evals: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="What casp eval --output wrote.", exists=True, dir_okay=False),
+    ] = None,
+    benches: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--bench", help="What casp bench --output wrote.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The page; report.html in OUT unless told.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the base model, for the card: apache-2.0, ...")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a README.md that casp did not write.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a checkpoint, and its model card, OUT/README.md."""
+    from huggingface_hub import ModelCard
+
+    from casp_plugin.report.card import TAG, card
+    from casp_plugin.report.facts import read_facts
+    from casp_plugin.report.page import page
+
+    path = checkpoint / CARD_NAME
+    mine = overwrite or not path.exists() or TAG in (ModelCard.load(path).data.tags or [])
+    facts = read_facts(checkpoint, evals or [], benches or [])
+    made = page(facts)
+    target = output or checkpoint / PAGE_NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(made)
+    console.print(f"Wrote {target}, {len(made.encode()) / 1e6:.1f} MB")
+    if mine:
+        card(facts, license).save(path)
+        console.print(f"Wrote {path}")
+    else:
+        console.print(f"{path} is not of casp and stays: --overwrite replaces it")

@@ -1,0 +1,53 @@
+"""The model card of a checkpoint: ``README.md`` as the Hugging Face hub shows it."""
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from casp_plugin.models import is_multimodal
+from casp_plugin.report.facts import Facts
+from casp_plugin.report.page import quality_rows, speed_rows
+from casp_plugin.report.templates import render
+
+__all__ = ["TAG", "card"]
+
+#: tag by which a card that was made here is known
+TAG = "casp"
+
+
+def card(facts: Facts, license: str | None = None) -> ModelCard:
+    """
+    :param license: of the base model, as the hub calls it; None leaves it open
+    """
+    from transformers import AutoConfig
+
+    sees = is_multimodal(AutoConfig.from_pretrained(facts.folder))
+    results = [
+        EvalResult(
+            task_type="image-text-to-text" if sees else "text-generation",
+            dataset_type=each.task,
+            dataset_name=each.task,
+            metric_type=each.metric,
+            metric_value=each.value,
+        )
+        for one, _ in facts.evaluations
+        for each in one.measurements
+    ]
+    base = {"base_model": facts.base_id, "base_model_relation": "quantized"}
+    data = ModelCardData(
+        **(base if facts.base_id else {}),
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        tags=[TAG, "compressed-tensors", "vllm", "llm-compressor", "quantized"],
+        model_name=facts.name,
+        eval_results=results or None,
+    )
+    text = render(
+        "card.md.j2",
+        card_data=data.to_yaml(),
+        facts=facts,
+        plan=facts.plan,
+        sees=sees,
+        quality=quality_rows(facts),
+        speed=speed_rows(facts),
+    )
+    return ModelCard(text)
