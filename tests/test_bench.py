@@ -2,18 +2,27 @@
 
 import gc
 import multiprocessing
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_vlms
 import torch
+from llmcompressor.modifiers.gptq import GPTQModifier
 from pydantic import ValidationError
 from rich.console import Console
+from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
+from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier
 from casp_plugin.bench.engines import Round, TransformersEngine, Workload, answer
 from casp_plugin.bench.memory import peak_memory, reset_peak_memory
 from casp_plugin.bench.runs import Speed, measure, speed_table
+from casp_plugin.bench.shapes import without_data, write_random
+from casp_plugin.check import check
 from casp_plugin.cli import app
+from casp_plugin.models import bare_model, bytes_on_disk
+from casp_plugin.processing import processed
 from casp_plugin.records import load_records
 
 SMALL = Workload(prompt_tokens=6, new_tokens=3, batch_size=2)
@@ -123,9 +132,75 @@ def test_command(tiny_llama, tmp_path):
     assert len(load_records(Speed, path, "casp bench")) == 2
 
 
+RECIPE = """
+casp_stage:
+  casp_modifiers:
+    LowRankQKModifier: {}
+    BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}
+    GPTQModifier: {}
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_random_weights(tiny_llama, tmp_path, family):
+    """From a folder without weights: the recipe's shapes and bytes, that load and run."""
+    source = tiny_llama if family == "llama" else tiny_vlms.save_tiny_vlm(tmp_path / "in", family)
+    bare, path = tmp_path / "bare", tmp_path / "bench.json"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "casp.yaml").write_text(RECIPE)
+    command = ["bench", "--random-weights", bare, "--recipe", tmp_path / "casp.yaml", "--keep"]
+    command += [tmp_path / "kept", "--prompt-tokens", 6, "--new-tokens", 40, "--rounds", 1]
+    command += ["--output", path, *(["--images", 1] if family == "llava" else [])]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    original, made = load_records(Speed, path, "casp bench")
+    assert made.bytes_on_disk < original.bytes_on_disk
+    assert original.bytes_on_disk == pytest.approx(bytes_on_disk(source), rel=0.02)
+    findings = check(tmp_path / "kept" / "casp")
+    assert all(finding.passed is not False for finding in findings)
+    plan = CompressionPlan.load(tmp_path / "kept" / "casp")
+    assert 4.9 < plan.reached_bits <= 5
+    assert all(entry.rank == 16 for entry in plan.low_rank)
+
+
+def test_recipes_that_data_would_decide():
+    recipe = [
+        LowRankQKModifier(ranks=32),
+        BitAllocationModifier(average_bits=3, importance="block_influence"),
+        GPTQModifier(),
+    ]
+    low_rank, bits, _ = without_data(recipe)
+    assert (low_rank.ranks, low_rank.keep) == (32, "auto")  # as given
+    assert (low_rank.method, bits.importance, bits.solver) == ("svd", "uniform", "closed_form")
+    assert recipe[1].importance == "block_influence"
+    assert without_data([LowRankQKModifier()])[0].keep == 0.25
+
+
+def test_random_weights_without_bits(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="has no BitAllocationModifier"):
+        write_random(tiny_llama, tmp_path / "x", RECIPE.replace("BitAlloc", "#"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llava-1.5-7b", 7.06), ("llava-next-video-7b", 7.06)]
+)
+def test_sizes_that_ship(name, billions):
+    """benchmarks/configs: the published models' shapes, without their words."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "configs" / name
+    model = bare_model(AutoConfig.from_pretrained(folder))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+    if name == "llava-1.5-7b":
+        processor = AutoProcessor.from_pretrained(folder)
+        inputs = processed([Workload(images=1).conversation()], processor, answered=False)
+        assert (inputs["input_ids"] == model.config.image_token_index).sum() == 576
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--random-weights", "x"], "either OUT or --random-weights"),
+        (["--keep", "x"], "--recipe and --keep go with --random-weights"),
         (["--engine", "onnx"], "--engine 'onnx' must be one of hf, vllm"),
         (["--images", "1", "--frames", "8"], "images or a video, not both"),
         (["--engine-args", "dtype"], "must be key=value"),

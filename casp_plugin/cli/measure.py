@@ -1,6 +1,8 @@
 """Commands that measure checkpoints: eval, bench."""
 
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -161,9 +163,25 @@ def score(model, source, reference, task_column, join, seed, samples, max_length
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder.", metavar="OUT")],
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder.", metavar="[OUT]", show_default=False)
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Model, as a rule the original, to compare with.")
+    ] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of OUT: folder with a config.json (and a processor, for images). A model "
+            "of these shapes is made up, and with --recipe what that would make of it."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="For --random-weights, in YAML.", exists=True, dir_okay=False),
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for what --random-weights makes; else thrown away.")
     ] = None,
     engine: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
@@ -186,6 +204,12 @@ def bench(
     from casp_plugin.bench.runs import measure, speed_table
     from casp_plugin.records import save_records
 
+    if (model is None) == (random_weights is None):
+        raise ValueError("bench takes either OUT or --random-weights")
+    if random_weights is None and (recipe or keep):
+        raise ValueError("--recipe and --keep go with --random-weights")
+    if random_weights is not None and baseline:
+        raise ValueError("--baseline goes with OUT: of --random-weights it is the model as it is")
     if engine not in ENGINES:
         raise ValueError(f"--engine {engine!r} must be one of {', '.join(ENGINES)}")
     if images and frames:
@@ -199,11 +223,29 @@ def bench(
         image_size=image_size,
         seed=seed,
     )
-    models = [*([baseline] if baseline else []), model]
-    speeds = measure(models, workload, engine, rounds, warmup, _arguments(engine_args))
+    with ExitStack() as stack:
+        if random_weights:
+            folder = keep or Path(stack.enter_context(TemporaryDirectory()))
+            models = _random_models(random_weights, recipe, folder)
+        else:
+            models = [*([baseline] if baseline else []), model]
+        speeds = measure(models, workload, engine, rounds, warmup, _arguments(engine_args))
     console.print(speed_table(speeds))
     if output is not None:
         save_records(speeds, output)
+
+
+def _random_models(source: str, recipe: Path | None, folder: Path) -> list[str]:
+    """Checkpoints with random weights: the model as it is, and as a recipe leaves it."""
+    from casp_plugin.bench.shapes import write_random
+
+    wanted = {folder / "original": None}
+    if recipe is not None:
+        wanted[folder / recipe.stem] = recipe
+    for target, made_by in wanted.items():
+        if not target.exists():
+            write_random(source, target, made_by and str(made_by))
+    return list(map(str, wanted))
 
 
 def _arguments(text: str) -> dict:

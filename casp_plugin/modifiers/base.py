@@ -30,7 +30,7 @@ from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics, collect
 from casp_plugin.transforms import check_transforms, input_block
 
-__all__ = ["CaspModifier", "plan_recipe"]
+__all__ = ["CaspModifier", "plan_recipe", "shape_model"]
 
 _RECORDED = ("llmcompressor", "compressed-tensors", "transformers", "torch", "casp-plugin")
 
@@ -176,20 +176,41 @@ def plan_recipe(
     :param statistics: what was measured before, instead of ``dataloader``
     :raises ValueError: for any setting that cannot work on this model
     """
-    modifiers = Recipe.create_instance(recipe).modifiers
-    if not _own(modifiers):
-        raise ValueError(
-            "the recipe holds neither LowRankQKModifier nor BitAllocationModifier: "
-            f"{[type(modifier).__name__ for modifier in modifiers]}"
-        )
+    modifiers = _casp_modifiers(recipe)
     if dataloader is None and statistics is None:
-        return _dry_run(model, modifiers)
+        return _dry_run(model, modifiers)[1]
     run = _start(model, dataloader, modifiers, statistics)
     for modifier in _own(modifiers):
         modifier.prepare(model, run.plan, run.statistics, _after(modifier, modifiers))
     for modifier in _own(modifiers):
         modifier.release()
     return run.plan
+
+
+def shape_model(
+    model: nn.Module, recipe: str | Recipe | list[Modifier]
+) -> tuple[nn.Module, CompressionPlan]:
+    """A copy of a model on the meta device with factors where a recipe puts them, and the plan.
+
+    :param recipe: anything that llm-compressor takes as a recipe; what it can only choose by
+        statistics stays as it is in the model
+    :raises ValueError: for any setting that cannot work on this model
+    """
+    return _dry_run(model, _casp_modifiers(recipe))
+
+
+def _casp_modifiers(recipe: str | Recipe | list[Modifier]) -> list[Modifier]:
+    """Modifiers of a recipe.
+
+    :raises ValueError: if none is of casp
+    """
+    modifiers = Recipe.create_instance(recipe).modifiers
+    if not _own(modifiers):
+        raise ValueError(
+            "the recipe holds neither LowRankQKModifier nor BitAllocationModifier: "
+            f"{[type(modifier).__name__ for modifier in modifiers]}"
+        )
+    return modifiers
 
 
 def _start(
@@ -294,7 +315,7 @@ def _check_finite(model: nn.Module) -> None:
             raise ValueError(f"{name} of the model holds NaN or infinite values")
 
 
-def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
+def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> tuple[nn.Module, CompressionPlan]:
     """Plan on a copy without weights and on copies of the modifiers: nothing is changed."""
     _check_order(modifiers)
     modifiers = [modifier.model_copy(deep=True) for modifier in modifiers]
@@ -303,7 +324,7 @@ def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> CompressionPlan:
     _share(modifiers)
     for modifier in _own(modifiers):
         modifier.prepare(bare, plan, None, _after(modifier, modifiers))
-    return plan
+    return bare, plan
 
 
 def _check_order(modifiers: list[Modifier]) -> None:
