@@ -1,12 +1,33 @@
-"""What the benchmarks share: tables on the screen and in Markdown."""
+"""What the benchmarks share: scores of a checkpoint, tables on the screen and in Markdown."""
 
+import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from casp_plugin.evaluation.answers import AnswerScore, AnswerScores
+from casp_plugin.evaluation.text import Scores, TextScore
+
 VERSIONS = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
+
+
+def measured(folder: str, reference: str, evaluation: list[str]) -> dict:
+    """Scores of a checkpoint, loaded from disk by a new process."""
+    script = str(Path(__file__).with_name("measure.py"))
+    command = [sys.executable, script, folder, reference, *evaluation]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return json.loads(output.splitlines()[-1])  # llm-compressor logs to stdout as well
+
+
+def scores_of(run: dict) -> Scores:
+    """Those of texts, or of answers to questions."""
+    if "answer" in run["texts"][0]:
+        return AnswerScores(tuple(AnswerScore(**row) for row in run["texts"]))
+    return Scores(tuple(TextScore(**row) for row in run["texts"]))
 
 
 def show(columns: tuple[str, ...], rows: list[list[str]]) -> None:

@@ -16,20 +16,19 @@ model, recipe, data and seed, so delete the file after a change of the code.
 
 import hashlib
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median_high
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from common import show, write_markdown
+from common import measured, scores_of, show, write_markdown
+from compress import compress
 
-from casp_plugin.evaluation.answers import AnswerScore, AnswerScores
+from casp_plugin.evaluation.answers import AnswerScores
 from casp_plugin.evaluation.results import compare
-from casp_plugin.evaluation.text import Scores, TextScore
+from casp_plugin.evaluation.text import Scores
 
 COLUMNS = (
     "recipe",
@@ -72,12 +71,12 @@ def main(
         if key not in done:
             if recipe is None:
                 row = {"recipe": "unquantized", "seconds": 0.0}
-                row |= _measure(model, model, evaluation)
+                row |= measured(model, model, evaluation)
             else:
                 out = (keep or Path(temporary)) / recipe.stem
                 row = {"recipe": recipe.stem}
-                row |= _compress(model, recipe, dataset, samples, max_length, seed, out)
-                row |= _measure(str(out), model, evaluation)
+                row |= compress(model, recipe, dataset, samples, max_length, seed, out)
+                row |= measured(str(out), model, evaluation)
             done[key] = {"key": key, **row}
             if rows is not None:
                 rows.parent.mkdir(parents=True, exist_ok=True)
@@ -92,92 +91,16 @@ def main(
             show(COLUMNS, _rows(found))
     print(f"\n{found[-1][0]['recipe']} says: {found[-1][0]['text']}\n")
     tables = [(COLUMNS, _rows(found))]
-    if isinstance(_scores(found[0][0]), AnswerScores):
+    if isinstance(scores_of(found[0][0]), AnswerScores):
         tables.append(_by_task(found))
         show(*tables[1])
     if table is not None:
-        tokens = _scores(found[0][0]).tokens
+        tokens = scores_of(found[0][0]).tokens
         note = (
             f"Made by `python benchmarks/compare.py {' '.join(sys.argv[1:])}`, {tokens:,} tokens "
             "scored; perplexity ratio with the 95 % interval of a paired bootstrap over the texts;"
         )
         write_markdown(table, tables, note)
-
-
-def _compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
-    """One oneshot run; seconds in all and in the casp modifiers."""
-    import torch
-    from llmcompressor import oneshot
-    from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import set_seed
-
-    from casp_plugin.checkpoint import copy_processor
-    from casp_plugin.models import load_model
-    from casp_plugin.modifiers import CaspModifier
-
-    spent = []
-    initialize = CaspModifier.on_initialize
-
-    def timed(self, *args, **kwargs):
-        start = time.perf_counter()
-        try:
-            return initialize(self, *args, **kwargs)
-        finally:
-            spent.append(time.perf_counter() - start)
-
-    if not torch.accelerator.is_available():  # AWQ pins host memory all the same
-        IntermediatesCache.pin_memory = lambda *args, **kwargs: None
-    processor, batches = _calibration(model, dataset, samples, max_length, seed)
-    set_seed(seed)
-    CaspModifier.on_initialize = timed
-    start = time.perf_counter()
-    try:
-        oneshot(
-            model=load_model(model),
-            processor=processor,
-            recipe=str(recipe),
-            dataset=batches,
-            output_dir=str(out),
-        )
-    finally:
-        CaspModifier.on_initialize = initialize
-    seconds = time.perf_counter() - start
-    copy_processor(model, Path(out))
-    return {"seconds": seconds, "casp_time": sum(spent) / (seconds - sum(spent))}
-
-
-def _calibration(model, dataset, samples, max_length, seed):
-    """(tokenizer or processor, batches)"""
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-
-    from casp_plugin.calibration import calibration_loader
-    from casp_plugin.image_text import load_conversations
-    from casp_plugin.models import is_multimodal
-    from casp_plugin.processing import conversation_loader
-    from casp_plugin.sources import load_text
-
-    if is_multimodal(AutoConfig.from_pretrained(model)):
-        processor = AutoProcessor.from_pretrained(model)
-        questions = load_conversations(dataset, samples, seed=seed)
-        return processor, conversation_loader(questions, processor, max_length)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = load_text(dataset, tokenizer, samples, seed=seed)
-    return tokenizer, calibration_loader(texts, tokenizer, max_length)
-
-
-def _measure(folder: str, reference: str, evaluation: list[str]) -> dict:
-    """Scores of a checkpoint, loaded from disk by a new process."""
-    script = str(Path(__file__).with_name("measure.py"))
-    command = [sys.executable, script, folder, reference, *evaluation]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-    return json.loads(output.splitlines()[-1])  # llm-compressor logs to stdout as well
-
-
-def _scores(run: dict) -> Scores:
-    """Those of texts, or of answers to questions."""
-    if "answer" in run["texts"][0]:
-        return AnswerScores(tuple(AnswerScore(**row) for row in run["texts"]))
-    return Scores(tuple(TextScore(**row) for row in run["texts"]))
 
 
 def _middle(each: list[Scores]) -> Scores:
@@ -192,12 +115,12 @@ def _range(values: list[float], spec: str) -> str:
 
 def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
     first = runs[0]
-    each = [_scores(run) for run in runs]
+    each = [scores_of(run) for run in runs]
     scores = _middle(each)
     perplexity = f"{scores.perplexity:.2f}{_range([one.perplexity for one in each], '.1f')}"
     ratio = ""
     if baseline is not None and baseline is not runs:
-        pairs = list(zip(each, map(_scores, baseline), strict=True))
+        pairs = list(zip(each, map(scores_of, baseline), strict=True))
         ratios = [one.perplexity / other.perplexity for one, other in pairs]
         middle = median_high(ratios)
         pair = pairs[ratios.index(middle)]
@@ -223,7 +146,7 @@ def _cells(runs: list[dict], baseline: list[dict] | None) -> list[str]:
 
 def _by_task(found: list[list[dict]]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Perplexity, exact match and F1 of every recipe, task by task."""
-    scores = [_middle([_scores(run) for run in runs]).by_task for runs in found]
+    scores = [_middle([scores_of(run) for run in runs]).by_task for runs in found]
     columns = ("task", "questions", *(runs[0]["recipe"] for runs in found))
     rows = []
     for task, reference in scores[0].items():

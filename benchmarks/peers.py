@@ -1,0 +1,226 @@
+"""Ours beside what else there is, at the same bytes on disk: quality, wall time, peak memory.
+
+    python benchmarks/peers.py MODEL 2.56 --recipes recipes/smollm2 --dataset D --heldout H
+
+Recipes of llm-compressor, stock ones and ours, run in this environment; AutoScheme of auto-round
+chooses a mix that its AutoRound then runs; GPTQModel and HQQ run in environments of their own,
+which are made below --work. Each is asked for at most the bytes of uniform GPTQ; HQQ's nearest is 2
+bits in groups of 64 with scales and zero points in 16 bits. Seconds and memory are those of a whole
+process: from reading the model to the written checkpoint. Quality is that of the checkpoint read
+back from disk: for GPTQModel and HQQ by their own code, into a model that transformers runs.
+
+A run that was stopped goes on where it was, as long as --work stays.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import typer
+from common import measured, scores_of, show, write_markdown
+
+from casp_plugin.evaluation.answers import AnswerScores
+from casp_plugin.evaluation.results import compare
+from casp_plugin.models import bytes_on_disk
+
+HERE = Path(__file__).parent
+COLUMNS = (
+    "method",
+    "bytes on disk",
+    "against uniform",
+    "perplexity",
+    "KL",
+    "perplexity ratio",
+    "exact match",
+    "F1",
+    "seconds",
+    "peak memory, GB",
+)
+#: in this order; those whose recipe is not there are left out
+RECIPES = {
+    "uniform": "GPTQ",
+    "mix": "GPTQ, first and last layers at 3 bits",
+    "awq": "AWQ",
+    "autoround": "AutoRound",
+    "casp": "casp + GPTQ",
+    "casp_all": "casp + GPTQ, all components",
+    "hadamard": "casp + GPTQ, Hadamard",
+    "casp_autoround": "casp + AutoRound",
+}
+#: packages of each environment; torch first, or pip takes its CUDA build
+ENVIRONMENTS = {
+    "gptqmodel": ["gptqmodel==7.3.6", "transformers==5.17.0", "requests", "pillow"],
+    "hqq": ["hqq==0.2.8.post1", "transformers==5.17.0"],
+}
+TORCH = "torch==2.13.0"
+
+
+def main(
+    model: str,
+    budget: str,
+    recipes: Path,
+    dataset: str = "bundled",
+    heldout: str = "bundled-heldout",
+    samples: int = 32,
+    heldout_samples: int = 32,
+    max_length: int = 512,
+    work: Path = Path("demo/peers"),
+    table: Path | None = None,
+    only: str = "",
+) -> None:
+    """
+    :param budget: what the recipes' names end with
+    :param only: methods to run now, by commas; the table tells all that were run so far
+    """
+    rows_path = work / "rows.jsonl"
+    done = {}
+    if rows_path.exists():
+        done = {row["key"]: row for row in map(json.loads, rows_path.read_text().splitlines())}
+    evaluation = [heldout, str(heldout_samples), str(max_length)]
+    calibration = ["--dataset", dataset, "--samples", str(samples), "--max-length", str(max_length)]
+    found = []
+
+    def add(name: str, title: str, make) -> None:
+        """Run a method unless it was; ``make`` fills its folder, tells its commands and what to
+        score."""
+        key = f"{model} {budget} {name} {dataset} {samples} {max_length} {evaluation}"
+        wanted = not only or name in only.split(",")
+        if key not in done and wanted:
+            out = work / Path(model).name / f"{name}_{budget}"
+            seconds, memory, scored = make(out)
+            row = {"key": key, "title": title, "seconds": seconds, "memory": memory}
+            row["bytes"] = bytes_on_disk(out)
+            done[key] = row | measured(str(scored), model, evaluation) | {"bytes": row["bytes"]}
+            rows_path.parent.mkdir(parents=True, exist_ok=True)
+            with rows_path.open("a") as file:
+                file.write(json.dumps(done[key]) + "\n")
+        if key in done:
+            found.append(done[key])
+            show(COLUMNS, _rows(found))
+
+    def by_recipe(recipe: Path):
+        def make(out: Path):
+            command = [sys.executable, str(HERE / "compress.py"), model, str(recipe), str(out)]
+            return *_timed([*command, *calibration]), out
+
+        return make
+
+    def by_autoscheme(out: Path):
+        recipe = out.with_suffix(".yaml")
+        start = str(recipes / f"autoround_{budget}.yaml")
+        script = [sys.executable, str(HERE / "autoscheme.py"), model, start, str(recipe), dataset]
+        chosen = _timed([*script, *calibration[2:]])
+        seconds, memory, out = by_recipe(recipe)(out)
+        return seconds + chosen[0], max(memory, chosen[1]), out
+
+    def by_package(package: str, *arguments: str):
+        def make(out: Path):
+            python = _environment(package, work)
+            script = [python, str(HERE / f"peer_{package}.py")]
+            spent = _timed([*script, "quantize", model, str(out), *arguments])
+            dense = out.with_name(f"{out.name}_dense")
+            _timed([*script, "dense", model, str(out), str(dense)])
+            _tokenizer(model, dense)
+            return *spent, dense
+
+        return make
+
+    for name, title in RECIPES.items():
+        recipe = recipes / f"{name}_{budget}.yaml"
+        if recipe.exists():
+            add(name, title, by_recipe(recipe))
+    sees = isinstance(scores_of(found[0]), AnswerScores) if found else False
+    add("hqq", "HQQ, 2.5 bits", by_package("hqq", "2", "64"))
+    if not sees:
+        add("autoscheme", "auto-round's AutoScheme", by_autoscheme)
+        texts = _texts(model, dataset, samples, work / "texts.jsonl")
+        add("gptqmodel", "GPTQModel", by_package("gptqmodel", "2", "32", texts, str(max_length)))
+    if table is not None:
+        packages = ", ".join(pin for pins in ENVIRONMENTS.values() for pin in pins[:1])
+        note = f"Made by `python benchmarks/peers.py {' '.join(sys.argv[1:])}`; {packages};"
+        write_markdown(table, [(COLUMNS, _rows(found))], note)
+
+
+def _timed(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident memory in GB of a command and all that it starts.
+
+    :raises subprocess.CalledProcessError: if it fails
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE.parent / "tests" / "vllm_site"),  # torchvision without CUDA
+        "GPTQMODEL_CPU_WORKERS": "2",  # with fewer it does not start
+    }
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def _environment(package: str, work: Path) -> str:
+    """Python of a package's environment, made if it is not there."""
+    folder = (work / f"venv-{package}").absolute()
+    ready = folder / ".ready"
+    if not ready.exists():
+        pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([*pip, TORCH, "setuptools", "wheel"], check=True)
+        subprocess.run([*pip, "--no-build-isolation", TORCH, *ENVIRONMENTS[package]], check=True)
+        if package == "gptqmodel":
+            subprocess.run([*pip, "--no-deps", "torchvision==0.28.0"], check=True)
+        ready.touch()
+    return str(folder / "bin" / "python")
+
+
+def _texts(model: str, dataset: str, samples: int, path: Path) -> str:
+    """The calibration texts of the others, as a file."""
+    from transformers import AutoTokenizer
+
+    from casp_plugin.sources import load_text
+
+    texts = load_text(dataset, AutoTokenizer.from_pretrained(model), samples)["text"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    return str(path)
+
+
+def _tokenizer(model: str, folder: Path) -> None:
+    from casp_plugin.checkpoint import copy_processor
+
+    copy_processor(model, folder)
+
+
+def _rows(found: list[dict]) -> list[list[str]]:
+    first = found[0]
+    rows = []
+    for row in found:
+        scores = scores_of(row)
+        answers = isinstance(scores, AnswerScores)
+        ratio = ""
+        if row is not first:
+            pair = [scores_of(each).measurements("")[0] for each in (row, first)]
+            change = compare(*pair)
+            ratio = f"{change.change:.3f} [{change.low:.3f}, {change.high:.3f}]"
+        rows.append(
+            [
+                row["title"],
+                f"{row['bytes']:,}",
+                f"{row['bytes'] / first['bytes']:.3f}",
+                f"{scores.perplexity:.2f}",
+                f"{scores.kl or 0:.3f}",
+                ratio,
+                f"{scores.exact_match:.1%}" if answers else "",
+                f"{scores.f1:.1%}" if answers else "",
+                f"{row['seconds']:.0f}",
+                f"{row['memory']:.2f}",
+            ]
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)
