@@ -19,7 +19,8 @@ SMALL_VLM := $(if $(wildcard $(VLM_PARTS)/assemble.py),$(DEMO)/small-vlm/config.
 $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
-.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm bench-sparsity ablation clean
+.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm \
+  bench-sparsity bench-sweep bench-peers bench-peers-vlm report ablation clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -120,6 +121,42 @@ bench-vlm: $(DEMO)/small-vlm/config.json
 bench-sparsity: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/sparsity.py $(<D) $(VLM_PARTS)/data/calib.parquet $(DATA)/calibration.jsonl \
 	  benchmarks/results/sparsity.md benchmarks/results/sparsity.png
+
+# one model at many sizes; tables, pictures and the card of one of them. Pictures of the page take
+# chromium
+SWEEP := $(DEMO)/sweep
+bench-sweep: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(BIN)/casp sweep $(<D) --recipe recipes/smollm2/casp_2.28.yaml \
+	  $(foreach b,2.28 2.56 3.30,--recipe recipes/smollm2/uniform_$(b).yaml) \
+	  --average-bits 2.1,2.28,2.56,3,3.3,4 --dataset $(DATA)/calibration.jsonl \
+	  --heldout $(DATA)/test_public.jsonl --heldout-samples 32 --samples 32 --max-length 512 \
+	  --output $(SWEEP)
+	cp $(SWEEP)/sweep.md benchmarks/results/smollm2_sweep.md
+	cp $(SWEEP)/sweep.png benchmarks/results/smollm2_sweep.png
+
+EVAL = $(BIN)/casp eval $(1) $(SWEEP)/uniform_2.28 $(SWEEP)/casp_2.28 --reference $(<D) \
+  --dataset $(DATA)/test_public.jsonl --samples 32 --max-length 512 --tasks casp_facts,casp_facts_said \
+  --include-path tests/tasks/lm_eval --output $(SWEEP)/$(2).json
+report: $(DEMO)/SmolLM2-135M-Instruct/config.json bench-sweep $(VLLM)/.ready
+	$(call EVAL,$(<D),eval)
+	$(call EVAL,,eval_uniform)
+	$(BIN)/casp bench $(SWEEP)/casp_2.28 --baseline $(<D) --output $(SWEEP)/hf.json
+	$(VLLM_ENV) OMP_NUM_THREADS=2 $(VLLM)/bin/casp bench $(SWEEP)/casp_2.28 --baseline $(<D) \
+	  --engine vllm --output $(SWEEP)/vllm.json
+	$(BIN)/casp report $(SWEEP)/casp_2.28 --eval $(SWEEP)/eval.json --eval $(SWEEP)/eval_uniform.json \
+	  --bench $(SWEEP)/hf.json --bench $(SWEEP)/vllm.json --license apache-2.0
+	cp $(SWEEP)/casp_2.28/README.md benchmarks/results/smollm2_card.md
+	chromium --headless=new --no-sandbox --hide-scrollbars --window-size=1180,1900 \
+	  --screenshot=benchmarks/results/report.png file://$(abspath $(SWEEP))/casp_2.28/report.html
+
+# beside what else there is
+PEERS = $(BIN)/python benchmarks/peers.py $(<D) 2.56 --recipes recipes/$(1) --work $(DEMO)/peers \
+  --table benchmarks/results/$(1)_peers.md
+bench-peers: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	$(call PEERS,smollm2) --dataset $(DATA)/calibration.jsonl --heldout $(DATA)/test_public.jsonl
+bench-peers-vlm: $(DEMO)/small-vlm/config.json
+	$(call PEERS,small_vlm) --dataset $(VLM_PARTS)/data/calib.parquet \
+	  --heldout $(VLM_PARTS)/data/test_public.parquet --samples 256 --heldout-samples 306
 
 # what each choice is worth by itself
 ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from common import measured, scores_of, show, write_markdown
@@ -61,7 +62,7 @@ TORCH = "torch==2.13.0"
 def main(
     model: str,
     budget: str,
-    recipes: Path,
+    recipes: Annotated[Path, typer.Option(help="Folder of recipes.")],
     dataset: str = "bundled",
     heldout: str = "bundled-heldout",
     samples: int = 32,

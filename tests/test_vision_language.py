@@ -180,7 +180,8 @@ def test_drawn(tmp_path):
     """Components have layers and names in common, so each has its own panel."""
     model, _ = compress(tmp_path, "llava", GPTQModifier(), components=["language", "vision"])
     plan = model.casp_plan
-    panels = {axes.get_title(): axes for axes in draw(plan).axes if axes.get_title()}
+    drawn = draw(plan).axes
+    panels = {axes.get_title("left"): axes for axes in drawn if axes.get_title("left")}
     density = "language: attention density"
     names = [title.split(",")[0] for title in panels]
     assert names == ["vision: bits", "language: bits", density, density, density]

@@ -21,7 +21,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:  # where the package only serves
-        _fail(f"{error}: this command needs pip install 'casp-plugin[compress,eval]'")
+        _fail(f"{error}: this command needs pip install 'casp-plugin[compress,eval,report]'")
     except (ValueError, ValidationError, OSError, ImportError) as error:
         _fail(error)
 

@@ -1,5 +1,6 @@
 """The command that makes a model at many sizes."""
 
+import io
 import re
 from pathlib import Path
 from typing import Annotated
@@ -130,8 +131,9 @@ def sweep(
     points = finished(output, {name: lambda name=name: point(name) for name in (model, *wanted)})
     table = frontier_table(points)
     console.print(table)
-    with (output / "sweep.md").open("w") as file:
-        Console(file=file, width=200).print(table)
+    text = Console(file=io.StringIO(), width=1000)
+    text.print(table)
+    (output / "sweep.md").write_text(text.file.getvalue().strip() + "\n")
     draw_frontier(points).savefig(output / "sweep.png", dpi=120)
     console.print(f"Wrote {output}: sweep.md, sweep.png, sweep.json, {len(wanted)} checkpoints")
 

@@ -67,7 +67,7 @@ def draw_grids(grids: list[Grid]) -> Figure:
         axes.set_yticks(range(len(grid.rows)), grid.rows)
         axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=90)
         axes.set_xlabel("layer")
-        axes.set_title(grid.title)
+        axes.set_title(grid.title, loc="left")
         figure.colorbar(image, ticks=grid.ticks, label=grid.label)
         if grid.spec is not None and len(grid.columns) <= _NUMBERED:
             for y, row in enumerate(grid.values):
@@ -139,7 +139,7 @@ def draw_spectra(plan: CompressionPlan) -> Figure | None:
     if not plan.spectra:
         return None
     ranks = {entry.module: (entry.rank, entry.error) for entry in plan.low_rank}
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     colours = Normalize(0, max(1, len(plan.spectra) - 1))
     mapped = axes.scatter([], [], c=[], cmap="viridis", norm=colours)
@@ -161,7 +161,7 @@ def draw_budgets(plan: CompressionPlan) -> Figure | None:
     """Least expected error at other budgets; None where errors are unknown."""
     if not plan.pareto:
         return None
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     for budget in plan.budgets:
         points = [p for p in plan.pareto if p.component == budget.component]

@@ -22,11 +22,10 @@ def draw_frontier(points: Sequence[Point]) -> Figure:
     axes.axhline(original.quality.value, linestyle="--", color="gray")
     axes.annotate(
         f"original, {original.bytes / 1e6:,.0f} MB",
-        (1, original.quality.value),
+        (0, original.quality.value),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
+        xytext=(4, 4),
         textcoords="offset points",
-        ha="right",
     )
     for series in dict.fromkeys(point.series for point in others):
         line = sorted((p for p in others if p.series == series), key=lambda point: point.bytes)
@@ -46,6 +45,8 @@ def draw_frontier(points: Sequence[Point]) -> Figure:
     values = [point.quality.value for point in points]
     if min(values) > 0 and max(values) > 4 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("safetensors, MB (beside points: average bits)")
     axes.set_ylabel(original.quality.metric)
     axes.legend()
@@ -58,7 +59,7 @@ def draw_sizes(breakdown: dict[str, dict[str, int]], original: int | None) -> Fi
     :param breakdown: bytes by component, then by kind
     :param original: bytes of the original model's tensors; None if unknown
     """
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.subplots()
     start = 0.0
     for kind in KINDS:
@@ -72,7 +73,7 @@ def draw_sizes(breakdown: dict[str, dict[str, int]], original: int | None) -> Fi
         rows.append("original")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("MB")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -85,7 +86,7 @@ def draw_changes(comparisons: Sequence[Comparison], against: str) -> Figure | No
     shown = [one for one in comparisons if one.ratio or one.baseline > 0]
     if not shown:
         return None
-    figure = Figure(figsize=(7, 1.3 + 0.32 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(6, 1.3 + 0.32 * len(shown)), layout="constrained")
     axes = figure.subplots()
     colours = {"better": "tab:blue", "worse": "tab:red"}
     for row, one in enumerate(reversed(shown)):
@@ -104,16 +105,19 @@ def draw_changes(comparisons: Sequence[Comparison], against: str) -> Figure | No
     return figure
 
 
-def draw_ratios(ratios: dict[str, float], against: str) -> Figure:
-    """Ratios to a baseline as bars that begin at 1.
+def draw_ratios(ratios: dict[str, float], more_is_better: set[str], against: str) -> Figure:
+    """Ratios to a baseline as bars that begin at 1; blue is better, red is worse.
 
     :param ratios: by what is measured
+    :param more_is_better: of what; of the rest less is
     :param against: the baseline's name
     """
-    figure = Figure(figsize=(7, 1.3 + 0.32 * len(ratios)), layout="constrained")
+    figure = Figure(figsize=(6, 1.3 + 0.32 * len(ratios)), layout="constrained")
     axes = figure.subplots()
     names = list(reversed(ratios))
-    bars = axes.barh(names, [ratios[name] - 1 for name in names], left=1)
+    better = [(ratios[name] > 1) == (name in more_is_better) for name in names]
+    colours = ["tab:blue" if each else "tab:red" for each in better]
+    bars = axes.barh(names, [ratios[name] - 1 for name in names], left=1, color=colours)
     axes.bar_label(bars, [f"x{ratios[name]:.2f}" for name in names], padding=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.15)

@@ -6,6 +6,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from casp_plugin.bench.runs import Speed
 from casp_plugin.drawing import plans, results
 from casp_plugin.report.facts import Facts
 from casp_plugin.report.templates import render
@@ -14,6 +15,8 @@ from casp_plugin.sizes import KINDS
 __all__ = ["page", "quality_rows", "speed_rows"]
 
 Rows = list[list[str]]
+#: share of its size to which a picture can shrink and still be read
+_READABLE = 0.6
 
 
 def page(facts: Facts) -> str:
@@ -43,7 +46,7 @@ def quality_rows(facts: Facts) -> list[tuple[str | None, Rows]]:
             change += f" {_interval(each.low, each.high, spec)}"
             values = f"{each.baseline:.4g}", f"{each.value:.4g}"
             rows.append([each.task, each.metric, *values, change, each.verdict])
-        found.append((name, rows))
+        found.append((short(name), rows))
     for one in (one for one, base in facts.evaluations if base is None):
         rows = [
             [m.task, m.metric, f"{m.value:.4g}", _interval(m.low, m.high, ".4g")]
@@ -60,15 +63,18 @@ def speed_rows(facts: Facts) -> list[tuple[str, str | None, Rows]]:
     for one, base in facts.speeds:
         work = one.workload
         shown = f"{one.rounds[0].prompt_tokens} prompt tokens, {work.new_tokens} new ones"
-        shown += f", batches of {work.batch_size}"
-        about = f"{'transformers' if one.engine == 'hf' else one.engine}, {one.device}, {shown}"
+        about = f"{_engine(one)}, {one.device}, {shown}, batches of {work.batch_size}"
+        ratios = _ratios(one, base) if base else {}
         rows = []
         for name, value, spec, scale in _SPEEDS:
             values = [None if each is None else getattr(each, value) for each in (base, one)]
             cells = ["" if v is None else f"{v * scale:{spec}}" for v in values]
-            ratio = "" if None in values else f"x{values[1] / values[0]:.3f}"
-            rows.append([name, *cells, ratio])
-        found.append((about, base and base.model, rows))
+            middle, *ends = ratios.get(value, (None,))
+            ratio = (
+                "" if middle is None else f"x{middle:.3f} {_interval(*ends or [None] * 2, '.3f')}"
+            )
+            rows.append([name, *cells, ratio.strip()])
+        found.append((about, base and short(base.model), rows))
     return found
 
 
@@ -79,6 +85,21 @@ _SPEEDS = (
     ("peak memory at prefill, GB", "prefill_memory", ".2f", 1e-9),
     ("peak memory, GB", "memory", ".2f", 1e-9),
 )
+
+
+def _ratios(one: Speed, base: Speed) -> dict[str, tuple[float, ...]]:
+    """Ratios to a baseline by what was measured; with the lowest and highest of the rounds where
+    rounds were compared."""
+    found = {}
+    for _, value, *_ in _SPEEDS:
+        pair = getattr(one, value), getattr(base, value)
+        if all(pair):
+            found[value] = (pair[0] / pair[1],)
+    return found | one.against(base)
+
+
+def _engine(speed: Speed) -> str:
+    return {"hf": "transformers", "vllm": "vLLM"}[speed.engine]
 
 
 def _headline(facts: Facts) -> list[tuple[str, str, str]]:
@@ -96,10 +117,11 @@ def _headline(facts: Facts) -> list[tuple[str, str, str]]:
     for name, comparisons in facts.comparisons[:1]:
         first = comparisons[0]
         change = f"x{first.change:.3f}" if first.ratio else f"{first.change:+.3g}"
-        found.append((first.metric, f"{first.value:.4g}", f"{change} against {_short(name)}"))
+        found.append((first.metric, f"{first.value:.4g}", f"{change} against {short(name)}"))
     for one, base in facts.speeds[:1]:
-        against = f"x{one.decode / base.decode:.2f} against {_short(base.model)}" if base else ""
-        found.append(("decode", f"{one.decode:.1f} tokens/s", against))
+        ratio = _ratios(one, base)["decode"][0] if base else None
+        against = f"x{ratio:.2f} against {short(base.model)}" if base else ""
+        found.append((f"tokens/s, {_engine(one)}", f"{one.decode:.1f}", against))
     return found
 
 
@@ -131,12 +153,12 @@ def _figures(facts: Facts):
     """Pictures by name, None where there is nothing to draw."""
     yield "sizes", results.draw_sizes(facts.breakdown, facts.original_bytes)
     for index, (name, comparisons) in enumerate(facts.comparisons):
-        yield f"changes{index}", results.draw_changes(comparisons, _short(name))
+        yield f"changes{index}", results.draw_changes(comparisons, short(name))
     for index, (one, base) in enumerate(facts.speeds):
         if base is not None:
-            pairs = {n: (getattr(one, v), getattr(base, v)) for n, v, *_ in _SPEEDS}
-            ratios = {n.partition(",")[0]: a / b for n, (a, b) in pairs.items() if a and b}
-            yield f"speed{index}", results.draw_ratios(ratios, _short(base.model))
+            names = {value: name.partition(",")[0] for name, value, *_ in _SPEEDS}
+            ratios = {names[value]: each[0] for value, each in _ratios(one, base).items()}
+            yield f"speed{index}", results.draw_ratios(ratios, {"decode"}, short(base.model))
     plan = facts.plan
     if plan is None:
         return
@@ -160,7 +182,7 @@ def _svg(figure: Figure, name: str) -> Markup:
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     width = figure.get_figwidth() * 96
     return Markup(
-        f'<div style="min-width: {0.7 * width:.0f}px; max-width: {width:.0f}px">{svg}</div>'
+        f'<div style="min-width: {_READABLE * width:.0f}px; max-width: {width:.0f}px">{svg}</div>'
     )
 
 
@@ -168,5 +190,6 @@ def _interval(low: float | None, high: float | None, spec: str) -> str:
     return "" if low is None else f"[{low:{spec}}, {high:{spec}}]"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """The last part of a folder or id."""
     return name.rstrip("/").rpartition("/")[2]
