@@ -1,6 +1,7 @@
 """Measurements on disk: what a run measured, for other runs of the same model and data."""
 
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from hashlib import blake2b
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from casp_plugin.attention_maps import AttentionDensity
+from casp_plugin.files import whole_folder
 from casp_plugin.plan import UnitPlan
 from casp_plugin.records import load_records, save_records
 from casp_plugin.statistics import Request, Statistics
@@ -30,11 +31,13 @@ class MeasurementCache:
 
     :param root: folder that may hold the measurements of many models
     :param facts: all that the statistics depend on, as JSON values
+    :param device: where statistics are wanted
     """
 
-    def __init__(self, root: Path | str, facts: dict):
+    def __init__(self, root: Path | str, facts: dict, device: torch.device | str = "cpu"):
         self.folder = Path(root) / _fingerprint(facts)
         self._facts = facts
+        self._device = device
 
     @classmethod
     def of(
@@ -48,11 +51,19 @@ class MeasurementCache:
         """That of a model, data and a request, told apart by their contents.
 
         :param facts: what else the statistics depend on, as JSON values
+        :raises OSError: if nothing can be written below ``root``
         """
+        Path(root).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()  # now rather than when all is measured
         asked = {each.name: getattr(request, each.name) for each in fields(Request)}
         asked = {n: sorted(v) if isinstance(v, frozenset) else v for n, v in asked.items()}
-        contents = {"weights": _model_digest(model), "data": _data_digest(dataloader)}
-        return cls(root, {**facts, **contents, "request": asked})
+        contents = {
+            "config": _fingerprint(model.config.to_json_string(use_diff=False)),
+            "weights": _model_digest(model),
+            "data": _data_digest(dataloader),
+        }
+        device = next(model.parameters()).device
+        return cls(root, {**facts, **contents, "request": asked}, device)
 
     def statistics(self) -> Statistics | None:
         """Those that were kept; None if there are none."""
@@ -61,7 +72,7 @@ class MeasurementCache:
             return None
         logger.info(f"statistics from {self.folder}")
         found = json.loads(index.read_text())
-        tensors = load_file(self.folder / "statistics.safetensors")
+        tensors = load_file(self.folder / "statistics.safetensors", device=str(self._device))
         for name in _TENSORS:  # one object where modules share one
             found[name] = {module: tensors[key] for module, key in found[name].items()}
         found["attention_densities"] = {
@@ -71,23 +82,21 @@ class MeasurementCache:
 
     def keep_statistics(self, statistics: Statistics) -> None:
         """Write them whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         keys: dict[int, str] = {}
         tensors = {}
         found = {each.name: getattr(statistics, each.name) for each in fields(Statistics)}
         for field in _TENSORS:
-            for tensor in found[field].values():
-                key = keys.setdefault(id(tensor), str(len(keys)))
+            for name, tensor in sorted(found[field].items()):
+                key = keys.setdefault(id(tensor), f"{field}/{name}")
                 tensors[key] = tensor.cpu().contiguous()
             found[field] = {name: keys[id(tensor)] for name, tensor in found[field].items()}
         found["attention_densities"] = {
             name: asdict(each) for name, each in statistics.attention_densities.items()
         }
-        partial = self.folder / "statistics.safetensors.partial"
-        save_file(tensors, partial)
-        partial.replace(self.folder / "statistics.safetensors")
-        _write(self.folder / "facts.json", self._facts)
-        _write(self.folder / "statistics.json", found)  # last: it says that all is there
+        with whole_folder(self.folder) as partial:
+            save_file(tensors, partial / "statistics.safetensors")
+            (partial / "facts.json").write_text(json.dumps(self._facts, indent=1))
+            (partial / "statistics.json").write_text(json.dumps(found))
 
     def units(self, facts: dict) -> list[UnitPlan] | None:
         """Units as priced under these facts too; None if they were not.
@@ -108,13 +117,13 @@ class MeasurementCache:
         return self.folder / f"units-{_fingerprint(facts)}.json"
 
 
-def _fingerprint(facts: dict) -> str:
-    """16 hexadecimal digits that change with any of the facts, JSON values."""
+def _fingerprint(facts: dict | str) -> str:
+    """16 hexadecimal digits that change with any of some JSON values."""
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _model_digest(model: nn.Module) -> str:
-    """Changes with any weight of a model, or its name."""
+    """Changes with any weight of a model."""
     digest = blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         _add(digest, name, tensor)
@@ -136,9 +145,3 @@ def _add(digest, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy())
-
-
-def _write(path: Path, values: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(TypeAdapter(dict).dump_json(values, indent=1))
-    partial.replace(path)

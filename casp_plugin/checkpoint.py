@@ -5,11 +5,7 @@ A checkpoint is compressed-tensors' own format. Ours is a section ``casp`` insid
 """
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -19,6 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
+from casp_plugin.files import whole_folder
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 
@@ -32,7 +29,6 @@ __all__ = [
     "read_config",
     "read_section",
     "save_with_plan",
-    "whole_folder",
     "write_config",
 ]
 
@@ -147,30 +143,6 @@ def copy_processor(source: Path | str, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-@contextmanager
-def whole_folder(target: Path | str) -> Iterator[Path]:
-    """A temporary folder beside ``target`` whose files move there once all are written.
-
-    On any failure the temporary folder goes away and ``target`` stays as it was. Files that
-    ``target`` already holds under other names are kept.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield partial
-        if not target.exists():
-            partial.chmod(0o777 & ~_umask())
-            partial.rename(target)
-        else:
-            for path in sorted(partial.iterdir()):
-                if (target / path.name).is_dir():
-                    shutil.rmtree(target / path.name)
-                os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def save_with_plan(
     model: PreTrainedModel, plan: CompressionPlan | None, recipe: str | None = None
 ) -> None:
@@ -198,9 +170,3 @@ def save_with_plan(
                 (partial / RECIPE_NAME).write_text(recipe)
 
     model.save_pretrained = MethodType(save_pretrained, model)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,7 +13,8 @@ from huggingface_hub import save_torch_state_dict
 from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from safetensors import safe_open
 
-from casp_plugin.checkpoint import SECTION, read_config, read_section, whole_folder, write_config
+from casp_plugin.checkpoint import SECTION, read_config, read_section, write_config
+from casp_plugin.files import whole_folder
 from casp_plugin.loading import bare_checkpoint
 from casp_plugin.models import names_in_memory
 from casp_plugin.plan import PLAN_NAME

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter
 
+from casp_plugin.files import write_whole
+
 __all__ = ["load_records", "save_records"]
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -13,10 +15,7 @@ Record = TypeVar("Record", bound=BaseModel)
 
 def save_records(records: Sequence[BaseModel], path: Path) -> None:
     """Write records whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(TypeAdapter(list[type(records[0])]).dump_json(list(records), indent=1))
-    partial.replace(path)
+    write_whole(path, TypeAdapter(list[type(records[0])]).dump_json(list(records), indent=1))
 
 
 def load_records(kind: type[Record], path: Path, command: str) -> list[Record]:

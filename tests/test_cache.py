@@ -1,5 +1,7 @@
 """What was measured is read back as it was, and only for what it was measured on."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import VOCABULARY, save_tiny_model
@@ -71,7 +73,7 @@ def test_statistics_as_they_were(tmp_path):
             assert torch.equal(tensor, expected[module])
     for name in ("output_energies", "influences", "attention_densities", "tokens"):
         assert getattr(found, name) == getattr(statistics, name)
-    assert not list(tmp_path.rglob("*.partial"))
+    assert {path.name for path in tmp_path.iterdir()} == {cache.folder.name}
 
 
 def test_other_budgets_measure_nothing(tmp_path, load_tiny, batches, measured):
@@ -106,15 +108,17 @@ def test_what_changes_is_measured_again(tmp_path, load_tiny, batches, measured):
     assert measured == ["collect", "finish"] * 4
 
 
-def test_statistics_that_were_not_finished(tmp_path, load_tiny, batches, measured):
-    """A run stopped while it wrote them leaves nothing that another would read."""
+def test_statistics_that_were_thrown_away(tmp_path, load_tiny, batches, measured):
+    """Prices may be there without them, or the other way round."""
     expected = plan_recipe(load_tiny(), recipe(tmp_path), batches)
     (written,) = tmp_path.rglob("statistics.json")
-    written.unlink()
-    (written.parent / "statistics.safetensors").write_bytes(b"half")
+    shutil.rmtree(written.parent)
     del measured[:]
     assert plan_recipe(load_tiny(), recipe(tmp_path), batches) == expected
-    assert measured == ["collect"]
+    assert measured == ["collect", "finish"]
+    next(tmp_path.rglob("units-*.json")).unlink()
+    assert plan_recipe(load_tiny(), recipe(tmp_path), batches) == expected
+    assert measured == ["collect", "finish", "finish"]
 
 
 def test_checkpoints_from_a_cache_are_the_same(tmp_path, batches, measured):
@@ -142,7 +146,32 @@ def test_checkpoints_from_a_cache_are_the_same(tmp_path, batches, measured):
         assert all(torch.equal(found[key], weights[0][key]) for key in found)
 
 
-def test_nothing_to_measure_makes_no_folder(tmp_path, load_tiny):
-    cache = MeasurementCache.of(tmp_path / "x", load_tiny(), [], Request(), {})
-    assert cache.statistics() is None
-    assert not (tmp_path / "x").exists()
+def test_a_folder_that_cannot_be_written(load_tiny, batches, measured):
+    with pytest.raises(OSError, match="/dev/null"):
+        plan_recipe(load_tiny(), recipe("/dev/null/cache"), batches)
+    assert measured == []
+
+
+def test_a_config_of_its_own(tmp_path, load_tiny):
+    """What weights do not tell, as the base of rotary embeddings."""
+    model = load_tiny()
+    first = MeasurementCache.of(tmp_path, model, [], Request(), {})
+    assert MeasurementCache.of(tmp_path, load_tiny(), [], Request(), {}).folder == first.folder
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
+    assert MeasurementCache.of(tmp_path, model, [], Request(), {}).folder != first.folder
+
+
+def test_a_run_that_stops_while_it_prices(tmp_path, load_tiny, batches, monkeypatch):
+    """The same modifiers again: what the check before the run does not know is never kept."""
+    modifiers = recipe(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(BitAllocationModifier, "_priced", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            plan_recipe(load_tiny(), modifiers, batches)
+    assert plan_recipe(load_tiny(), modifiers, batches).decided
+
+
+def _interrupted(self, *arguments, original=BitAllocationModifier._priced):
+    if arguments[-1] is not None:  # statistics
+        raise KeyboardInterrupt
+    return original(self, *arguments)

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier
 from casp_plugin.check import check
-from casp_plugin.checkpoint import whole_folder
+from casp_plugin.files import whole_folder
 from casp_plugin.fold import fold
 from casp_plugin.loading import CaspHfQuantizer
 

@@ -104,6 +104,7 @@ def test_folders_of_something_else(tmp_path):
     [
         (["--average-bits", "1.5"], "1.5 cannot be reached"),
         (["--average-bits", "three"], "--average-bits three: numbers are needed"),
+        (["--average-bits", "4", "--text-column", "body"], "has no column 'body'"),
         (["--average-bits", "4", "--max-length", "1"], None),
     ],
 )

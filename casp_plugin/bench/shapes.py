@@ -13,7 +13,8 @@ from llmcompressor.recipe import Recipe
 from torch import nn
 from transformers import AutoConfig
 
-from casp_plugin.checkpoint import copy_processor, save_with_plan, whole_folder
+from casp_plugin.checkpoint import copy_processor, save_with_plan
+from casp_plugin.files import whole_folder
 from casp_plugin.models import bare_model
 from casp_plugin.modifiers import BitAllocationModifier, LowRankQKModifier
 from casp_plugin.modifiers.base import shape_model

@@ -120,7 +120,8 @@ def compress(model: str, recipe, batches, output: Path, seed: int):
     """
     from llmcompressor import oneshot
 
-    from casp_plugin.checkpoint import copy_processor, whole_folder
+    from casp_plugin.checkpoint import copy_processor
+    from casp_plugin.files import whole_folder
     from casp_plugin.models import load_model
     from casp_plugin.modifiers.tracing import check_traceable
 

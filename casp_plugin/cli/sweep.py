@@ -99,10 +99,10 @@ def sweep(
         "max_length": max_length,
         "seed": seed,
     }
-    begin(output, facts, recipe)
     scoring = {"samples": heldout_samples, "max_length": max_length, "stride": max_length}
     processor = load_processor(model)
     batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
+    begin(output, facts, recipe)
 
     def point(name: str) -> Point:
         path, bits = wanted.get(name, (None, None))

@@ -231,11 +231,12 @@ class BitAllocationModifier(CaspModifier):
             self._check_tuned(linears, layers)
         latents = {next(iter(latent.linears)): latent for latent in self._latents}
         facts = self._price_facts(plan, quantizer)
-        priced = self._cache and self._cache.units(facts)
+        cache = None if statistics is None else self._cache
+        priced = cache and cache.units(facts)
         if not priced:
             priced = self._priced(linears, layers, latents, schemes, quantizer, statistics)
-            if self._cache:
-                self._cache.keep_units(priced, facts)
+            if cache:
+                cache.keep_units(priced, facts)
         plan.units = priced
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)

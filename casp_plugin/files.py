@@ -1,0 +1,54 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["whole_folder", "write_whole"]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under a name of its own, then put it in place; folders above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path | str) -> Iterator[Path]:
+    """A temporary folder beside ``target`` whose files move there once all are written.
+
+    On any failure the temporary folder goes away and ``target`` stays as it was. Files that
+    ``target`` already holds under other names are kept.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield partial
+        if not target.exists():
+            partial.chmod(0o777 & ~_umask())
+            partial.rename(target)
+        else:
+            for path in sorted(partial.iterdir()):
+                if (target / path.name).is_dir():
+                    shutil.rmtree(target / path.name)
+                os.replace(path, target / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
