@@ -58,6 +58,10 @@ class _Tensors(Mapping):
         return self.on_disk[some].removesuffix(some.removeprefix(layer))
 
 
+#: files that tell of the checkpoint with factors; the last two are of `casp report`
+_OF_THE_SOURCE = {"config.json", PLAN_NAME, "README.md", "report.html"}
+
+
 def fold(source: Path | str, target: Path | str) -> list[str]:
     """Write a copy of a checkpoint in which every factored layer is one dense weight again.
 
@@ -103,7 +107,7 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
     with whole_folder(target) as partial:
         save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
         for path in source.iterdir():
-            if ".safetensors" not in path.name and path.name not in ("config.json", PLAN_NAME):
+            if ".safetensors" not in path.name and path.name not in _OF_THE_SOURCE:
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, partial / path.name)
         config["quantization_config"] = schemes.without(dense)

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-__all__ = ["LowRankLinear", "named_linears", "skeleton"]
+__all__ = ["LowRankLinear", "named_linears", "skeleton", "stored_tensors"]
 
 
 class LowRankLinear(nn.Module):
@@ -126,6 +126,13 @@ def named_linears(model: nn.Module) -> list[tuple[str, nn.Linear | LowRankLinear
         elif isinstance(module, nn.Linear) and not (factored and name.startswith(factored)):
             found.append((name, module))
     return found
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model stores, by name; tied weights once."""
+    known = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in known}
+    return dict(model.named_parameters()) | buffers
 
 
 def skeleton(model: nn.Module) -> nn.Module:

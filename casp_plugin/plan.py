@@ -91,9 +91,11 @@ class LowRankPlan(_Model):
     :param keep: parameters of the factors over those of the matrix, 1 where dense
     :param error: share of the output energy lost; None if unknown
     :param note: why it stays dense
+    :param component: part of a multimodal model that it lies in
     """
 
     module: str
+    component: str = LANGUAGE
     shape: tuple[int, int]
     rank: int | None
     keep: float
@@ -194,6 +196,7 @@ class CompressionPlan(_Model):
     :param units: every unit that bits were chosen for
     :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
     :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases)
+    :param original_bytes: bytes of all tensors of the model that it was made from
     :param warnings: what a user should know before deploying
     """
 
@@ -210,6 +213,7 @@ class CompressionPlan(_Model):
     units: list[UnitPlan] = Field(default_factory=list)
     pareto: list[ParetoPoint] = Field(default_factory=list)
     other_bytes: int | None = None
+    original_bytes: int | None = None
     warnings: list[str] = Field(default_factory=list)
 
     @property

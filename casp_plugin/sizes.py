@@ -1,6 +1,8 @@
 """What the bytes of a checkpoint are spent on, read from the headers of its files."""
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -26,7 +28,6 @@ KINDS = (
     "other matrices",
     "norms, biases, shapes",
 )
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
 _QUANTIZED = {
     "weight_packed": "codes",
     "weight_scale": "scales",
@@ -54,13 +55,17 @@ def read_headers(folder: Path) -> dict[str, Header]:
 def tensor_bytes(header: Header) -> int:
     """Bytes of a tensor's data."""
     shape, dtype = header
-    return prod(shape) * _BYTES[dtype]
+    bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, BOOL
+    return prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def size_breakdown(folder: Path) -> dict[str, dict[str, int]]:
+def size_breakdown(
+    folder: Path, patterns: Mapping[str, Iterable[str]] | None = None
+) -> dict[str, dict[str, int]]:
     """Bytes of a checkpoint's tensors by component of the model, then by kind.
 
     :param folder: checkpoint folder
+    :param patterns: ``component_patterns`` of the recipe
     :return: kinds are those of ``KINDS``, in that order; what takes nothing is left out
     :raises ValueError: if the folder holds no safetensors file
     """
@@ -72,14 +77,22 @@ def size_breakdown(folder: Path) -> dict[str, dict[str, int]]:
     names = names_in_memory(list(headers), model)
     found: dict[str, Counter] = {}
     for name, header in headers.items():
-        module, _, tensor = names[name].rpartition(".")
-        kind = _QUANTIZED.get(tensor) or special.get(modules.get(module))
+        module = names[name].rpartition(".")[0]
+        kind = _quantized(name, header[1]) or special.get(modules.get(module))
         if kind == "codes" and isinstance(modules.get(module.rpartition(".")[0]), LowRankLinear):
             kind = "codes of factors"
         elif kind is None:
             kind = "other matrices" if len(header[0]) > 1 else "norms, biases, shapes"
-        found.setdefault(component_of(module), Counter())[kind] += tensor_bytes(header)
+        found.setdefault(component_of(module, patterns), Counter())[kind] += tensor_bytes(header)
     return {
         component: {kind: counts[kind] for kind in KINDS if counts[kind]}
         for component, counts in found.items()
     }
+
+
+def _quantized(name: str, dtype: str) -> str | None:
+    """What a tensor of a quantized layer holds, by its name on disk; None if it is of no such."""
+    tensor = name.rpartition(".")[2]
+    if tensor == "weight" and dtype.startswith(("I8", "F8")):  # stored as they are
+        return "codes"
+    return _QUANTIZED.get(tensor)

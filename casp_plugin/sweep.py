@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from casp_plugin.evaluation.results import Evaluation, Measurement
+from casp_plugin.files import write_whole
 from casp_plugin.records import load_records, save_records
 
 __all__ = ["Point", "begin", "finished", "frontier_table"]
@@ -61,17 +62,16 @@ def begin(folder: Path, facts: dict, recipes: Sequence[Path]) -> None:
             f"--output {folder} holds a sweep made otherwise ({'; '.join(changed)}): give it "
             "another folder, or the same settings"
         )
-    copies.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(facts, indent=1) + "\n")
     for recipe in recipes:
-        (copies / recipe.name).write_text(recipe.read_text())
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+        write_whole(copies / recipe.name, recipe.read_text())
 
 
 def finished(folder: Path, make: dict[str, Callable[[], Point]]) -> list[Point]:
     """Make the points that a folder does not have yet, and keep each as soon as it is there.
 
     :param make: makes a point, by its name
-    :return: all of them, in order
+    :return: all of the folder, the first one first, then recipe by recipe by rising size
     """
     path = folder / POINTS_NAME
     kept = load_records(Point, path, "casp sweep") if path.exists() else []
@@ -80,7 +80,9 @@ def finished(folder: Path, make: dict[str, Callable[[], Point]]) -> list[Point]:
         if name not in points:
             points[name] = make_point()
             save_records(list(points.values()), path)
-    return [points[name] for name in make]
+    first, *others = points.values()
+    series = list(dict.fromkeys(point.series for point in others))
+    return [first, *sorted(others, key=lambda point: (series.index(point.series), point.bytes))]
 
 
 def frontier_table(points: Sequence[Point]) -> Table:

@@ -18,7 +18,7 @@ from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifie
 from casp_plugin.bench.engines import Round, TransformersEngine, Workload, answer
 from casp_plugin.bench.memory import peak_memory, reset_peak_memory
 from casp_plugin.bench.runs import Speed, measure, speed_table
-from casp_plugin.bench.shapes import without_data, write_random
+from casp_plugin.bench.shapes import Shapes, without_data
 from casp_plugin.check import check
 from casp_plugin.cli import app
 from casp_plugin.models import bare_model, bytes_on_disk
@@ -156,9 +156,9 @@ def test_random_weights(tiny_llama, tmp_path, family):
     original, made = load_records(Speed, path, "casp bench")
     assert made.bytes_on_disk < original.bytes_on_disk
     assert original.bytes_on_disk == pytest.approx(bytes_on_disk(source), rel=0.02)
-    findings = check(tmp_path / "kept" / "casp")
+    findings = check(tmp_path / "kept" / "bare-casp")
     assert all(finding.passed is not False for finding in findings)
-    plan = CompressionPlan.load(tmp_path / "kept" / "casp")
+    plan = CompressionPlan.load(tmp_path / "kept" / "bare-casp")
     assert 4.9 < plan.reached_bits <= 5
     assert all(entry.rank == 16 for entry in plan.low_rank)
 
@@ -176,10 +176,16 @@ def test_recipes_that_data_would_decide():
     assert without_data([LowRankQKModifier()])[0].keep == 0.25
 
 
-def test_random_weights_without_bits(tiny_llama, tmp_path):
+def test_random_weights_without_bits(tiny_llama):
     with pytest.raises(ValueError, match="has no BitAllocationModifier"):
-        write_random(tiny_llama, tmp_path / "x", RECIPE.replace("BitAlloc", "#"))
-    assert not (tmp_path / "x").exists()
+        Shapes.of(tiny_llama, RECIPE.replace("BitAlloc", "#"))
+
+
+def test_random_weights_with_rotations(tiny_llama, tmp_path):
+    rotation = "QuIPModifier: {rotations: [v], transform_type: hadamard}\n    GPTQModifier"
+    Shapes.of(tiny_llama, RECIPE.replace("GPTQModifier", rotation)).write(tmp_path / "x")
+    assert all(finding.passed is not False for finding in check(tmp_path / "x"))
+    assert "transform_config" in (tmp_path / "x" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

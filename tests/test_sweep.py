@@ -63,6 +63,9 @@ def test_sizes_of_one_model(tiny_llama, files, monkeypatch):  # noqa: F811
     result = casp(*arguments(tiny_llama, files, "--average-bits", "4.5"))  # one more, later
     assert result.exit_code == 0, result.output
     assert len(collected) == 1
+    rows = (files / "sweep" / "sweep.md").read_text().strip().splitlines()
+    assert "recipe_4.5" in rows[4]
+    assert len(rows) == 3 + len(points)
 
 
 def test_stopped_sweeps_go_on(tmp_path):
@@ -82,7 +85,9 @@ def test_stopped_sweeps_go_on(tmp_path):
         finished(tmp_path, wanted)
     assert [each.name for each in finished(tmp_path, wanted)] == ["a", "b", "c"]
     assert made == ["a", "b", "c", "c"]
-    assert [each.name for each in finished(tmp_path, {n: wanted[n] for n in "ca"})] == ["c", "a"]
+    assert [each.name for each in finished(tmp_path, {"a": wanted["a"]})] == ["a", "b", "c"]
+    again = {"b": lambda: point("b"), "d": lambda: point("d", bytes_=0)}
+    assert [each.name for each in finished(tmp_path, again)] == ["a", "d", "b", "c"]  # by size
 
 
 def test_folders_of_something_else(tmp_path):
@@ -105,6 +110,7 @@ def test_folders_of_something_else(tmp_path):
         (["--average-bits", "1.5"], "1.5 cannot be reached"),
         (["--average-bits", "three"], "--average-bits three: numbers are needed"),
         (["--average-bits", "4", "--text-column", "body"], "has no column 'body'"),
+        (["--average-bits", "4", "--heldout", "nowhere.jsonl"], "cannot read dataset"),
         (["--average-bits", "4", "--max-length", "1"], None),
     ],
 )

@@ -2,6 +2,7 @@
 hand."""
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import QuIPModifier
 from llmcompressor.recipe import Recipe
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from casp_plugin.checkpoint import copy_processor, save_with_plan
 from casp_plugin.files import whole_folder
@@ -21,42 +23,61 @@ from casp_plugin.modifiers.base import shape_model
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.schemes import weight_args
 
-__all__ = ["without_data", "write_random"]
+__all__ = ["Shapes", "without_data"]
 
 #: share of the q/k parameters that factors keep where a recipe leaves it to the data
 KEEP = 0.25
 _OBSERVER = "memoryless_minmax"
 
 
-def write_random(source: str, folder: Path, recipe: str | None = None) -> None:
-    """Write a checkpoint with random weights.
+@dataclass
+class Shapes:
+    """A model to make up.
 
-    :param source: folder with a ``config.json``, and files of tokenizer and processor for what
-        takes images; or a Hugging Face id
-    :param folder: to write, whole or not at all
-    :param recipe: of casp, for a compressed one, see :func:`without_data`; None for the model as
-        it is
-    :raises ValueError: if the recipe cannot work on this model
+    :param source: folder or Hugging Face id of its config
+    :param bare: the model on the meta device, with factors where a recipe puts them
+    :param plan: what the recipe makes of it; None for the model as it is
+    :param transforms: modifiers of the recipe that rotate inputs
     """
-    config = AutoConfig.from_pretrained(source)
-    config.dtype = config.dtype or torch.bfloat16
-    bare, plan = bare_model(config), None
-    bare.config._name_or_path = source
-    if recipe is not None:
+
+    source: str
+    bare: PreTrainedModel
+    plan: CompressionPlan | None = None
+    transforms: list[Modifier] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: str, recipe: str | None = None) -> "Shapes":
+        """
+        :param source: folder with a ``config.json``, and files of tokenizer and processor for what
+            takes images; or a Hugging Face id
+        :param recipe: of casp, see :func:`without_data`; None for the model as it is
+        :raises ValueError: if the recipe cannot work on this model
+        """
+        config = AutoConfig.from_pretrained(source)
+        config.dtype = config.dtype or torch.bfloat16
+        bare = bare_model(config)
+        bare.config._name_or_path = source
+        if recipe is None:
+            return cls(source, bare)
         modifiers = without_data(Recipe.create_instance(recipe).modifiers)
         bare, plan = shape_model(bare, modifiers)
-    model = bare.to_empty(device="cpu").requires_grad_(False)
-    _fill(model)
-    model.tie_weights()
-    if plan is not None:
         if not plan.decided:
             raise ValueError(f"{recipe} has no BitAllocationModifier, so that nothing is quantized")
-        symmetric = plan.settings["BitAllocationModifier"]["symmetric"]
-        oneshot(model=model, recipe=[QuantizationModifier(config_groups=_groups(plan, symmetric))])
-        save_with_plan(model, plan)
-    with whole_folder(folder) as partial:
-        model.save_pretrained(partial)
-        copy_processor(source, partial)
+        transforms = [each for each in modifiers if isinstance(each, QuIPModifier)]
+        return cls(source, bare, plan, transforms)
+
+    def write(self, folder: Path) -> None:
+        """Write a checkpoint with random weights, whole or not at all; ``bare`` is used up."""
+        model = self.bare.to_empty(device="cpu").requires_grad_(False)
+        _fill(model)
+        model.tie_weights()
+        if self.plan is not None:
+            rounding = QuantizationModifier(config_groups=_groups(self.plan))
+            oneshot(model=model, recipe=[*self.transforms, rounding])
+            save_with_plan(model, self.plan)
+        with whole_folder(folder) as partial:
+            model.save_pretrained(partial)
+            copy_processor(self.source, partial)
 
 
 def without_data(modifiers: list[Modifier]) -> list[Modifier]:
@@ -86,8 +107,9 @@ def _fill(model: nn.Module) -> None:
         buffer.zero_()
 
 
-def _groups(plan: CompressionPlan, symmetric: bool) -> dict[str, QuantizationScheme]:
+def _groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:
     """The schemes of a plan, rounding to nearest."""
+    symmetric = plan.settings["BitAllocationModifier"]["symmetric"]
     targets, sizes = defaultdict(list), {}
     for unit in plan.units:
         targets[unit.choice.bits] += unit.modules

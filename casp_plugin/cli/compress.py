@@ -57,6 +57,8 @@ def plan(
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
 
+    if cache is not None and dataset is None:
+        raise ValueError("--cache keeps what is measured, which takes --dataset")
     bare = skeleton(model)  # refuses a quantized model before its weights are read
     if dataset is None:
         made = plan_recipe(bare, str(recipe))

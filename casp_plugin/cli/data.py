@@ -37,6 +37,15 @@ class DataSource:
         console.print(f"{self.dataset} has no column {shown!r}: text alone")
         return False
 
+    def read(self, config, processor, samples: int, seed: int, **more):
+        """Questions about images where the model sees and the dataset has any, else texts.
+
+        :param more: of ``conversations``
+        """
+        if self.shows_images(config):
+            return self.conversations(samples, seed, **more)
+        return self.texts(getattr(processor, "tokenizer", processor), samples, seed)
+
     def conversations(self, samples: int, seed: int, **more):
         """Questions about images, shuffled."""
         from casp_plugin.image_text import load_conversations

@@ -237,14 +237,16 @@ def bench(
 
 def _random_models(source: str, recipe: Path | None, folder: Path) -> list[str]:
     """Checkpoints with random weights: the model as it is, and as a recipe leaves it."""
-    from casp_plugin.bench.shapes import write_random
+    from casp_plugin.bench.shapes import Shapes
 
-    wanted = {folder / "original": None}
+    name = source.rstrip("/").rpartition("/")[2]
+    wanted = {folder / name: Shapes.of(source)}
     if recipe is not None:
-        wanted[folder / recipe.stem] = recipe
-    for target, made_by in wanted.items():
-        if not target.exists():
-            write_random(source, target, made_by and str(made_by))
+        wanted[folder / f"{name}-{recipe.stem}"] = Shapes.of(source, str(recipe))
+    for target, shapes in wanted.items():
+        if target.exists():
+            raise ValueError(f"--keep {folder} holds {target.name} already")
+        shapes.write(target)
     return list(map(str, wanted))
 
 

@@ -35,22 +35,20 @@ def report(
     ] = False,
 ) -> None:
     """Write one HTML page about a checkpoint, and its model card, OUT/README.md."""
-    from huggingface_hub import ModelCard
-
-    from casp_plugin.report.card import TAG, card
+    from casp_plugin.files import write_whole
+    from casp_plugin.report.card import MARK, card
     from casp_plugin.report.facts import read_facts
     from casp_plugin.report.page import page
 
     path = checkpoint / CARD_NAME
-    mine = overwrite or not path.exists() or TAG in (ModelCard.load(path).data.tags or [])
+    mine = overwrite or not path.exists() or MARK in path.read_text()
     facts = read_facts(checkpoint, evals or [], benches or [])
     made = page(facts)
     target = output or checkpoint / PAGE_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(made)
+    write_whole(target, made)
     console.print(f"Wrote {target}, {len(made.encode()) / 1e6:.1f} MB")
     if mine:
-        card(facts, license).save(path)
+        write_whole(path, str(card(facts, license)))
         console.print(f"Wrote {path}")
     else:
         console.print(f"{path} is not of casp and stays: --overwrite replaces it")

@@ -68,6 +68,7 @@ def sweep(
     """Compress a model to many sizes and score each: what is measured of it is measured once."""
     from casp_plugin.drawing.results import draw_frontier
     from casp_plugin.evaluation.results import Evaluation
+    from casp_plugin.files import write_whole
     from casp_plugin.machine import installed_versions
     from casp_plugin.models import bytes_on_disk, load_model
     from casp_plugin.modifiers import plan_recipe
@@ -79,12 +80,11 @@ def sweep(
     bare = skeleton(model)
     wanted: dict[str, tuple[Path, float | None]] = {}
     for path in recipe:
-        if not allocates_bits(load_recipe(path)):
-            wanted[path.stem] = (path, None)
-            continue
-        for bits in budgets:
-            plan_recipe(bare, load_recipe(path, bits))  # what cannot be reached is said now
-            name = f"{_series(path)}_{bits:g}"
+        allocates = allocates_bits(load_recipe(path))
+        for bits in budgets if allocates else [None]:
+            if allocates:
+                plan_recipe(bare, load_recipe(path, bits))  # what cannot be reached is said now
+            name = f"{_series(path)}_{str(bits).removesuffix('.0')}" if allocates else path.stem
             if wanted.setdefault(name, (path, bits))[0] != path:
                 raise ValueError(f"--recipe: {path} and {wanted[name][0]} both make {name}")
 
@@ -102,6 +102,7 @@ def sweep(
     scoring = {"samples": heldout_samples, "max_length": max_length, "stride": max_length}
     processor = load_processor(model)
     batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
+    judged.read(bare.config, processor, heldout_samples, seed)  # that it can be read at all
     begin(output, facts, recipe)
 
     def point(name: str) -> Point:
@@ -131,10 +132,11 @@ def sweep(
     points = finished(output, {name: lambda name=name: point(name) for name in (model, *wanted)})
     table = frontier_table(points)
     console.print(table)
-    text = Console(file=io.StringIO(), width=1000)
+    text, picture = Console(file=io.StringIO(), width=1000), io.BytesIO()
     text.print(table)
-    (output / "sweep.md").write_text(text.file.getvalue().strip() + "\n")
-    draw_frontier(points).savefig(output / "sweep.png", dpi=120)
+    draw_frontier(points).savefig(picture, dpi=120)
+    write_whole(output / "sweep.md", text.file.getvalue().strip() + "\n")
+    write_whole(output / "sweep.png", picture.getvalue())
     console.print(f"Wrote {output}: sweep.md, sweep.png, sweep.json, {len(wanted)} checkpoints")
 
 

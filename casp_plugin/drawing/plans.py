@@ -108,11 +108,15 @@ def cost_grids(plan: CompressionPlan) -> list[Grid]:
 
 
 def rank_grids(plan: CompressionPlan) -> list[Grid]:
-    """Ranks of what was factored; empty where nothing was."""
-    cells = {_cell(e.module): math.nan if e.rank is None else e.rank for e in plan.low_rank}
-    if all(map(math.isnan, cells.values())):
-        return []
-    return [_grid("rank of the factors (white: dense)", cells, "rank", None, spec="g")]
+    """Ranks of what was factored, a grid for each component that has any."""
+    grids = []
+    for component in dict.fromkeys(entry.component for entry in plan.low_rank):
+        entries = [entry for entry in plan.low_rank if entry.component == component]
+        cells = {_cell(e.module): math.nan if e.rank is None else e.rank for e in entries}
+        if not all(map(math.isnan, cells.values())):
+            title = f"{component}: rank of the factors (white: dense)"
+            grids.append(_grid(title, cells, "rank", None, spec="g"))
+    return grids
 
 
 def density_grids(plan: CompressionPlan) -> list[Grid]:

@@ -25,7 +25,7 @@ from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
 from casp_plugin.modifiers.tracing import check_traceable
-from casp_plugin.modules import LowRankLinear, skeleton
+from casp_plugin.modules import LowRankLinear, skeleton, stored_tensors
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.statistics import Request, Statistics, collect
 from casp_plugin.transforms import check_transforms, input_block
@@ -344,6 +344,7 @@ def _new_plan(model: nn.Module) -> CompressionPlan:
         model=getattr(model, "name_or_path", "") or type(model).__name__,
         versions={name: version(name) for name in _RECORDED},
         seed=torch.initial_seed(),
+        original_bytes=sum(tensor.nbytes for tensor in stored_tensors(model).values()),
     )
 
 

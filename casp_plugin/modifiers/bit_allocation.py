@@ -24,7 +24,7 @@ from casp_plugin.modifiers.quantizer import (
     rounds_to_nearest,
     tunes_layers,
 )
-from casp_plugin.modules import LowRankLinear
+from casp_plugin.modules import LowRankLinear, stored_tensors
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, stored_shapes
 from casp_plugin.schemes import weight_args
@@ -380,7 +380,9 @@ class BitAllocationModifier(CaspModifier):
             latent = latents.get(names[0])
             if latent is not None:
                 rank = unit.choice.rank
-                install(model, plan, latent, rank, None if rank else "dense is the better choice")
+                install(
+                    self, model, plan, latent, rank, None if rank else "dense is the better choice"
+                )
                 unit.modules = stored_shapes({name: model.get_submodule(name) for name in names})
 
     def _check_tuned(self, linears: dict[str, nn.Module], layers: list[str]) -> None:
@@ -495,7 +497,5 @@ def _other_bytes(
 ) -> int:
     """Bytes of all tensors that a checkpoint stores beside the units' weights."""
     units = {f"{name}.weight" for unit in plan.units for name in unit.modules}
-    stored = dict(model.named_parameters())  # tied weights once
-    stored |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    stored |= stored_transforms(transforms, model)
+    stored = stored_tensors(model) | stored_transforms(transforms, model)
     return sum(t.numel() * t.dtype.itemsize for name, t in stored.items() if name not in units)

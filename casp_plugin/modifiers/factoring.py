@@ -17,6 +17,7 @@ __all__ = ["install", "point_awq"]
 
 
 def install(
+    modifier: CaspModifier,
     model: nn.Module,
     plan: CompressionPlan,
     latent: Latent,
@@ -25,6 +26,7 @@ def install(
 ) -> None:
     """Replace the layers of a latent by factors of this rank, and record it.
 
+    :param modifier: which does it
     :param rank: None to leave them dense
     :param note: what to say about it in the plan
     """
@@ -34,6 +36,7 @@ def install(
         plan.low_rank.append(
             LowRankPlan(
                 module=name,
+                component=modifier.component_of(name),
                 shape=(linear.out_features, linear.in_features),
                 rank=rank,
                 keep=latent.kept(rank),

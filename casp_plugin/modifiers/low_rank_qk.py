@@ -169,7 +169,7 @@ class LowRankQKModifier(CaspModifier):
             note = None
             if rank is not None and (latent.kept(rank) >= 1 or rank > min(latent.shape)):
                 rank, note = None, f"factors of rank {rank} would not be smaller"
-            install(model, plan, latent, rank, note)
+            install(self, model, plan, latent, rank, note)
         point_awq(self, model, following)
         if self.ranks is None and plan.kept > 1.25 * self.keep:
             plan.warnings.append(

@@ -4,13 +4,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from casp_plugin.models import is_multimodal
 from casp_plugin.report.facts import Facts
-from casp_plugin.report.page import quality_rows, speed_rows
+from casp_plugin.report.page import conditions, quality_rows, speed_rows
 from casp_plugin.report.templates import render
 
-__all__ = ["TAG", "card"]
+__all__ = ["MARK", "card"]
 
-#: tag by which a card that was made here is known
-TAG = "casp"
+#: by what a card that was made here is known
+MARK = "<!-- written by casp report -->"
 
 
 def card(facts: Facts, license: str | None = None) -> ModelCard:
@@ -28,8 +28,7 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
             metric_type=each.metric,
             metric_value=each.value,
         )
-        for one, _ in facts.evaluations
-        for each in one.measurements
+        for each in facts.measurements
     ]
     base = {"base_model": facts.base_id, "base_model_relation": "quantized"}
     data = ModelCardData(
@@ -37,17 +36,19 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
         license=license,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if sees else "text-generation",
-        tags=[TAG, "compressed-tensors", "vllm", "llm-compressor", "quantized"],
+        tags=["casp"] * facts.by_casp + ["compressed-tensors", "vllm", "quantized"],
         model_name=facts.name,
         eval_results=results or None,
     )
     text = render(
         "card.md.j2",
         card_data=data.to_yaml(),
+        mark=MARK,
         facts=facts,
         plan=facts.plan,
         sees=sees,
         quality=quality_rows(facts),
+        conditions=conditions(facts),
         speed=speed_rows(facts),
     )
     return ModelCard(text)

@@ -7,11 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import torch
-
 from casp_plugin.bench.runs import Speed
-from casp_plugin.checkpoint import RECIPE_NAME, read_config
-from casp_plugin.evaluation.results import Comparison, Evaluation, compare_all
+from casp_plugin.checkpoint import RECIPE_NAME, SECTION, read_config
+from casp_plugin.evaluation.results import Comparison, Evaluation, Measurement, compare_all
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.records import load_records
 from casp_plugin.sizes import size_breakdown
@@ -41,6 +39,11 @@ class Facts:
     speeds: list[tuple[Speed, Speed | None]]
 
     @property
+    def by_casp(self) -> bool:
+        """Whether a casp modifier made it, so that it needs this package to be served."""
+        return self.plan is not None or SECTION in self.config["quantization_config"]
+
+    @property
     def name(self) -> str:
         return self.folder.resolve().name
 
@@ -62,17 +65,20 @@ class Facts:
 
     @property
     def original_bytes(self) -> int | None:
-        """Bytes of the original model's tensors, in the checkpoint's dtype; None if unknown."""
-        if self.plan is None or not self.plan.units or self.plan.other_bytes is None:
-            return None
-        dtype = getattr(torch, self.config.get("dtype") or "bfloat16")
-        return self.plan.other_bytes + self.plan.weights * dtype.itemsize
+        """Bytes of the original model's tensors; None if unknown."""
+        return self.plan and self.plan.original_bytes
 
     @cached_property
     def comparisons(self) -> list[tuple[str, list[Comparison]]]:
         """Quality against each baseline, by its name."""
         pairs = [(one, base) for one, base in self.evaluations if base is not None]
         return [(base.model, compare_all(one, base)) for one, base in pairs]
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """All that was measured of its quality, each once."""
+        found = {(m.task, m.metric): m for one, _ in self.evaluations for m in one.measurements}
+        return list(found.values())
 
     @property
     def warnings(self) -> list[str]:
@@ -87,18 +93,32 @@ def read_facts(folder: Path, evals: Sequence[Path] = (), benches: Sequence[Path]
     :raises ValueError: if the folder is no quantized checkpoint, or a file is about other models
     """
     config = read_config(folder)
-    if not config.get("quantization_config"):
-        raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method != "compressed-tensors":
+        raise ValueError(
+            f"{folder} is no checkpoint of compressed-tensors: quant_method in config.json is "
+            f"{method!r}"
+        )
     recipe = folder / RECIPE_NAME
+    plan = CompressionPlan.load(folder) if (folder / PLAN_NAME).exists() else None
     return Facts(
         folder=folder,
         config=config,
-        plan=CompressionPlan.load(folder) if (folder / PLAN_NAME).exists() else None,
+        plan=plan,
         recipe=recipe.read_text() if recipe.exists() else None,
-        breakdown=size_breakdown(folder),
+        breakdown=size_breakdown(folder, _patterns(plan)),
         evaluations=[_about(folder, path, Evaluation, "casp eval") for path in evals],
         speeds=[_about(folder, path, Speed, "casp bench") for path in benches],
     )
+
+
+def _patterns(plan: CompressionPlan | None) -> dict[str, list[str]]:
+    """``component_patterns`` of the modifiers that made a plan."""
+    found: dict[str, list[str]] = {}
+    for settings in plan.settings.values() if plan else ():
+        for component, patterns in settings.get("component_patterns", {}).items():
+            found.setdefault(component, []).extend(patterns)
+    return found
 
 
 class _Record(Protocol):

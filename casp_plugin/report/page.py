@@ -12,7 +12,7 @@ from casp_plugin.report.facts import Facts
 from casp_plugin.report.templates import render
 from casp_plugin.sizes import KINDS
 
-__all__ = ["page", "quality_rows", "speed_rows"]
+__all__ = ["conditions", "page", "quality_rows", "speed_rows"]
 
 Rows = list[list[str]]
 #: share of its size to which a picture can shrink and still be read
@@ -28,6 +28,7 @@ def page(facts: Facts) -> str:
         headline=_headline(facts),
         kinds=_kind_rows(facts),
         quality=quality_rows(facts),
+        conditions=conditions(facts),
         speed=speed_rows(facts),
         units=_unit_rows(facts),
         figures={name: _svg(figure, name) for name, figure in _figures(facts) if figure},
@@ -36,7 +37,7 @@ def page(facts: Facts) -> str:
 
 def quality_rows(facts: Facts) -> list[tuple[str | None, Rows]]:
     """Baseline's name and rows of each evaluation: task, metric, baseline, value, change, verdict.
-    Then those without a baseline: task, metric, value, interval."""
+    Then what no baseline was measured by: task, metric, value, interval."""
     found = []
     for name, comparisons in facts.comparisons:
         rows = []
@@ -47,13 +48,21 @@ def quality_rows(facts: Facts) -> list[tuple[str | None, Rows]]:
             values = f"{each.baseline:.4g}", f"{each.value:.4g}"
             rows.append([each.task, each.metric, *values, change, each.verdict])
         found.append((short(name), rows))
-    for one in (one for one, base in facts.evaluations if base is None):
-        rows = [
-            [m.task, m.metric, f"{m.value:.4g}", _interval(m.low, m.high, ".4g")]
-            for m in one.measurements
-        ]
-        found.append((None, rows))
-    return found
+    compared = {(each.task, each.metric) for _, many in facts.comparisons for each in many}
+    rows = [
+        [one.task, one.metric, f"{one.value:.4g}", _interval(one.low, one.high, ".4g")]
+        for one in facts.measurements
+        if (one.task, one.metric) not in compared
+    ]
+    return [*found, (None, rows)] if rows else found
+
+
+def conditions(facts: Facts) -> list[str]:
+    """What each evaluation was made by, in words."""
+    return [
+        ", ".join(f"{name} {value}" for name, value in one.settings.items() if value is not None)
+        for one, _ in facts.evaluations
+    ]
 
 
 def speed_rows(facts: Facts) -> list[tuple[str, str | None, Rows]]:
