@@ -28,10 +28,10 @@ def quantize(name: str, out: str, bits: str, group_size: str, texts: str, max_le
 
 def dense(name: str, out: str, target: str) -> None:
     stored = GPTQModel.load(out, device="cpu", backend=BACKEND.TORCH).model
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     for path, module in stored.named_modules():
         if hasattr(module, "dequantize_weight"):
-            weight = module.dequantize_weight().float().T
+            weight = module.dequantize_weight().T.to(torch.bfloat16)
             model.get_submodule(path).weight.data = weight.contiguous()
     model.save_pretrained(target)
 

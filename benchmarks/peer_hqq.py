@@ -34,7 +34,7 @@ def layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     }
 
 
-def quantize(name: str, out: str, bits: str, group_size: str) -> None:
+def quantize(name: str, out: str, bits: str, group_size: str, *_calibration: str) -> None:
     model = load(name)
     config = BaseQuantizeConfig(nbits=int(bits), group_size=int(group_size))
     for path, linear in layers(model).items():

@@ -4,10 +4,10 @@
 
 Recipes of llm-compressor, stock ones and ours, run in this environment; AutoScheme of auto-round
 chooses a mix that its AutoRound then runs; GPTQModel and HQQ run in environments of their own,
-which are made below --work. Each is asked for at most the bytes of uniform GPTQ; HQQ's nearest is 2
-bits in groups of 64 with scales and zero points in 16 bits. Seconds and memory are those of a whole
-process: from reading the model to the written checkpoint. Quality is that of the checkpoint read
-back from disk: for GPTQModel and HQQ by their own code, into a model that transformers runs.
+which are made below --work, at what is nearest to the bytes of uniform GPTQ. Seconds and memory are
+those of a whole process: from reading the model to the written checkpoint. Quality is that of the
+checkpoint read back from disk: for GPTQModel and HQQ by their own code, into a model that
+transformers runs.
 
 A run that was stopped goes on where it was, as long as --work stays.
 """
@@ -22,10 +22,13 @@ from typing import Annotated
 
 import typer
 from common import measured, scores_of, show, write_markdown
+from transformers import AutoConfig, AutoTokenizer
 
+from casp_plugin.checkpoint import copy_processor
 from casp_plugin.evaluation.answers import AnswerScores
 from casp_plugin.evaluation.results import compare
-from casp_plugin.models import bytes_on_disk
+from casp_plugin.models import bytes_on_disk, is_multimodal
+from casp_plugin.sources import load_text
 
 HERE = Path(__file__).parent
 COLUMNS = (
@@ -57,6 +60,15 @@ ENVIRONMENTS = {
     "hqq": ["hqq==0.2.8.post1", "transformers==5.17.0"],
 }
 TORCH = "torch==2.13.0"
+#: bits and group size of each package by budget, and what it is called; HQQ's scales and zero
+#: points take 16 bits each
+NEAREST = {
+    "2.56": {
+        "hqq": (2, 64, "HQQ, 2 bits, groups of 64"),
+        "gptqmodel": (2, 32, "GPTQModel, 2 bits, groups of 32"),
+    },
+    "3.30": {"gptqmodel": (3, 64, "GPTQModel, 3 bits, groups of 64")},
+}
 
 
 def main(
@@ -76,25 +88,30 @@ def main(
     :param budget: what the recipes' names end with
     :param only: methods to run now, by commas; the table tells all that were run so far
     """
+    sees = is_multimodal(AutoConfig.from_pretrained(model))
     rows_path = work / "rows.jsonl"
     done = {}
     if rows_path.exists():
         done = {row["key"]: row for row in map(json.loads, rows_path.read_text().splitlines())}
     evaluation = [heldout, str(heldout_samples), str(max_length)]
+    work = work.resolve()
     calibration = ["--dataset", dataset, "--samples", str(samples), "--max-length", str(max_length)]
     found = []
 
-    def add(name: str, title: str, make) -> None:
-        """Run a method unless it was; ``make`` fills its folder, tells its commands and what to
-        score."""
-        key = f"{model} {budget} {name} {dataset} {samples} {max_length} {evaluation}"
+    def add(name: str, title: str, make, facts: str) -> None:
+        """Run a method unless it was.
+
+        :param make: fills a folder; tells seconds, peak memory, and the folder to score
+        :param facts: what the result depends on beside the arguments
+        """
+        key = f"{model} {budget} {name} {dataset} {samples} {max_length} {evaluation} {facts}"
         wanted = not only or name in only.split(",")
         if key not in done and wanted:
             out = work / Path(model).name / f"{name}_{budget}"
             seconds, memory, scored = make(out)
-            row = {"key": key, "title": title, "seconds": seconds, "memory": memory}
-            row["bytes"] = bytes_on_disk(out)
-            done[key] = row | measured(str(scored), model, evaluation) | {"bytes": row["bytes"]}
+            row = {"key": key, "name": name, "title": title, "seconds": seconds, "memory": memory}
+            scores = measured(str(scored), model, evaluation)
+            done[key] = row | scores | {"bytes": bytes_on_disk(out)}
             rows_path.parent.mkdir(parents=True, exist_ok=True)
             with rows_path.open("a") as file:
                 file.write(json.dumps(done[key]) + "\n")
@@ -110,21 +127,24 @@ def main(
         return make
 
     def by_autoscheme(out: Path):
-        recipe = out.with_suffix(".yaml")
-        start = str(recipes / f"autoround_{budget}.yaml")
-        script = [sys.executable, str(HERE / "autoscheme.py"), model, start, str(recipe), dataset]
-        chosen = _timed([*script, *calibration[2:]])
+        recipe = out.with_name(f"{out.name}.yaml")
+        texts = _texts(model, dataset, samples, work / "texts.jsonl")
+        script = [sys.executable, str(HERE / "autoscheme.py")]
+        chosen = _timed([*script, model, str(start), str(recipe), texts, *calibration[2:]])
         seconds, memory, out = by_recipe(recipe)(out)
         return seconds + chosen[0], max(memory, chosen[1]), out
 
-    def by_package(package: str, *arguments: str):
+    def by_package(package: str, bits: int, group_size: int):
         def make(out: Path):
             python = _environment(package, work)
             script = [python, str(HERE / f"peer_{package}.py")]
-            spent = _timed([*script, "quantize", model, str(out), *arguments])
+            texts = [] if sees else [_texts(model, dataset, samples, work / "texts.jsonl")]
+            source = str(Path(model).resolve()) if Path(model).exists() else model
+            settings = [str(bits), str(group_size), *texts, str(max_length)]
+            spent = _timed([*script, "quantize", source, str(out), *settings], work)
             dense = out.with_name(f"{out.name}_dense")
-            _timed([*script, "dense", model, str(out), str(dense)])
-            _tokenizer(model, dense)
+            _timed([*script, "dense", source, str(out), str(dense)], work)
+            copy_processor(model, dense)
             return *spent, dense
 
         return make
@@ -132,22 +152,24 @@ def main(
     for name, title in RECIPES.items():
         recipe = recipes / f"{name}_{budget}.yaml"
         if recipe.exists():
-            add(name, title, by_recipe(recipe))
-    sees = isinstance(scores_of(found[0]), AnswerScores) if found else False
-    add("hqq", "HQQ, 2.5 bits", by_package("hqq", "2", "64"))
-    if not sees:
-        add("autoscheme", "auto-round's AutoScheme", by_autoscheme)
-        texts = _texts(model, dataset, samples, work / "texts.jsonl")
-        add("gptqmodel", "GPTQModel", by_package("gptqmodel", "2", "32", texts, str(max_length)))
+            add(name, title, by_recipe(recipe), recipe.read_text())
+    start = recipes / f"autoround_{budget}.yaml"
+    if start.exists() and not sees:
+        add("autoscheme", "AutoScheme's mix + AutoRound", by_autoscheme, start.read_text())
+    for package, (bits, group_size, title) in NEAREST.get(budget, {}).items():
+        if not (sees and package == "gptqmodel"):
+            made = by_package(package, bits, group_size)
+            add(package, title, made, f"{bits} {group_size} {ENVIRONMENTS[package]}")
     if table is not None:
         packages = ", ".join(pin for pins in ENVIRONMENTS.values() for pin in pins[:1])
         note = f"Made by `python benchmarks/peers.py {' '.join(sys.argv[1:])}`; {packages};"
         write_markdown(table, [(COLUMNS, _rows(found))], note)
 
 
-def _timed(command: list[str]) -> tuple[float, float]:
+def _timed(command: list[str], folder: Path | None = None) -> tuple[float, float]:
     """Seconds and peak resident memory in GB of a command and all that it starts.
 
+    :param folder: to run it in: GPTQModel writes logs where it is
     :raises subprocess.CalledProcessError: if it fails
     """
     environment = os.environ | {
@@ -155,7 +177,7 @@ def _timed(command: list[str]) -> tuple[float, float]:
         "GPTQMODEL_CPU_WORKERS": "2",  # with fewer it does not start
     }
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
@@ -164,7 +186,7 @@ def _timed(command: list[str]) -> tuple[float, float]:
 
 def _environment(package: str, work: Path) -> str:
     """Python of a package's environment, made if it is not there."""
-    folder = (work / f"venv-{package}").absolute()
+    folder = work / f"venv-{package}"
     ready = folder / ".ready"
     if not ready.exists():
         pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
@@ -179,30 +201,20 @@ def _environment(package: str, work: Path) -> str:
 
 def _texts(model: str, dataset: str, samples: int, path: Path) -> str:
     """The calibration texts of the others, as a file."""
-    from transformers import AutoTokenizer
-
-    from casp_plugin.sources import load_text
-
     texts = load_text(dataset, AutoTokenizer.from_pretrained(model), samples)["text"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
     return str(path)
 
 
-def _tokenizer(model: str, folder: Path) -> None:
-    from casp_plugin.checkpoint import copy_processor
-
-    copy_processor(model, folder)
-
-
 def _rows(found: list[dict]) -> list[list[str]]:
-    first = found[0]
+    first = next((row for row in found if row["name"] == "uniform"), None)
     rows = []
     for row in found:
         scores = scores_of(row)
         answers = isinstance(scores, AnswerScores)
         ratio = ""
-        if row is not first:
+        if first and row is not first:
             pair = [scores_of(each).measurements("")[0] for each in (row, first)]
             change = compare(*pair)
             ratio = f"{change.change:.3f} [{change.low:.3f}, {change.high:.3f}]"
@@ -210,7 +222,7 @@ def _rows(found: list[dict]) -> list[list[str]]:
             [
                 row["title"],
                 f"{row['bytes']:,}",
-                f"{row['bytes'] / first['bytes']:.3f}",
+                f"{row['bytes'] / first['bytes']:.3f}" if first else "",
                 f"{scores.perplexity:.2f}",
                 f"{scores.kl or 0:.3f}",
                 ratio,
