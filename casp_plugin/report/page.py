@@ -16,7 +16,7 @@ __all__ = ["conditions", "page", "quality_rows", "speed_rows"]
 
 Rows = list[list[str]]
 #: share of its size to which a picture can shrink and still be read
-_READABLE = 0.6
+_READABLE = 0.55
 
 
 def page(facts: Facts) -> str:
@@ -58,11 +58,12 @@ def quality_rows(facts: Facts) -> list[tuple[str | None, Rows]]:
 
 
 def conditions(facts: Facts) -> list[str]:
-    """What each evaluation was made by, in words."""
-    return [
-        ", ".join(f"{name} {value}" for name, value in one.settings.items() if value is not None)
+    """What evaluations were made by, in words."""
+    found = [
+        ", ".join(f"{name} {value}" for name, value in one.settings.items() if _says(value))
         for one, _ in facts.evaluations
     ]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def speed_rows(facts: Facts) -> list[tuple[str, str | None, Rows]]:
@@ -193,6 +194,11 @@ def _svg(figure: Figure, name: str) -> Markup:
     return Markup(
         f'<div style="min-width: {_READABLE * width:.0f}px; max-width: {width:.0f}px">{svg}</div>'
     )
+
+
+def _says(value) -> bool:
+    """Whether a setting says anything: 0 does."""
+    return value is not False and value not in (None, "")
 
 
 def _interval(low: float | None, high: float | None, spec: str) -> str:
