@@ -33,7 +33,8 @@ def evaluation(model, losses):
     found = Measurement.of_mean(
         losses, [10.0] * len(losses), True, **fields, higher_is_better=False
     )
-    return Evaluation(model=str(model), settings={}, versions={}, measurements=[found])
+    settings = {"seed": 0, "limit": 8, "join": False, "num_fewshot": None}
+    return Evaluation(model=str(model), settings=settings, versions={}, measurements=[found])
 
 
 def speed(model, prefill, bytes_on_disk):
@@ -135,6 +136,7 @@ def test_page_and_card(checkpoint, tiny_llama, files, measured):  # noqa: F811
     assert f"{plan.reached_bits:.3f}" in seen.text
     assert "x1.221 [1.221, 1.221]" in seen.text  # exp of 2 nats over 10 tokens
     assert "texts<1>" in seen.text  # escaped in the page
+    assert "Measured by: seed 0, limit 8." in seen.text
     assert "x3.000" in seen.text  # prefill
     assert "BitAllocationModifier:" in seen.text
     assert all(unit.name in seen.text for unit in plan.units)
