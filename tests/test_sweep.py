@@ -57,15 +57,16 @@ def test_sizes_of_one_model(tiny_llama, files, monkeypatch):  # noqa: F811
     assert points[0].average_bits is points[4].average_bits is None
     assert (files / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     rows = (files / "sweep" / "sweep.md").read_text().strip().splitlines()
-    assert len(rows) == 2 + len(points)
-    assert all(name in row for name, row in zip(names, rows[3:], strict=True))
+    assert len(rows) == 2 + len(points) + 2
+    assert "seed 0; casp-plugin" in rows[-1]
+    assert all(name in row for name, row in zip(names, rows[3:-2], strict=True))
 
     result = casp(*arguments(tiny_llama, files, "--average-bits", "4.5"))  # one more, later
     assert result.exit_code == 0, result.output
     assert len(collected) == 1
     rows = (files / "sweep" / "sweep.md").read_text().strip().splitlines()
     assert "recipe_4.5" in rows[4]
-    assert len(rows) == 3 + len(points)
+    assert len(rows) == 3 + len(points) + 2
 
 
 def test_stopped_sweeps_go_on(tmp_path):

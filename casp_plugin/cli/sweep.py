@@ -135,7 +135,12 @@ def sweep(
     text, picture = Console(file=io.StringIO(), width=1000), io.BytesIO()
     text.print(table)
     draw_frontier(points).savefig(picture, dpi=120)
-    write_whole(output / "sweep.md", text.file.getvalue().strip() + "\n")
+    versions = ", ".join(f"{name} {each}" for name, each in installed_versions().items())
+    note = (
+        f"{model}, calibrated on {dataset} ({samples} samples of up to {max_length} tokens), scored "
+        f"on {heldout} ({heldout_samples}), with 95 % intervals; seed {seed}; {versions}."
+    )
+    write_whole(output / "sweep.md", f"{text.file.getvalue().strip()}\n\n{note}\n")
     write_whole(output / "sweep.png", picture.getvalue())
     console.print(f"Wrote {output}: sweep.md, sweep.png, sweep.json, {len(wanted)} checkpoints")
 
