@@ -21,7 +21,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:  # where the package only serves
-        _fail(f"{error}: this command needs pip install 'casp-plugin[compress,eval,report]'")
+        _fail(f"{error}: pip install it, or 'casp-plugin[compress,eval,report]' for all of ours")
     except (ValueError, ValidationError, OSError, ImportError) as error:
         _fail(error)
 

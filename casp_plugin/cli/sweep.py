@@ -137,7 +137,7 @@ def sweep(
     draw_frontier(points).savefig(picture, dpi=120)
     versions = ", ".join(f"{name} {each}" for name, each in installed_versions().items())
     note = (
-        f"{model}, calibrated on {dataset} ({samples} samples, {max_length} tokens at most), scored "
+        f"{model}, calibrated on {dataset} ({samples} x {max_length} tokens at most), scored "
         f"on {heldout} ({heldout_samples}), with 95 % intervals; seed {seed}; {versions}."
     )
     write_whole(output / "sweep.md", f"{text.file.getvalue().strip()}\n\n{note}\n")
