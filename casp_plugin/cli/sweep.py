@@ -71,23 +71,13 @@ def sweep(
     from casp_plugin.files import write_whole
     from casp_plugin.machine import installed_versions
     from casp_plugin.models import bytes_on_disk, load_model
-    from casp_plugin.modifiers import plan_recipe
-    from casp_plugin.modifiers.recipes import allocates_bits, load_recipe
+    from casp_plugin.modifiers.recipes import load_recipe
     from casp_plugin.plan import CompressionPlan
     from casp_plugin.sweep import Point, begin, finished, frontier_table
 
     budgets = _numbers([*average_bits, *context.args])
     bare = skeleton(model)
-    wanted: dict[str, tuple[Path, float | None]] = {}
-    for path in recipe:
-        allocates = allocates_bits(load_recipe(path))
-        for bits in budgets if allocates else [None]:
-            if allocates:
-                plan_recipe(bare, load_recipe(path, bits))  # what cannot be reached is said now
-            name = f"{_series(path)}_{str(bits).removesuffix('.0')}" if allocates else path.stem
-            if wanted.setdefault(name, (path, bits))[0] != path:
-                raise ValueError(f"--recipe: {path} and {wanted[name][0]} both make {name}")
-
+    wanted = _wanted(bare, recipe, budgets)
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
     judged = DataSource(heldout, heldout_split, dataset_config, *columns)
@@ -143,6 +133,29 @@ def sweep(
     write_whole(output / "sweep.md", f"{text.file.getvalue().strip()}\n\n{note}\n")
     write_whole(output / "sweep.png", picture.getvalue())
     console.print(f"Wrote {output}: sweep.md, sweep.png, sweep.json, {len(wanted)} checkpoints")
+
+
+def _wanted(
+    bare, recipes: list[Path], budgets: list[float]
+) -> dict[str, tuple[Path, float | None]]:
+    """Recipe and budget of each point, by its name; no budget where a recipe takes none.
+
+    :param bare: the model without weights
+    :raises ValueError: if a budget cannot be reached, or two recipes are called the same
+    """
+    from casp_plugin.modifiers import plan_recipe
+    from casp_plugin.modifiers.recipes import allocates_bits, load_recipe
+
+    found = {}
+    for path in recipes:
+        allocates = allocates_bits(load_recipe(path))
+        for bits in budgets if allocates else [None]:
+            if allocates:
+                plan_recipe(bare, load_recipe(path, bits))
+            name = f"{_series(path)}_{str(bits).removesuffix('.0')}" if allocates else path.stem
+            if found.setdefault(name, (path, bits))[0] != path:
+                raise ValueError(f"--recipe: {path} and {found[name][0]} both make {name}")
+    return found
 
 
 def _series(recipe: Path) -> str:
