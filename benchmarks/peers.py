@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,7 @@ COLUMNS = (
     "exact match",
     "F1",
     "seconds",
+    "CPU seconds",
     "peak memory, GB",
 )
 #: in this order; those whose recipe is not there are left out
@@ -69,6 +71,22 @@ NEAREST = {
     },
     "3.30": {"gptqmodel": (3, 64, "GPTQModel, 3 bits, groups of 64")},
 }
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a command took: seconds on the clock, of processors, peak resident memory in GB."""
+
+    seconds: float
+    cpu_seconds: float
+    memory: float
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.seconds + other.seconds,
+            self.cpu_seconds + other.cpu_seconds,
+            max(self.memory, other.memory),
+        )
 
 
 def main(
@@ -101,15 +119,15 @@ def main(
     def add(name: str, title: str, make, facts: str) -> None:
         """Run a method unless it was.
 
-        :param make: fills a folder; tells seconds, peak memory, and the folder to score
+        :param make: fills a folder; tells what it took, and the folder to score
         :param facts: what the result depends on beside the arguments
         """
         key = f"{model} {budget} {name} {dataset} {samples} {max_length} {evaluation} {facts}"
         wanted = not only or name in only.split(",")
         if key not in done and wanted:
             out = work / Path(model).name / f"{name}_{budget}"
-            seconds, memory, scored = make(out)
-            row = {"key": key, "name": name, "title": title, "seconds": seconds, "memory": memory}
+            spent, scored = make(out)
+            row = {"key": key, "name": name, "title": title, **asdict(spent)}
             scores = measured(str(scored), model, evaluation)
             done[key] = row | scores | {"bytes": bytes_on_disk(out)}
             rows_path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +140,7 @@ def main(
     def by_recipe(recipe: Path):
         def make(out: Path):
             command = [sys.executable, str(HERE / "compress.py"), model, str(recipe), str(out)]
-            return *_timed([*command, *calibration]), out
+            return _timed([*command, *calibration]), out
 
         return make
 
@@ -131,8 +149,8 @@ def main(
         texts = _texts(model, dataset, samples, work / "texts.jsonl")
         script = [sys.executable, str(HERE / "autoscheme.py")]
         chosen = _timed([*script, model, str(start), str(recipe), texts, *calibration[2:]])
-        seconds, memory, out = by_recipe(recipe)(out)
-        return seconds + chosen[0], max(memory, chosen[1]), out
+        tuned, out = by_recipe(recipe)(out)
+        return chosen + tuned, out
 
     def by_package(package: str, bits: int, group_size: int):
         def make(out: Path):
@@ -145,7 +163,7 @@ def main(
             dense = out.with_name(f"{out.name}_dense")
             _timed([*script, "dense", source, str(out), str(dense)], work)
             copy_processor(model, dense)
-            return *spent, dense
+            return spent, dense
 
         return make
 
@@ -166,8 +184,8 @@ def main(
         write_markdown(table, [(COLUMNS, _rows(found))], note)
 
 
-def _timed(command: list[str], folder: Path | None = None) -> tuple[float, float]:
-    """Seconds and peak resident memory in GB of a command and all that it starts.
+def _timed(command: list[str], folder: Path | None = None) -> Spent:
+    """Run a command, with all that it starts.
 
     :param folder: to run it in: GPTQModel writes logs where it is
     :raises subprocess.CalledProcessError: if it fails
@@ -181,7 +199,8 @@ def _timed(command: list[str], folder: Path | None = None) -> tuple[float, float
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+    seconds = time.perf_counter() - start
+    return Spent(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
 def _environment(package: str, work: Path) -> str:
@@ -229,6 +248,7 @@ def _rows(found: list[dict]) -> list[list[str]]:
                 f"{scores.exact_match:.1%}" if answers else "",
                 f"{scores.f1:.1%}" if answers else "",
                 f"{row['seconds']:.0f}",
+                f"{row['cpu_seconds']:.0f}",
                 f"{row['memory']:.2f}",
             ]
         )
