@@ -73,9 +73,12 @@ def read_config(folder: Path | str) -> dict:
     """
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder} is not a checkpoint folder: config.json holds no table")
+    return config
 
 
 def read_section(quantization: dict) -> Section:
