@@ -25,13 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import casp_plugin.distortion
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.calibration import calibration_loader
+from casp_plugin.collection import collect
 from casp_plugin.distortion import rounding_delta
 from casp_plugin.evaluation.results import compare
 from casp_plugin.evaluation.text import Scores, evaluate
 from casp_plugin.modules import named_linears
 from casp_plugin.schemes import weight_args
 from casp_plugin.sources import load_text
-from casp_plugin.statistics import Request, Statistics, collect
+from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import rotate, rotate_moment
 from casp_plugin.units import decoder_layers
 

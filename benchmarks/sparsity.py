@@ -23,16 +23,17 @@ from tqdm import tqdm
 from transformers import AutoProcessor, ProcessorMixin
 
 from casp_plugin.attention_maps import visible_in
+from casp_plugin.collection import collect
 from casp_plugin.components import LANGUAGE, component_of
 from casp_plugin.hooks import Hooks, image_mask
 from casp_plugin.image_text import Conversation, load_conversations
-from casp_plugin.lowrank import WhitenedWeight, uniform_rank
+from casp_plugin.lowrank import uniform_rank, whitened_spectrum
 from casp_plugin.models import load_model
 from casp_plugin.modules import named_linears
 from casp_plugin.processing import conversation_loader
 from casp_plugin.sources import load_text
 from casp_plugin.sparsity import THRESHOLD, density
-from casp_plugin.statistics import Request, collect
+from casp_plugin.statistics import Request
 
 KEEP = 0.25
 COLUMNS = (
@@ -76,7 +77,7 @@ def factored(model: nn.Module, loader) -> dict[str, torch.Tensor]:
     products = {}
     for name, linear in tqdm(linears.items(), desc="Factoring W_q, W_k"):
         rank = uniform_rank(*linear.weight.shape, KEEP, 1)
-        factors = WhitenedWeight(linear.weight, moments[name]).factors(rank)
+        factors = whitened_spectrum(linear.weight, moments[name]).factors(rank)
         products[name] = (factors.up @ factors.down).to(linear.weight.dtype)
     return products
 

@@ -7,17 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["whole_folder", "write_whole"]
+__all__ = ["whole_file", "whole_folder", "write_whole"]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under a name of its own, then put it in place; folders above it are made."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place once it is written; on any failure it
+    goes away. Folders above it are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     partial = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        yield partial
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     finally:

@@ -58,6 +58,17 @@ class TokenMean:
         self.total = summed if self.total is None else self.total.add_(summed)
         self.tokens += tokens
 
+    def add_products(self, rows: torch.Tensor, tokens: float) -> None:
+        """
+        :param rows: of which the sum of x x^T is added, (tokens, channels), without a second
+            matrix of that size
+        :param tokens: how many, or the sum of their weights
+        """
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.total.addmm_(rows.T, rows)
+        self.tokens += tokens
+
     def finish(self) -> torch.Tensor:
         """The mean, in the place of the sum: moments are large, and asked for once."""
         return self.total.div_(self.tokens)

@@ -6,7 +6,7 @@ from functools import cached_property
 from torch import nn
 
 from casp_plugin.allocation import choose
-from casp_plugin.lowrank import Factors, WhitenedWeight, random_rotation
+from casp_plugin.lowrank import Factors, Spectrum, random_rotation
 from casp_plugin.modules import LowRankLinear
 
 __all__ = ["Latent", "global_ranks"]
@@ -22,7 +22,7 @@ class Latent:
     """
 
     def __init__(
-        self, linears: dict[str, nn.Linear], spectrum: WhitenedWeight | None, rotate: bool = True
+        self, linears: dict[str, nn.Linear], spectrum: Spectrum | None, rotate: bool = True
     ):
         self.linears = linears
         self.spectrum = spectrum
@@ -43,10 +43,14 @@ class Latent:
         """Parameters of the factors over those of the dense layers; 1 without factors."""
         return 1.0 if rank is None else rank * sum(self.shape) / self.parameters
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank whose factors are smaller than the layers."""
+        return min((self.parameters - 1) // sum(self.shape), *self.shape)
+
     def ranks(self, multiple: int) -> list[int]:
         """Every rank, a multiple of ``multiple``, whose factors are smaller than the layers."""
-        largest = (self.parameters - 1) // sum(self.shape)
-        return list(range(multiple, min(largest, *self.shape) + 1, multiple))
+        return list(range(multiple, self.largest_rank + 1, multiple))
 
     def factors(self, rank: int) -> Factors:
         """The best factors of a rank, rows of ``up`` stacked as the layers are."""

@@ -35,10 +35,11 @@ import torch
 
 __all__ = [
     "Factors",
-    "WhitenedWeight",
+    "Spectrum",
     "quadratic_error",
     "random_rotation",
     "uniform_rank",
+    "whitened_spectrum",
 ]
 
 
@@ -56,48 +57,18 @@ class Factors:
     error: float
 
 
-class WhitenedWeight:
-    """The spectrum of one weight under both its metrics, and factors of any rank from it.
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectrum of a weight, and factors of any rank from it.
 
-    :param weight: W, shape (out, in); several matrices may be stacked
-    :param second_moment: H = E[x x^T], shape (in, in); None for the plain SVD (H = I)
-    :param output_metric: G, shape (out, out), symmetric, positive semidefinite; None for the
-        identity
-    :param dampening_frac: share of the mean diagonal of H and of G that is added to their
-        diagonals, so that directions the calibration data never showed still count a little
-    :raises ValueError: if a shape does not fit, or a value is not finite
+    :param energies: squared singular values of G^(1/2) W H^(1/2), descending, shape (out,), float64
+    :param up: G^(-1/2) P, shape (out, largest rank)
+    :param down: P^T G^(1/2) W, shape (largest rank, in)
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        second_moment: torch.Tensor | None = None,
-        output_metric: torch.Tensor | None = None,
-        dampening_frac: float = 0.01,
-    ):
-        weighted = weight.detach().to(torch.float64)
-        if not torch.isfinite(weighted).all():
-            raise ValueError("weight holds NaN or infinite values")
-        self.shape = tuple(weight.shape)
-        unweighted = None  # G^(-1/2)
-        if output_metric is not None:
-            metric = damped(output_metric, dampening_frac, "output metric")
-            _fits("output metric", metric, self.shape[0], "rows")
-            root, unweighted = _roots(metric)
-            weighted = root @ weighted  # G^(1/2) W
-        gram = weighted @ weighted.T
-        if second_moment is not None:
-            moment = damped(second_moment, dampening_frac, "second moment")
-            _fits("second moment", moment, self.shape[1], "columns")
-            gram = weighted @ moment @ weighted.T
-        energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        #: squared singular values of G^(1/2) W H^(1/2), descending, shape (out,)
-        self.energies = energies.flip(0).clamp_min(0)
-        left = vectors.flip(1)[:, : min(self.shape)]
-        # what is kept is of the weight's own precision, at least float32: models have many of these
-        kept = torch.promote_types(weight.dtype, torch.float32)
-        self._up = (left if unweighted is None else unweighted @ left).to(kept)
-        self._down = (left.T @ weighted).to(kept)
+    energies: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
 
     def lost(self, rank: int) -> float:
         """Energy lost at this rank, E[dy^T G dy]."""
@@ -111,22 +82,68 @@ class WhitenedWeight:
     def factors(self, rank: int, rotation: torch.Tensor | None = None) -> Factors:
         """The best factors of this rank, balanced: both carry the square root of the spectrum.
 
-        :param rank: 1 <= rank <= min(out, in)
+        :param rank: 1 <= rank <= the largest that is kept
         :param rotation: R, orthogonal, shape (rank, rank), turns the latent; None for none
         :raises ValueError: if the rank is out of range
         """
-        limit = min(self.shape)
+        limit = self.down.shape[0]
         if not 1 <= rank <= limit:
             raise ValueError(f"rank must lie in [1, {limit}], got {rank}")
         root = self.energies[:rank].pow(0.25)  # sqrt of the singular values
         # a vanishing direction cannot be balanced: it stays as it is, its output is zero anyway
         root = torch.where(root > root.max() * 1e-8, root, torch.ones_like(root))
-        down = self._down[:rank].to(root) / root[:, None]
-        up = self._up[:, :rank].to(root) * root
+        down = self.down[:rank].to(root) / root[:, None]
+        up = self.up[:, :rank].to(root) * root
         if rotation is not None:
             rotation = rotation.to(up)
             up, down = up @ rotation, rotation.T @ down
         return Factors(down=down, up=up, error=self.error(rank))
+
+    def truncated(self, rank: int) -> "Spectrum":
+        """The same, with factors up to this rank only."""
+        return Spectrum(self.energies, self.up[:, :rank].clone(), self.down[:rank].clone())
+
+
+def whitened_spectrum(
+    weight: torch.Tensor,
+    second_moment: torch.Tensor | None = None,
+    output_metric: torch.Tensor | None = None,
+    dampening_frac: float = 0.01,
+) -> Spectrum:
+    """The spectrum of a weight under both its metrics, solved in float64.
+
+    :param weight: W, shape (out, in); several matrices may be stacked
+    :param second_moment: H = E[x x^T], shape (in, in); None for the plain SVD (H = I)
+    :param output_metric: G, shape (out, out), symmetric, positive semidefinite; None for the
+        identity
+    :param dampening_frac: share of the mean diagonal of H and of G that is added to their
+        diagonals, so that directions the calibration data never showed still count a little
+    :raises ValueError: if a shape does not fit, or a value is not finite
+    """
+    weighted = weight.detach().to(torch.float64)
+    if not torch.isfinite(weighted).all():
+        raise ValueError("weight holds NaN or infinite values")
+    rows, columns = weight.shape
+    unweighted = None  # G^(-1/2)
+    if output_metric is not None:
+        metric = damped(output_metric, dampening_frac, "output metric")
+        _fits("output metric", metric, rows, "rows")
+        root, unweighted = _roots(metric)
+        weighted = root @ weighted  # G^(1/2) W
+    gram = weighted @ weighted.T
+    if second_moment is not None:
+        moment = damped(second_moment, dampening_frac, "second moment")
+        _fits("second moment", moment, columns, "columns")
+        gram = weighted @ moment @ weighted.T
+    energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    left = vectors.flip(1)[:, : min(rows, columns)]
+    # what is kept is of the weight's own precision, at least float32: models have many of these
+    kept = torch.promote_types(weight.dtype, torch.float32)
+    return Spectrum(
+        energies.flip(0).clamp_min(0),
+        (left if unweighted is None else unweighted @ left).to(kept),
+        (left.T @ weighted).to(kept),
+    )
 
 
 def damped(moment: torch.Tensor, dampening_frac: float, what: str) -> torch.Tensor:

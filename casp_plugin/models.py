@@ -1,8 +1,11 @@
 """Models by name: their class, a copy without weights, the names of their tensors on disk."""
 
+import copy
 from pathlib import Path
 
 import torch
+from compressed_tensors.offload import disable_onloading, remove_dispatch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,7 +17,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["bare_model", "bytes_on_disk", "is_multimodal", "load_model", "names_in_memory"]
+__all__ = [
+    "bare_model",
+    "bytes_on_disk",
+    "is_multimodal",
+    "load_model",
+    "names_in_memory",
+    "skeleton",
+]
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -41,6 +51,19 @@ def bare_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     with torch.device("meta"):
         return _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model's structure on the meta device: shapes without weights, and without what
+    moves these about."""
+    memo = {}
+    with torch.no_grad(), disable_onloading():
+        for parameter in model.parameters():
+            empty = torch.empty_like(parameter, device="meta")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        return remove_dispatch(copy.deepcopy(model, memo))
 
 
 def names_in_memory(names: list[str], model: PreTrainedModel) -> dict[str, str]:

@@ -1,11 +1,9 @@
 """The module that stands where a factored linear stood."""
 
-import copy
-
 import torch
 from torch import nn
 
-__all__ = ["LowRankLinear", "named_linears", "skeleton", "stored_tensors"]
+__all__ = ["LowRankLinear", "named_linears", "stored_tensors"]
 
 
 class LowRankLinear(nn.Module):
@@ -133,15 +131,3 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     known = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in known}
     return dict(model.named_parameters()) | buffers
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure on the meta device: shapes without weights."""
-    memo = {}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            empty = torch.empty_like(parameter, device="meta")
-            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for buffer in model.buffers():
-            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)

@@ -16,14 +16,14 @@ from casp_plugin.schemes import missing_kernel, stored_bytes
 from casp_plugin.statistics import Statistics
 from casp_plugin.transforms import rotate_moment
 
-__all__ = ["Pricing", "stored_shapes"]
+__all__ = ["Pricing", "joined", "stored_shapes"]
 
 Layers = dict[str, nn.Linear | LowRankLinear]
 
 
 @dataclass
 class Pricing:
-    """Prices the candidates of a unit: every bit width and, with a latent, every rank.
+    """Prices the candidates of layers: every bit width and, with a latent, every rank.
 
     Errors are expected changes of the loss in nats a token with `fisher`; otherwise they are
     relative to each layer's output energy, summed over the unit's layers.
@@ -48,14 +48,10 @@ class Pricing:
         default_factory=list, init=False
     )
 
-    def unit(
-        self, name: str, importance: float | None, dense: Layers, latent: Latent | None
-    ) -> UnitPlan:
-        """A unit with all its candidates; their errors are there after :meth:`finish`.
+    def layers(self, dense: Layers, latent: Latent | None = None) -> UnitPlan:
+        """Layers with all candidates; their errors are there after :meth:`finish`.
 
-        :param name: of the unit
-        :param importance: what the solver weighs its errors with
-        :param dense: its layers as they are
+        :param dense: one, or those of a latent, as they are
         :param latent: what they may become
         :raises ValueError: if a group size does not divide the columns of a weight
         """
@@ -79,10 +75,9 @@ class Pricing:
                 if known:
                     self._asked.append((candidate, lost, rounding[bits]))
         return UnitPlan(
-            name=name,
+            name=next(iter(dense)),
             modules=stored_shapes(dense),
             weights=sum(layer.in_features * layer.out_features for layer in dense.values()),
-            importance=importance,
             candidates=candidates,
         )
 
@@ -148,6 +143,27 @@ class Pricing:
                         f"not divide the {weight.shape[1]} columns of {name}; use a divisor, -1 "
                         "for one scale a row, or ignore the layer"
                     )
+
+
+def joined(name: str, parts: list[UnitPlan]) -> UnitPlan:
+    """The unit of layers that were priced apart, candidate by candidate.
+
+    :param parts: with the same bits and ranks on offer
+    """
+    candidates = []
+    for alike in zip(*(part.candidates for part in parts), strict=True):
+        errors = [candidate.error for candidate in alike]
+        total = {
+            "bytes": sum(candidate.bytes for candidate in alike),
+            "error": None if None in errors else sum(errors),
+        }
+        candidates.append(alike[0].model_copy(update=total))
+    return UnitPlan(
+        name=name,
+        modules={module: shape for part in parts for module, shape in part.modules.items()},
+        weights=sum(part.weights for part in parts),
+        candidates=candidates,
+    )
 
 
 def stored_shapes(layers: Layers) -> dict[str, tuple[int, int]]:

@@ -1,21 +1,25 @@
 """What was measured is read back as it was, and only for what it was measured on."""
 
-import shutil
+import io
 
 import pytest
 import torch
 from conftest import VOCABULARY, save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from loguru import logger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, set_seed
 
-import casp_plugin.modifiers.base as base
+import casp_plugin.collection as collection
+import casp_plugin.measuring as measuring
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.attention_maps import AttentionDensity
 from casp_plugin.cache import MeasurementCache
-from casp_plugin.pricing import Pricing
+from casp_plugin.lowrank import Spectrum
+from casp_plugin.measured import Measured
+from casp_plugin.plan import Candidate, UnitPlan
 from casp_plugin.statistics import Request, Statistics
 
 
@@ -30,26 +34,39 @@ def recipe(cache_dir=None, average_bits=5.0, **fields):
 
 
 @pytest.fixture
+def log():
+    """What the user is told."""
+    told = io.StringIO()
+    handle = logger.add(told)
+    yield told
+    logger.remove(handle)
+
+
+@pytest.fixture
 def measured(monkeypatch):
-    """Names of what was measured, as it happens."""
+    """What was measured, as it happens: derivatives, and the parts of the model; a layer each."""
     done = []
-    collect, finish = base.collect, Pricing.finish
+    derivatives, parts = measuring.collect_derivatives, measuring.collect_parts
 
     def collected(*args):
-        done.append("collect")
-        return collect(*args)
+        done.append("derivatives")
+        return derivatives(*args)
 
-    def finished(pricing):
-        if pricing.statistics is not None:  # not of a plan without data
-            done.append("finish")
-        finish(pricing)
+    def measured_parts(*args):
+        for part in parts(*args):
+            done.append(part.end)
+            yield part
 
-    monkeypatch.setattr(base, "collect", collected)
-    monkeypatch.setattr(Pricing, "finish", finished)
+    monkeypatch.setattr(measuring, "collect_derivatives", collected)
+    monkeypatch.setattr(measuring, "collect_parts", measured_parts)
+    monkeypatch.setattr(collection, "PART_BYTES", 1)
     return done
 
 
-def test_statistics_as_they_were(tmp_path):
+ALL = ["derivatives", 2, 3]  # the tiny model has two layers, and a subgraph before them
+
+
+def test_parts_as_they_were(tmp_path):
     shared = torch.randn(4, 4)
     statistics = Statistics(
         second_moments={"a.q": shared, "a.k": shared, "b": torch.randn(3, 3)},
@@ -58,22 +75,37 @@ def test_statistics_as_they_were(tmp_path):
         influences={"a": 0.1},
         gradient_moments={"a.q": torch.randn(2, 2).T},  # not contiguous
         attention_densities={"a": AttentionDensity([0.1, 0.2], [1 / 7], image=[0.5], text=[0.25])},
+        reached=frozenset({"a.q", "b"}),
         tokens=7,
     )
-    cache = MeasurementCache(tmp_path, {"a": 1})
-    assert cache.statistics() is None
-    cache.keep_statistics(statistics)
-    found = MeasurementCache(tmp_path, {"a": 1}).statistics()
+    candidates = [
+        Candidate(bits=2, rank=rank, group_size=16, bytes=5, error=0.1) for rank in (None, 3)
+    ]
+    unit = UnitPlan(name="b", modules={"b": (3, 3)}, weights=9, candidates=candidates)
+    spectrum = Spectrum(torch.rand(4).double(), torch.randn(4, 2), torch.randn(2, 3))
+    part = Measured([unit], {("a.q", "a.k"): spectrum}, statistics, 3, False)
+    cache = MeasurementCache(tmp_path, {"a": 1}, {"b": 1})
+    assert cache.parts() == []
+    cache.keep_part(0, part)
+    assert MeasurementCache(tmp_path, {"a": 2}, {"b": 1}).parts() == []
+    assert MeasurementCache(tmp_path, {"a": 1}, {"b": 2}).parts() == []
+    [found] = MeasurementCache(tmp_path, {"a": 1}, {"b": 1}).parts()
+    assert (found.units, found.end, found.last) == ([unit], 3, False)
+    [(names, kept)] = found.spectra.items()
+    assert names == ("a.q", "a.k")
+    for name in ("energies", "up", "down"):
+        assert torch.equal(getattr(kept, name), getattr(spectrum, name))
+    found = found.statistics
     assert found.second_moments["a.q"] is found.second_moments["a.k"]
-    assert MeasurementCache(tmp_path, {"a": 2}).statistics() is None
     for name in ("second_moments", "mean_squares", "gradient_moments"):
         expected = getattr(statistics, name)
         assert getattr(found, name).keys() == expected.keys()
         for module, tensor in getattr(found, name).items():
             assert torch.equal(tensor, expected[module])
-    for name in ("output_energies", "influences", "attention_densities", "tokens"):
+    for name in ("output_energies", "influences", "attention_densities", "reached", "tokens"):
         assert getattr(found, name) == getattr(statistics, name)
-    assert {path.name for path in tmp_path.iterdir()} == {cache.folder.name}
+    assert cache.derivatives() is None
+    assert cache.keep_derivatives(statistics).influences == {"a": 0.1}
 
 
 def test_other_budgets_measure_nothing(tmp_path, load_tiny, batches, measured):
@@ -82,7 +114,7 @@ def test_other_budgets_measure_nothing(tmp_path, load_tiny, batches, measured):
         del measured[:]
         found = plan_recipe(load_tiny(), recipe(tmp_path, average_bits), batches)
         assert found == expected
-        assert measured == (["collect", "finish"] if average_bits == 5 else [])
+        assert measured == (ALL if average_bits == 5 else [])
 
 
 def test_what_changes_is_measured_again(tmp_path, load_tiny, batches, measured):
@@ -90,7 +122,7 @@ def test_what_changes_is_measured_again(tmp_path, load_tiny, batches, measured):
     del measured[:]
 
     plan_recipe(load_tiny(), recipe(tmp_path, candidates=[2, 4, 8]), batches)
-    assert measured == ["finish"]  # the statistics are the same
+    assert measured == ALL[1:]  # derivatives are the same
     del measured[:]
 
     other = load_tiny()
@@ -105,20 +137,60 @@ def test_what_changes_is_measured_again(tmp_path, load_tiny, batches, measured):
     set_seed(1)
     plan_recipe(load_tiny(), recipe(tmp_path), batches)
     plan_recipe(load_tiny(), recipe(tmp_path, importance="uniform"), batches)
-    assert measured == ["collect", "finish"] * 4
+    assert measured == ALL * 4
 
 
-def test_statistics_that_were_thrown_away(tmp_path, load_tiny, batches, measured):
-    """Prices may be there without them, or the other way round."""
+def test_goes_on_where_it_was(tmp_path, load_tiny, batches, measured):
+    """Whatever of it is missing or broken."""
     expected = plan_recipe(load_tiny(), recipe(tmp_path), batches)
-    (written,) = tmp_path.rglob("statistics.json")
-    shutil.rmtree(written.parent)
+    [derivatives] = tmp_path.rglob("derivatives.json")
+    [first] = tmp_path.rglob("0000.safetensors")
+    [last] = tmp_path.rglob("0001.json")
+
+    def again():
+        del measured[:]
+        assert plan_recipe(load_tiny(), recipe(tmp_path), batches) == expected
+        return measured
+
+    last.unlink()
+    assert again() == [3]
+    last.with_suffix(".safetensors").unlink()
+    assert again() == [3]
+    first.write_bytes(first.read_bytes()[:-5])
+    assert again() == [2, 3]
+    derivatives.unlink()
+    assert again() == ["derivatives"]
+
+
+def test_says_what_has_changed(tmp_path, load_tiny, batches, log):
+    set_seed(0)
+    plan_recipe(load_tiny(), recipe(tmp_path), batches)
+    assert "measuring anew" not in log.getvalue()
+    set_seed(1)
+    plan_recipe(load_tiny(), recipe(tmp_path), batches)
+    assert "measuring anew: seed differ" in log.getvalue()
+    plan_recipe(load_tiny(), recipe(tmp_path, candidates=[2, 4, 8]), batches)
+    assert "measuring anew: BitAllocationModifier differ" in log.getvalue()
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path, load_tiny, batches, measured):
+    def planned(seed, limit=None):
+        set_seed(seed)
+        modifiers = recipe(tmp_path)
+        modifiers[0].cache_limit = limit
+        plan_recipe(load_tiny(), modifiers, batches)
+
+    for seed in (0, 1, 0, 2):
+        planned(seed)
+    [size, *_] = [sum(p.stat().st_size for p in each.rglob("*.*")) for each in tmp_path.iterdir()]
+    planned(0, 2.5 * size / 1e9)  # seed 1 goes
+    assert len(list(tmp_path.iterdir())) == 2
     del measured[:]
-    assert plan_recipe(load_tiny(), recipe(tmp_path), batches) == expected
-    assert measured == ["collect", "finish"]
-    next(tmp_path.rglob("units-*.json")).unlink()
-    assert plan_recipe(load_tiny(), recipe(tmp_path), batches) == expected
-    assert measured == ["collect", "finish", "finish"]
+    planned(2)
+    assert measured == []
+    planned(1, 0.1 * size / 1e9)  # what is in use stays
+    assert measured == ALL
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_checkpoints_from_a_cache_are_the_same(tmp_path, batches, measured):
@@ -137,7 +209,7 @@ def test_checkpoints_from_a_cache_are_the_same(tmp_path, batches, measured):
         set_seed(0)
         oneshot(model=model, recipe=each, dataset=batches, output_dir=str(tmp_path / name))
         assert "cache" not in (tmp_path / name / "recipe.yaml").read_text()
-    assert measured.count("collect") == 2
+    assert measured == ALL * 2
     plans = [CompressionPlan.load(tmp_path / name) for name in "abc"]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
     for plan, found in zip(plans[1:], weights[1:], strict=True):
@@ -155,23 +227,21 @@ def test_a_folder_that_cannot_be_written(load_tiny, batches, measured):
 def test_a_config_of_its_own(tmp_path, load_tiny):
     """What weights do not tell, as the base of rotary embeddings."""
     model = load_tiny()
-    first = MeasurementCache.of(tmp_path, model, [], Request(), {})
-    assert MeasurementCache.of(tmp_path, load_tiny(), [], Request(), {}).folder == first.folder
+    first = MeasurementCache.of(tmp_path, model, [], Request(), {}, {})
+    assert MeasurementCache.of(tmp_path, load_tiny(), [], Request(), {}, {}).folder == first.folder
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
-    assert MeasurementCache.of(tmp_path, model, [], Request(), {}).folder != first.folder
+    assert MeasurementCache.of(tmp_path, model, [], Request(), {}, {}).folder != first.folder
 
 
 def test_a_run_that_stops_while_it_prices(tmp_path, load_tiny, batches, monkeypatch):
-    """The same modifiers again: what the check before the run does not know is never kept."""
+    """The same modifiers again: nothing of the first attempt is left in them."""
     modifiers = recipe(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(BitAllocationModifier, "_priced", _interrupted)
+        patched.setattr(BitAllocationModifier, "note", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             plan_recipe(load_tiny(), modifiers, batches)
     assert plan_recipe(load_tiny(), modifiers, batches).decided
 
 
-def _interrupted(self, *arguments, original=BitAllocationModifier._priced):
-    if arguments[-1] is not None:  # statistics
-        raise KeyboardInterrupt
-    return original(self, *arguments)
+def _interrupted(*arguments):
+    raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from casp_plugin.latent import Latent, global_ranks
-from casp_plugin.lowrank import WhitenedWeight
+from casp_plugin.lowrank import whitened_spectrum
 
 
 def made(seed=0, outs=(24, 8), columns=32, scale=1.0, bias=False, rotate=True):
@@ -18,7 +18,7 @@ def made(seed=0, outs=(24, 8), columns=32, scale=1.0, bias=False, rotate=True):
     for linear in linears.values():
         linear.weight.data *= spread * scale
     weight = torch.cat([linear.weight for linear in linears.values()])
-    return Latent(linears, WhitenedWeight(weight, torch.eye(columns)), rotate)
+    return Latent(linears, whitened_spectrum(weight, torch.eye(columns)), rotate)
 
 
 def test_layers_are_the_stacked_factors():

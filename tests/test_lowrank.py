@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from casp_plugin.distortion import rounding_delta
 from casp_plugin.lowrank import (
-    WhitenedWeight,
     quadratic_error,
     random_rotation,
     uniform_rank,
+    whitened_spectrum,
 )
 from casp_plugin.schemes import weight_args
 
@@ -43,7 +43,7 @@ def test_matches_textbook_whitening(out, columns, rank):
     weight = inputs(out, columns, seed=1)
     x = inputs(200, columns)
     moment = x.T @ x / len(x)
-    factors = WhitenedWeight(weight, moment, dampening_frac=0).factors(rank)
+    factors = whitened_spectrum(weight, moment, dampening_frac=0).factors(rank)
     expected = reference(weight.numpy(), moment.numpy(), rank)
     np.testing.assert_allclose((factors.up @ factors.down).numpy(), expected, atol=1e-8)
 
@@ -53,7 +53,7 @@ def test_matches_textbook_whitening(out, columns, rank):
 def test_matches_textbook_two_sided_whitening(out, columns, rank):
     weight, x, g = inputs(out, columns, seed=1), inputs(200, columns), inputs(300, out, seed=2)
     moment, metric = x.T @ x / len(x), g.T @ g / len(g)
-    spectrum = WhitenedWeight(weight, moment, metric, dampening_frac=0)
+    spectrum = whitened_spectrum(weight, moment, metric, dampening_frac=0)
     factors = spectrum.factors(rank)
     product = factors.up @ factors.down
     expected = reference(weight.numpy(), moment.numpy(), rank, metric.numpy())
@@ -67,8 +67,8 @@ def test_output_metric_spares_what_matters():
     weight, x = inputs(16, 24, seed=1), inputs(300, 24)
     moment = x.T @ x / len(x)
     metric = torch.diag(torch.logspace(0, -4, 16, dtype=torch.float64))
-    plain = WhitenedWeight(weight, moment).factors(4)
-    aware = WhitenedWeight(weight, moment, metric).factors(4)
+    plain = whitened_spectrum(weight, moment).factors(4)
+    aware = whitened_spectrum(weight, moment, metric).factors(4)
 
     def error(factors, output_metric):
         return quadratic_error(weight - factors.up @ factors.down, moment, output_metric)
@@ -94,7 +94,7 @@ def test_outputs_without_any_weight_do_no_harm(dead):
     metric = torch.eye(16, dtype=torch.float64)
     metric[:dead, :dead] = 0
     moment = x.T @ x / len(x)
-    factors = WhitenedWeight(weight, moment, metric, dampening_frac=0).factors(13)
+    factors = whitened_spectrum(weight, moment, metric, dampening_frac=0).factors(13)
     assert torch.isfinite(factors.up @ factors.down).all()
     if dead == 3:  # 13 directions are all that count
         delta = weight - factors.up @ factors.down
@@ -105,7 +105,7 @@ def test_outputs_without_any_weight_do_no_harm(dead):
 
 def test_rotation_changes_nothing_but_the_factors():
     weight, x = inputs(16, 24, seed=1), inputs(300, 24)
-    spectrum = WhitenedWeight(weight, x.T @ x / len(x))
+    spectrum = whitened_spectrum(weight, x.T @ x / len(x))
     plain, turned = spectrum.factors(6), spectrum.factors(6, random_rotation(6))
     torch.testing.assert_close(turned.up @ turned.down, plain.up @ plain.down)
     assert not torch.allclose(turned.up, plain.up)
@@ -123,7 +123,7 @@ def test_rotated_factors_round_better():
     left, _, right = torch.linalg.svd(inputs(64, 96), full_matrices=False)
     weight = left @ torch.logspace(0, -3, 64, dtype=torch.float64).diag() @ right
     moment = torch.eye(96, dtype=torch.float64)
-    spectrum = WhitenedWeight(weight, moment)
+    spectrum = whitened_spectrum(weight, moment)
     args = weight_args(4, 32)
 
     def rounded(factors):
@@ -138,7 +138,7 @@ def test_rotated_factors_round_better():
 
 def test_error_is_the_share_of_output_energy_lost():
     weight, x = inputs(16, 24, seed=1), inputs(300, 24)
-    factors = WhitenedWeight(weight, x.T @ x / len(x), dampening_frac=0).factors(6)
+    factors = whitened_spectrum(weight, x.T @ x / len(x), dampening_frac=0).factors(6)
     lost = (x @ (weight - factors.up @ factors.down).T).square().sum()
     assert factors.error == pytest.approx((lost / (x @ weight.T).square().sum()).item())
 
@@ -150,14 +150,14 @@ def test_beats_plain_svd_on_the_outputs():
     def output_error(factors):
         return (x @ (weight - factors.up @ factors.down).T).square().sum().item()
 
-    whitened = WhitenedWeight(weight, moment).factors(4)
-    plain = WhitenedWeight(weight).factors(4)
+    whitened = whitened_spectrum(weight, moment).factors(4)
+    plain = whitened_spectrum(weight).factors(4)
     assert output_error(whitened) < 0.9 * output_error(plain)
 
 
 def test_plain_svd_is_the_best_approximation_of_the_weight():
     weight = inputs(16, 24)
-    factors = WhitenedWeight(weight).factors(4)
+    factors = whitened_spectrum(weight).factors(4)
     spectrum = torch.linalg.svdvals(weight)
     distance = (weight - factors.up @ factors.down).square().sum()
     assert distance.item() == pytest.approx(spectrum[4:].square().sum().item())
@@ -166,7 +166,7 @@ def test_plain_svd_is_the_best_approximation_of_the_weight():
 def test_factors_are_balanced():
     weight, x = inputs(16, 24, seed=1), inputs(300, 24)
     moment = x.T @ x / len(x)
-    factors = WhitenedWeight(weight, moment, dampening_frac=0).factors(5)
+    factors = whitened_spectrum(weight, moment, dampening_frac=0).factors(5)
     outer = factors.up.square().sum(0)
     inner = ((factors.down @ moment) * factors.down).sum(1)
     torch.testing.assert_close(outer, inner)
@@ -177,7 +177,7 @@ def test_factors_are_balanced():
 def test_rank_deficient_statistics_do_no_harm(tokens, dampening):
     weight, x = inputs(8, 16, seed=1), inputs(tokens, 16)
     moment = x.T @ x / max(tokens, 1)
-    factors = WhitenedWeight(weight, moment, dampening_frac=dampening).factors(6)
+    factors = whitened_spectrum(weight, moment, dampening_frac=dampening).factors(6)
     product = factors.up @ factors.down
     assert torch.isfinite(product).all()
     if tokens and not dampening:  # rank 6 holds all that so few tokens can tell apart
@@ -185,7 +185,7 @@ def test_rank_deficient_statistics_do_no_harm(tokens, dampening):
 
 
 def test_zero_weight_stays_zero():
-    factors = WhitenedWeight(torch.zeros(4, 6), torch.eye(6)).factors(2)
+    factors = whitened_spectrum(torch.zeros(4, 6), torch.eye(6)).factors(2)
     assert factors.error == 0
     assert (factors.up @ factors.down).abs().max() == 0
 
@@ -193,16 +193,16 @@ def test_zero_weight_stays_zero():
 @pytest.mark.parametrize("rank", [0, 5])
 def test_rank_out_of_range(rank):
     with pytest.raises(ValueError, match=r"rank must lie in \[1, 4\]"):
-        WhitenedWeight(torch.randn(4, 6)).factors(rank)
+        whitened_spectrum(torch.randn(4, 6)).factors(rank)
 
 
 def test_bad_numbers_are_named():
     with pytest.raises(ValueError, match="weight holds NaN"):
-        WhitenedWeight(torch.full((2, 2), float("nan")))
+        whitened_spectrum(torch.full((2, 2), float("nan")))
     with pytest.raises(ValueError, match="second moment holds NaN"):
-        WhitenedWeight(torch.ones(2, 2), torch.full((2, 2), float("inf")))
+        whitened_spectrum(torch.ones(2, 2), torch.full((2, 2), float("inf")))
     with pytest.raises(ValueError, match="3 channels does not fit a weight of 2 columns"):
-        WhitenedWeight(torch.ones(2, 2), torch.eye(3))
+        whitened_spectrum(torch.ones(2, 2), torch.eye(3))
 
 
 @given(

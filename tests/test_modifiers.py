@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import casp_plugin.modifiers.base
 from casp_plugin import BitAllocationModifier, LowRankLinear, LowRankQKModifier, plan_recipe
-from casp_plugin.statistics import Request, collect
+from casp_plugin.collection import collect
+from casp_plugin.statistics import Request
+from casp_plugin.tracing import subgraphs_of
 
 
 def low_rank(**fields):
@@ -147,7 +149,8 @@ def test_statistics_measured_before(load_tiny, batches):
         energies=names,
         influences=frozenset(f"model.layers.{i}" for i in range(2)),
     )
-    statistics = collect(load_tiny(), batches, request)
+    model = load_tiny()
+    statistics = collect(model, batches, request, subgraphs_of(model, batches))
     assert plan_recipe(load_tiny(), recipe, statistics=statistics) == expected
 
 
@@ -369,7 +372,7 @@ def test_bad_recipes_fail_before_any_calibration(tiny_llama, batches, monkeypatc
     def too_late(*args):
         raise AssertionError("statistics were collected before the recipe was checked")
 
-    monkeypatch.setattr(casp_plugin.modifiers.base, "collect", too_late)
+    monkeypatch.setattr(casp_plugin.modifiers.base, "measure", too_late)
     recipe = [modifier.model_copy(deep=True) for modifier in recipe]
     with pytest.raises(ValueError, match=message):
         compress(tiny_llama, recipe, batches)

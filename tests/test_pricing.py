@@ -6,7 +6,7 @@ from torch import nn
 
 from casp_plugin.distortion import rounding_delta
 from casp_plugin.latent import Latent
-from casp_plugin.lowrank import WhitenedWeight
+from casp_plugin.lowrank import whitened_spectrum
 from casp_plugin.pricing import Pricing
 from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Statistics
@@ -40,7 +40,7 @@ def measured():
 def priced(statistics, linears, latent=None, fisher=True, by_gptq=True, block=1):
     schemes = {bits: weight_args(bits, GROUP) for bits in (2, 4)}
     pricing = Pricing(schemes, statistics, fisher, by_gptq, lambda *args: block, 16)
-    unit = pricing.unit("qk", 1.0, linears, latent)
+    unit = pricing.layers(linears, latent)
     pricing.finish()
     return unit
 
@@ -48,7 +48,7 @@ def priced(statistics, linears, latent=None, fisher=True, by_gptq=True, block=1)
 def latent_of(linears, statistics):
     weight = torch.cat([linear.weight for linear in linears.values()])
     moment = statistics.second_moments[NAMES[0]]
-    return Latent(linears, WhitenedWeight(weight, moment))
+    return Latent(linears, whitened_spectrum(weight, moment))
 
 
 @pytest.mark.parametrize("block", [1, 16])

@@ -6,9 +6,10 @@ import tiny_vlms
 import torch
 from transformers import AutoModelForImageTextToText
 
+from casp_plugin.collection import collect
 from casp_plugin.hooks import first_batches
 from casp_plugin.modules import named_linears
-from casp_plugin.statistics import Request, collect
+from casp_plugin.statistics import Request
 
 Q, K, V = (f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
 DOWN = "model.layers.0.mlp.down_proj"

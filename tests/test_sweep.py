@@ -31,11 +31,13 @@ def point(name, bytes_=1, value=2.0):
 
 
 def test_sizes_of_one_model(tiny_llama, files, monkeypatch):  # noqa: F811
-    import casp_plugin.modifiers.base as base
+    import casp_plugin.measuring as measuring
 
     collected = []
-    collect = base.collect
-    monkeypatch.setattr(base, "collect", lambda *args: collected.append(1) or collect(*args))
+    collect = measuring.collect_parts
+    monkeypatch.setattr(
+        measuring, "collect_parts", lambda *args: collected.append(1) or collect(*args)
+    )
     (files / "uniform.yaml").write_text(UNIFORM)
     (files / "recipe.yaml").rename(files / "recipe_5.yaml")
     more = ["--recipe", files / "uniform.yaml", "--average-bits", "4", "5,6"]

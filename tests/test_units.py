@@ -5,7 +5,8 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from casp_plugin.modules import LowRankLinear, named_linears, skeleton
+from casp_plugin.models import skeleton
+from casp_plugin.modules import LowRankLinear, named_linears
 from casp_plugin.units import decoder_layers, find_units, matched_linears, reading_together
 
 

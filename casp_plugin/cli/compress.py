@@ -125,7 +125,7 @@ def compress(model: str, recipe, batches, output: Path, seed: int):
     from casp_plugin.checkpoint import copy_processor
     from casp_plugin.files import whole_folder
     from casp_plugin.models import load_model
-    from casp_plugin.modifiers.tracing import check_traceable
+    from casp_plugin.tracing import check_traceable
 
     loaded = load_model(model)
     check_traceable(loaded, batches)

@@ -2,7 +2,7 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
-from casp_plugin.modifiers import tracing
+from casp_plugin import tracing
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier, plan_recipe
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier

@@ -5,6 +5,7 @@ quantizer attaches its schemes there. So a modifier that replaces modules or cho
 does all its work in ``on_initialize``.
 """
 
+import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from compressed_tensors.offload import set_onload_device
 from compressed_tensors.transform import TransformConfig
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from llmcompressor.recipe import Recipe
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
@@ -24,10 +27,12 @@ from torch import nn
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
-from casp_plugin.modifiers.tracing import check_traceable
-from casp_plugin.modules import LowRankLinear, skeleton, stored_tensors
+from casp_plugin.measured import Measured
+from casp_plugin.measuring import measure, noted
+from casp_plugin.models import skeleton
+from casp_plugin.modules import LowRankLinear, stored_tensors
 from casp_plugin.plan import CompressionPlan
-from casp_plugin.statistics import Request, Statistics, collect
+from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import check_transforms, input_block
 
 __all__ = ["CaspModifier", "plan_recipe", "shape_model"]
@@ -37,17 +42,18 @@ _RECORDED = ("llmcompressor", "compressed-tensors", "transformers", "torch", "ca
 
 @dataclass
 class _Run:
-    """One compression: the plan under way and the statistics it rests on."""
+    """One compression: the plan under way and the measurements it rests on."""
 
     plan: CompressionPlan
-    statistics: Statistics | None
+    measured: Measured | None
 
 
 class CaspModifier(Modifier):
     """A modifier that decides on a plan and changes the model before calibration starts.
 
     The first one of a recipe checks the whole recipe on a copy of the model without weights
-    and runs the calibration data once, for all of them.
+    and runs the calibration data once, for all of them. All note down what they need of one
+    decoder layer after the other, then each decides in turn.
 
     :param components: parts of a multimodal model that this modifier works on: `language`,
         `vision`, `connector`, `audio`
@@ -56,20 +62,22 @@ class CaspModifier(Modifier):
         modifier gives count for all modifiers of the recipe
     :param image_weight: what a token that stands for an image counts in the statistics of layers'
         inputs, one of text being 1; the same in all modifiers of a recipe that give it
-    :param cache_dir: folder that keeps what was measured: statistics (as large as they are in
-        memory) and rounding errors. Another run of the same model, data and seed, whatever its
-        budget, begins with them; one in any modifier is for all of the recipe
+    :param cache_dir: folder that keeps what was measured, layer by layer. A run that died goes on
+        from there, and another run of the same model, data, recipe and seed, whatever its budget,
+        measures nothing; one in any modifier is for all of the recipe
+    :param cache_limit: bytes that this folder may hold, in GB; what was used longest ago goes first
     """
 
     components: list[str] = Field(default_factory=lambda: [LANGUAGE], min_length=1)
     component_patterns: dict[str, list[str]] = Field(default_factory=dict)
     image_weight: float | None = Field(default=None, ge=0)
-    cache_dir: str | None = Field(default=None, exclude=True)  # of a machine, not of the recipe
+    # of a machine, not of the recipe
+    cache_dir: str | None = Field(default=None, exclude=True)
+    cache_limit: float | None = Field(default=None, gt=0, exclude=True)
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
     _transforms: TransformConfig | None = PrivateAttr(default=None)
     _patterns: dict[str, list[str]] = PrivateAttr(default_factory=dict)
-    _cache: MeasurementCache | None = PrivateAttr(default=None)
 
     @abstractmethod
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
@@ -79,21 +87,41 @@ class CaspModifier(Modifier):
         """
 
     @abstractmethod
+    def note(
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        measured: Measured,
+        following: list[Modifier],
+    ) -> None:
+        """Note down what will be needed of some layers whose statistics are there now.
+
+        :param statistics: of these layers; gone afterwards
+        :param measured: where to note it
+        :param following: modifiers that come later in the recipe
+        """
+
+    @abstractmethod
     def prepare(
         self,
         model: nn.Module,
         plan: CompressionPlan,
-        statistics: Statistics | None,
+        measured: Measured | None,
         following: list[Modifier],
     ) -> None:
         """Decide, change ``model`` and the modifiers that follow, and record it on ``plan``.
 
         :param model: the model; on the meta device when only a plan is wanted
         :param plan: the plan so far
-        :param statistics: None when only a plan is wanted: what needs them stays unknown
+        :param measured: what was noted down of all layers; None when only a plan is wanted: what
+            needs it stays unknown
         :param following: modifiers that come later in the recipe
         :raises ValueError: for any setting that cannot work on this model and recipe
         """
+
+    def note_facts(self, model: nn.Module, following: list[Modifier]) -> dict[str, Any]:
+        """What is noted down depends on, beside the statistics, as JSON values."""
+        return self.settings
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         modifiers = active_session().lifecycle.recipe.modifiers
@@ -101,11 +129,11 @@ class CaspModifier(Modifier):
         if run is None:
             run = state.casp_run = _start(state.model, state.data.calib, modifiers)
             save_with_plan(state.model, run.plan)
-        self.prepare(state.model, run.plan, run.statistics, _after(self, modifiers))
+        self.prepare(state.model, run.plan, run.measured, _after(self, modifiers))
         if self is _own(modifiers)[-1]:
             for warning in run.plan.warnings:
                 logger.warning(warning)
-            run.statistics = None  # the quantizer that follows needs the memory
+            run.measured = None  # the quantizer that follows needs the memory
         return True
 
     def on_finalize(self, state: State, **kwargs) -> bool:
@@ -114,7 +142,6 @@ class CaspModifier(Modifier):
 
     def release(self) -> None:
         """Take back what was handed over."""
-        self._cache = None
         for modifier, field in self._handed_over:
             setattr(modifier, field, None)
 
@@ -181,7 +208,7 @@ def plan_recipe(
         return _dry_run(model, modifiers)[1]
     run = _start(model, dataloader, modifiers, statistics)
     for modifier in _own(modifiers):
-        modifier.prepare(model, run.plan, run.statistics, _after(modifier, modifiers))
+        modifier.prepare(model, run.plan, run.measured, _after(modifier, modifiers))
     for modifier in _own(modifiers):
         modifier.release()
     return run.plan
@@ -219,15 +246,9 @@ def _start(
     modifiers: list[Modifier],
     statistics: Statistics | None = None,
 ) -> _Run:
-    """Check the recipe as a whole, then collect the statistics that all its modifiers need,
-    unless they are there."""
+    """Check the recipe as a whole, then measure what all its modifiers need."""
     _dry_run(model, modifiers)
     _check_finite(model)
-    if dataloader is not None:
-        try:
-            check_traceable(model, dataloader)
-        except ValueError as error:  # unless oneshot was given another pipeline or tracing_ignore
-            logger.warning(f"calibration may fail: {error}")
     request = Request()
     _share(modifiers)
     for modifier in _own(modifiers):
@@ -236,37 +257,54 @@ def _start(
             image_weight=modifier.image_weight,
         )
     plan = _new_plan(model)
+
+    def note(found: Statistics, measured: Measured) -> None:
+        for modifier in _own(modifiers):
+            modifier.note(model, found, measured, _after(modifier, modifiers))
+
     if not request:
-        statistics = Statistics()
-    elif statistics is None and dataloader is None:
+        measured = Measured()
+    elif statistics is not None:
+        measured = noted(statistics, note)
+        measured.statistics |= Statistics(attention_densities=statistics.attention_densities)
+    elif dataloader is not None:
+        if torch.accelerator.is_available():  # as the pipeline of the quantizer will
+            set_onload_device(model, get_main_device())
+        # without a cache, a temporary folder takes what would fill the memory; mapped files
+        # outlive their names
+        with tempfile.TemporaryDirectory(prefix="casp-") as folder:
+            cache = _cache(folder, model, dataloader, request, modifiers, plan)
+            measured = measure(model, dataloader, request, cache, note)
+    else:
         names = " and ".join(type(modifier).__name__ for modifier in _own(modifiers))
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
-    if statistics is None:
-        statistics = _measured(model, dataloader, request, modifiers, plan)
-    plan.calibration_tokens = statistics.tokens or None
-    return _Run(plan, statistics)
+    plan.calibration_tokens = measured.statistics.tokens or None
+    return _Run(plan, measured)
 
 
-def _measured(
+def _cache(
+    folder: str,
     model: nn.Module,
     dataloader: Iterable,
     request: Request,
     modifiers: list[Modifier],
     plan: CompressionPlan,
-) -> Statistics:
-    """Statistics, from the cache that the recipe names where they are there."""
-    roots = [modifier.cache_dir for modifier in _own(modifiers) if modifier.cache_dir]
+) -> MeasurementCache:
+    """
+    :param folder: to use where the recipe names none
+    """
+    own = _own(modifiers)
+    roots = [modifier.cache_dir for modifier in own if modifier.cache_dir]
     if not roots:
-        return collect(model, dataloader, request)
+        return MeasurementCache(folder, {}, {})
     facts = {"model": plan.model, "versions": plan.versions, "seed": plan.seed}
-    cache = MeasurementCache.of(roots[0], model, dataloader, request, facts)
-    for modifier in _own(modifiers):
-        modifier._cache = cache
-    statistics = cache.statistics()
-    if statistics is None:
-        statistics = collect(model, dataloader, request)
-        cache.keep_statistics(statistics)
-    return statistics
+    settings = {type(m).__name__: m.note_facts(model, _after(m, modifiers)) for m in own}
+    cache = MeasurementCache.of(roots[0], model, dataloader, request, facts, settings)
+    limits = [modifier.cache_limit for modifier in own if modifier.cache_limit]
+    cache.begin()
+    if limits:
+        cache.limit(int(min(limits) * 1e9))
+    return cache
 
 
 def _share(modifiers: list[Modifier]) -> None:

@@ -1,6 +1,8 @@
 """BitAllocationModifier: each unit gets the bit width that its importance earns."""
 
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 from compressed_tensors.quantization import QuantizationArgs
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.components import LANGUAGE
 from casp_plugin.latent import Latent
+from casp_plugin.measured import Measured
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install, point_awq
 from casp_plugin.modifiers.quantizer import (
@@ -26,7 +29,7 @@ from casp_plugin.modifiers.quantizer import (
 )
 from casp_plugin.modules import LowRankLinear, stored_tensors
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
-from casp_plugin.pricing import Pricing, stored_shapes
+from casp_plugin.pricing import Pricing, joined, stored_shapes
 from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
@@ -117,6 +120,7 @@ class BitAllocationModifier(CaspModifier):
 
     _latents: list[Latent] = PrivateAttr(default_factory=list)
     _rank_multiple: int = PrivateAttr(default=1)
+    _waits_for: frozenset[str] = PrivateAttr(default=frozenset())
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -213,11 +217,28 @@ class BitAllocationModifier(CaspModifier):
             gradients=linears if fisher else none,
         )
 
+    def note(
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        measured: Measured,
+        following: list[Modifier],
+    ) -> None:
+        matched = self._matched(model)
+        reached = {name: each for name, each in matched.items() if name in statistics.reached}
+        if self.solver == "exact":
+            later = statistics.of(self._waits_for & reached.keys())
+            measured.statistics |= replace(later, gradient_moments={}, attention_moments={})
+            known = {name: each for name, each in reached.items() if name not in self._waits_for}
+            quantizer = find_quantizer(following, matched)
+            measured.units += self._priced(known, quantizer, statistics)
+        self._latents, self._waits_for = [], frozenset()
+
     def prepare(
         self,
         model: nn.Module,
         plan: CompressionPlan,
-        statistics: Statistics | None,
+        measured: Measured | None,
         following: list[Modifier],
     ) -> None:
         plan.settings[type(self).__name__] = self.settings
@@ -225,83 +246,98 @@ class BitAllocationModifier(CaspModifier):
         linears = self._matched(model)
         self._check_latents(linears)
         quantizer = find_quantizer(following, linears)
-        schemes = self._schemes(quantizer)
         layers = decoder_layers(model)
         if tunes_layers(quantizer):
             self._check_tuned(linears, layers)
-        latents = {next(iter(latent.linears)): latent for latent in self._latents}
-        facts = self._price_facts(plan, quantizer)
-        cache = None if statistics is None else self._cache
-        priced = cache and cache.units(facts)
-        if not priced:
-            priced = self._priced(linears, layers, latents, schemes, quantizer, statistics)
-            if cache:
-                cache.keep_units(priced, facts)
-        plan.units = priced
+        statistics = None if measured is None else measured.statistics
+        priced = [] if measured is None else measured.units
+        known = {name for unit in priced for name in unit.modules}
+        rest = {name: each for name, each in linears.items() if name not in known}
+        priced = priced + self._priced(rest, quantizer, statistics)
+        plan.units = self._units(linears, layers, priced, statistics)
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
         self._choose(plan)
-        if plan.decided and statistics is not None:
-            self._factor(model, plan, latents)
-            give_schemes(self, plan, schemes, quantizer)
+        if plan.decided and measured is not None:
+            self._factor(model, plan)
+            give_schemes(self, plan, self._schemes(quantizer), quantizer)
         point_awq(self, model, following)
         self._latents = []  # the quantizer that follows needs the memory
+
+    def note_facts(self, model: nn.Module, following: list[Modifier]) -> dict[str, Any]:
+        quantizer = find_quantizer(following, self._matched(model))
+        chosen_later = ("average_bits", "component_weights")
+        return {
+            "settings": {k: v for k, v in self.settings.items() if k not in chosen_later},
+            "quantizer": [type(quantizer).__name__, observer_of(quantizer)],
+            "transforms": self._transforms and self._transforms.model_dump(mode="json"),
+        }
 
     def _priced(
         self,
         linears: dict[str, nn.Linear | LowRankLinear],
-        layers: list[str],
-        latents: dict[str, Latent],
-        schemes: dict[int, QuantizationArgs],
         quantizer: QuantizationMixin,
         statistics: Statistics | None,
     ) -> list[UnitPlan]:
-        """Every unit with its candidates, nothing chosen yet.
-
-        :param latents: what may be factored, by the first linear of each
-        """
+        """Single linears, or those of one latent, with all candidates; nothing chosen yet."""
+        measured = statistics is not None and self.solver == "exact"
         pricing = Pricing(
-            schemes,
-            statistics if self.solver == "exact" else None,
+            self._schemes(quantizer),
+            statistics if measured else None,
             fisher=self.importance == "fisher",
             by_gptq=self._by_gptq(quantizer),
             input_block=self.input_block,
             rank_multiple=self._rank_multiple,
         )
-        together = [latent.linears for latent in self._latents]
-        units = find_units(linears, layers, self.granularity, self.share_layers, together)
-        importances = self._importances(units, layers, statistics)
-        found = []
-        progress = tqdm(units, desc="Measuring rounding errors", disable=statistics is None)
-        for unit, importance in zip(progress, importances, strict=True):
-            dense = {name: linears[name] for name in unit.modules}
-            latent = latents.get(unit.modules[0])
-            priced = pricing.unit(unit.name, importance, dense, latent)
-            priced.component = self.component_of(unit.modules[0])
-            found.append(priced)
+        latents = {name: latent for latent in self._latents for name in latent.linears}
+        groups = dict.fromkeys(
+            tuple(latents[name].linears) if name in latents else (name,) for name in linears
+        )
+        progress = tqdm(
+            groups, desc="Measuring rounding errors", disable=not (measured and groups), leave=False
+        )
+        found = [
+            pricing.layers({name: linears[name] for name in names}, latents.get(names[0]))
+            for names in progress
+        ]
         pricing.finish()
         return found
 
-    def _price_facts(self, plan: CompressionPlan, quantizer: QuantizationMixin) -> dict:
-        """What prices depend on beside the statistics: all settings but the budget's number."""
-        own = {k: v for k, v in self.settings.items() if k != "average_bits"}
-        others = {k: v for k, v in plan.settings.items() if k != type(self).__name__}
-        transforms = self._transforms and self._transforms.model_dump(mode="json")
-        return {
-            "settings": {**others, type(self).__name__: own},
-            "quantizer": [type(quantizer).__name__, observer_of(quantizer)],
-            "transforms": transforms,
-        }
+    def _units(
+        self,
+        linears: dict[str, nn.Linear | LowRankLinear],
+        layers: list[str],
+        priced: list[UnitPlan],
+        statistics: Statistics | None,
+    ) -> list[UnitPlan]:
+        """Layers that were priced apart, put together to units; nothing chosen yet."""
+        together = [latent.linears for latent in self._latents]
+        units = find_units(linears, layers, self.granularity, self.share_layers, together)
+        of = {part.name: part for part in priced}
+        found = []
+        for unit, importance in zip(
+            units, self._importances(units, layers, statistics), strict=True
+        ):
+            parts = [of[name] for name in unit.modules if name in of]
+            made = joined(unit.name, parts)
+            made.component = self.component_of(unit.modules[0])
+            made.importance = importance
+            found.append(made)
+        return found
 
     def consider(self, latents: list[Latent], rank_multiple: int | None) -> None:
         """Take over the choice between dense layers and factors.
 
-        :param latents: what may be factored, of the model that `prepare` will see
+        :param latents: what may be factored, of the model that `note` or `prepare` will see
         :param rank_multiple: ranks are multiples of this; None for the largest group size
         """
         self._latents = latents
         self._rank_multiple = rank_multiple or max(self.group_sizes, default=RANK_MULTIPLE)
+
+    def wait_for(self, names: Iterable[str]) -> None:
+        """Leave linears unpriced until all layers were seen: what becomes of them hangs on it."""
+        self._waits_for |= frozenset(names)
 
     def _matched(self, model: nn.Module) -> dict[str, nn.Linear | LowRankLinear]:
         field = f"{type(self).__name__}.targets"
@@ -373,8 +409,9 @@ class BitAllocationModifier(CaspModifier):
                 "number"
             )
 
-    def _factor(self, model: nn.Module, plan: CompressionPlan, latents: dict[str, Latent]) -> None:
+    def _factor(self, model: nn.Module, plan: CompressionPlan) -> None:
         """Make the factors that were chosen."""
+        latents = {next(iter(latent.linears)): latent for latent in self._latents}
         for unit in plan.units:
             names = list(unit.modules)
             latent = latents.get(names[0])
@@ -424,8 +461,7 @@ class BitAllocationModifier(CaspModifier):
                 f"package: pip install {package}"
             )
         if statistics is not None and self.solver == "exact":
-            reached = statistics.second_moments.keys() | statistics.mean_squares.keys()
-            dead = [name for name in linears if name not in reached]
+            dead = [name for name in linears if name not in statistics.reached]
             for component in {self.component_of(name): None for name in dead}:
                 if all(n in dead for n in linears if self.component_of(n) == component):
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 import re
 
+from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
 from compressed_tensors.utils import match_modules_set
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
@@ -46,6 +47,10 @@ def install(
         )
     if rank is not None:
         for name, layer in latent.layers(rank).items():
+            replaced = latent.linears[name]
+            if isinstance(replaced._parameters, OffloadCache):
+                for factor in layer.children():
+                    offload_module(factor, **get_cache_init_kwargs(replaced))
             model.set_submodule(name, layer)
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.latent import Latent, global_ranks
-from casp_plugin.lowrank import WhitenedWeight, uniform_rank
+from casp_plugin.lowrank import Spectrum, uniform_rank, whitened_spectrum
+from casp_plugin.measured import Measured
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.factoring import install, point_awq
@@ -124,32 +125,55 @@ class LowRankQKModifier(CaspModifier):
         none = frozenset()
         # with bits chosen at once, what a rank loses is measured on the same inputs, in the same
         # unit as what bits lose
-        choosers = [m for m in following if isinstance(m, BitAllocationModifier)]
-        by_loss = self.proposes and any(chooser.importance == "fisher" for chooser in choosers)
+        by_loss = self.proposes and any(m.importance == "fisher" for m in _choosers(following))
         return Request(
             second_moments=linears if self.method != "svd" or self.proposes else none,
             gradient_moments=linears if self.method == "fisher" or by_loss else none,
             attention_moments=linears if self.method == "attention" else none,
             attention_maps=frozenset(name.rpartition(".")[0] for name in linears),
+            reached=linears,
         )
+
+    def note(
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        measured: Measured,
+        following: list[Modifier],
+    ) -> None:
+        matched = self._matched(model)
+        reached = {name: each for name, each in matched.items() if name in statistics.reached}
+        groups = [part for group in self._groups(reached) for part in _by_input(group, statistics)]
+        groups = [names for names in groups if self._moves(names, statistics)]
+        latents = []
+        for names in tqdm(groups, desc="Factoring W_q, W_k", leave=False):
+            linears = {name: reached[name] for name in names}
+            latent = Latent(linears, self._spectrum(linears, statistics), self.rotate)
+            measured.spectra[tuple(names)] = latent.spectrum.truncated(latent.largest_rank)
+            latents.append(latent)
+        for chooser in _choosers(following):
+            if self.proposes:
+                chooser.consider(latents, self.rank_multiple)
+            else:
+                chooser.wait_for(reached)
 
     def prepare(
         self,
         model: nn.Module,
         plan: CompressionPlan,
-        statistics: Statistics | None,
+        measured: Measured | None,
         following: list[Modifier],
     ) -> None:
         plan.settings[type(self).__name__] = self.settings
-        if statistics is not None:
-            found = statistics.attention_densities
+        if measured is not None:
+            found = measured.statistics.attention_densities
             modules = dict.fromkeys(name.rpartition(".")[0] for name in self._matched(model))
             plan.attention = [
                 AttentionPlan(module=name, component=self.component_of(name), **asdict(found[name]))
                 for name in modules
                 if name in found
             ]
-        latents, left_out = self._latents(model, statistics)
+        latents, left_out = self._latents(model, measured)
         if not latents:
             raise ValueError(
                 "LowRankQKModifier: the loss of the calibration data depends on none of "
@@ -179,61 +203,60 @@ class LowRankQKModifier(CaspModifier):
 
     def _propose(self, latents: list[Latent], following: list[Modifier]) -> None:
         """Leave the latents to the BitAllocationModifier that follows."""
-        chooser = next((m for m in following if isinstance(m, BitAllocationModifier)), None)
-        if chooser is None:
+        choosers = _choosers(following)
+        if not choosers:
             raise ValueError(
                 "LowRankQKModifier.keep: auto leaves the ranks to a BitAllocationModifier, and "
                 "none follows in the recipe: add one, or set keep to a number such as 0.25"
             )
-        chooser.consider(latents, self.rank_multiple)
+        choosers[0].consider(latents, self.rank_multiple)
+
+    def _groups(self, linears: dict[str, nn.Linear]) -> list[list[str]]:
+        """Names of linears that may share a latent."""
+        return reading_together(linears) if self.share_latent else [[name] for name in linears]
 
     def _latents(
-        self, model: nn.Module, statistics: Statistics | None
+        self, model: nn.Module, measured: Measured | None
     ) -> tuple[list[Latent], list[str]]:
-        """What may be factored, with spectra where there are statistics; and the names of what the
-        statistics say nothing about, as of the last layer of LLaVA's tower."""
+        """What may be factored, with spectra where they were measured; and the names of what the
+        data says nothing about, as of the last layer of LLaVA's tower."""
         matched = self._matched(model)
-        groups = reading_together(matched) if self.share_latent else [[name] for name in matched]
-        if statistics is not None:
-            groups = [part for group in groups for part in _by_input(group, statistics)]
-        left_out = [
-            name for group in groups for name in group if not self._moves(group, statistics)
-        ]
+        if measured is None:
+            groups: dict[tuple, Spectrum | None] = dict.fromkeys(map(tuple, self._groups(matched)))
+        else:
+            groups = {
+                names: each for names, each in measured.spectra.items() if names[0] in matched
+            }
+            for name in matched:
+                if name not in measured.statistics.reached:
+                    raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
+        found = {name for names in groups for name in names}
         latents = [
-            Latent(
-                {name: matched[name] for name in names},
-                None if statistics is None else self._spectrum(names, matched, statistics),
-                self.rotate,
-            )
-            for names in tqdm(groups, desc="Factoring W_q, W_k", disable=statistics is None)
-            if names[0] not in left_out
+            Latent({name: matched[name] for name in names}, spectrum, self.rotate)
+            for names, spectrum in groups.items()
         ]
-        return latents, left_out
+        return latents, [name for name in matched if name not in found]
 
-    def _moves(self, names: list[str], statistics: Statistics | None) -> bool:
+    def _moves(self, names: list[str], statistics: Statistics) -> bool:
         """Whether what the method looks at moves with what layers put out."""
-        if statistics is None or self.method not in _METRICS:
+        if self.method not in _METRICS:
             return True
         found = getattr(statistics, _METRICS[self.method])
         return all(name in found for name in names)
 
-    def _spectrum(
-        self, names: list[str], linears: dict[str, nn.Linear], statistics: Statistics
-    ) -> WhitenedWeight:
-        """The stacked weights of one latent, whitened by the method's metrics."""
+    def _spectrum(self, linears: dict[str, nn.Linear], statistics: Statistics) -> Spectrum:
+        """That of the stacked weights of one latent, whitened by the method's metrics."""
+        weight = torch.cat([linear.weight for linear in linears.values()])
         moment = metric = None
         if self.method != "svd":
-            moment = statistics.second_moments.get(names[0])
-            if moment is None:
-                raise ValueError(f"LowRankQKModifier: no calibration token reached {names[0]}")
+            moment = statistics.second_moments[next(iter(linears))]
         if self.method in _METRICS:
             found = getattr(statistics, _METRICS[self.method])
-            metric = torch.block_diag(*(found[name] for name in names))
+            metric = torch.block_diag(*(found[name].to(weight.device) for name in linears))
         try:
-            weight = torch.cat([linears[name].weight for name in names])
-            return WhitenedWeight(weight, moment, metric, self.dampening_frac)
+            return whitened_spectrum(weight, moment, metric, self.dampening_frac)
         except ValueError as error:
-            raise ValueError(f"LowRankQKModifier: {', '.join(names)}: {error}") from None
+            raise ValueError(f"LowRankQKModifier: {', '.join(linears)}: {error}") from None
 
     def _matched(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linears to factor, or the error that says why there are none."""
@@ -274,6 +297,10 @@ class LowRankQKModifier(CaspModifier):
         raise ValueError(
             f"LowRankQKModifier.ranks: no entry matches {name}; entries: {list(self.ranks)}"
         )
+
+
+def _choosers(following: list[Modifier]) -> list[BitAllocationModifier]:
+    return [modifier for modifier in following if isinstance(modifier, BitAllocationModifier)]
 
 
 def _spectrum_plan(latent: Latent) -> SpectrumPlan:

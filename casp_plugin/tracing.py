@@ -1,29 +1,31 @@
-"""Vision towers take part in llm-compressor's sequential calibration.
+"""Models in parts that run one after another, as llm-compressor's sequential pipeline has them.
 
-Its tracer wraps what it cannot trace, in multimodal models whatever stands below
-``if pixel_values is not None``: the linear layers in there run and are observed, but belong to no
-subgraph, so that they are never quantized. Here the first subgraph, which runs before the language
-model's layers, has them. Where no such line stands (BLIP-2), what makes the features of images is
-wrapped by its name.
+Vision towers take part in that too: its tracer wraps what it cannot trace, in multimodal models
+whatever stands below ``if pixel_values is not None``: the linear layers in there run and are
+observed, but belong to no subgraph, so that they are never quantized. Here the first subgraph,
+which runs before the language model's layers, has them. Where no such line stands (BLIP-2), what
+makes the features of images is wrapped by its name.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.args import DatasetArguments
-from llmcompressor.pipelines.sequential import pipeline
-from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.pipelines.sequential import helpers, pipeline
+from llmcompressor.pipelines.sequential.helpers import SequentialTracer, Subgraph, trace_subgraphs
 from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
-from transformers import PreTrainedModel
+from torch.fx.proxy import Argument
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from casp_plugin.models import is_multimodal
 
-__all__ = ["check_traceable", "register"]
+__all__ = ["check_traceable", "register", "subgraphs_of"]
 
 
 @dataclass
@@ -45,13 +47,22 @@ def check_traceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
 
     :raises ValueError: if a multimodal model cannot be traced
     """
-    if not is_multimodal(model.config):
-        return
+    if is_multimodal(model.config):
+        subgraphs_of(model, dataloader)
+
+
+def subgraphs_of(model: PreTrainedModel, dataloader: Iterable[dict]) -> list[Subgraph]:
+    """What runs before the first decoder layer, then each with what follows it, by oneshot's
+    defaults; nothing for no data.
+
+    :raises ValueError: if the model cannot be traced
+    """
     with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
         sample = next(iter(dataloader), None)
-    if sample is not None:
-        ignore = DatasetArguments().tracing_ignore
-        _trace(model, sample, infer_sequential_targets(model), ignore)
+    if sample is None:
+        return []
+    ignore = DatasetArguments().tracing_ignore
+    return _trace(model, sample, infer_sequential_targets(model), ignore)
 
 
 def _trace(
@@ -77,6 +88,20 @@ def _trace(
     return subgraphs
 
 
+class _Tracer(SequentialTracer):
+    """Configs that a graph makes anew keep their attention implementation. llm-compressor 0.14
+    leaves it out, so that models which make their mask by such a config (Mixtral, Qwen3-MoE) get
+    that of sdpa, none at all for sequences without padding, beside eager attention: they would be
+    calibrated without causality."""
+
+    def create_arg(self, a: Any) -> Argument:
+        if not isinstance(a, PreTrainedConfig):
+            return super().create_arg(a)
+        values = a.to_dict() | {"attn_implementation": a._attn_implementation}
+        arguments = {key: self.create_arg(value) for key, value in values.items()}
+        return self.create_node("call_function", type(a), (), arguments)
+
+
 _patching = HFTracer.patch_for_tracing.__wrapped__
 
 
@@ -95,4 +120,5 @@ def _patch_for_tracing(self: HFTracer, root: nn.Module) -> Iterator[None]:
 def register() -> None:
     """Let the sequential pipeline of llm-compressor trace by the functions above."""
     pipeline.trace_subgraphs = _trace
+    helpers.SequentialTracer = _Tracer
     HFTracer.patch_for_tracing = _patch_for_tracing

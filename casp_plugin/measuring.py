@@ -1,0 +1,73 @@
+"""Measuring a model part by part: what is noted down of one is kept before the next one runs."""
+
+from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import or_
+
+from llmcompressor.pipelines.sequential.helpers import Subgraph
+from loguru import logger
+from torch import nn
+
+from casp_plugin.cache import MeasurementCache
+from casp_plugin.collection import collect_derivatives, collect_parts
+from casp_plugin.measured import Measured
+from casp_plugin.statistics import Request, Statistics
+from casp_plugin.tracing import subgraphs_of
+
+__all__ = ["measure", "noted"]
+
+#: notes down what will be needed of some layers
+Note = Callable[[Statistics, Measured], None]
+
+
+def measure(
+    model: nn.Module,
+    dataloader: Iterable[dict],
+    request: Request,
+    cache: MeasurementCache,
+    note: Note,
+) -> Measured:
+    """What is noted down of all layers; what the cache has is not measured again.
+
+    :param model: the dense model
+    :param dataloader: calibration batches
+    :param request: what is to be noted down from
+    :raises ValueError: if there is no data
+    """
+    parts = cache.parts()
+    derivatives = cache.derivatives()
+    if derivatives is None:
+        derivatives = cache.keep_derivatives(collect_derivatives(model, dataloader, request))
+    whole = reduce(or_, parts, Measured(last=False))
+    if not whole.last:
+        subgraphs = _subgraphs(model, dataloader)
+        for part in collect_parts(model, dataloader, request, subgraphs, whole.end):
+            here = part.statistics
+            new = here.reached - whole.statistics.reached  # but for a layer that runs twice
+            found = noted(here.of(new | here.influences.keys()) | derivatives.of(new), note)
+            found.end, found.last = part.end, part.last
+            parts.append(cache.keep_part(len(parts), found))
+            whole |= parts[-1]
+    densities = Statistics(attention_densities=derivatives.attention_densities)
+    whole.statistics |= densities
+    return whole
+
+
+def noted(statistics: Statistics, note: Note) -> Measured:
+    """What is noted down of some layers."""
+    found = Measured(
+        statistics=Statistics(
+            influences=statistics.influences, reached=statistics.reached, tokens=statistics.tokens
+        )
+    )
+    note(statistics, found)
+    return found
+
+
+def _subgraphs(model: nn.Module, dataloader: Iterable[dict]) -> list[Subgraph]:
+    """None where the model must run as a whole."""
+    try:
+        return subgraphs_of(model, dataloader)
+    except ValueError as error:  # unless oneshot was given another pipeline or tracing_ignore
+        logger.warning(f"statistics of all layers at once, and calibration may fail: {error}")
+        return []
