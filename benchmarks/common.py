@@ -1,8 +1,12 @@
-"""What the benchmarks share: scores of a checkpoint, tables on the screen and in Markdown."""
+"""What the benchmarks share: what a command takes, scores of a checkpoint, tables on the screen and
+in Markdown."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +17,43 @@ from casp_plugin.evaluation.answers import AnswerScore, AnswerScores
 from casp_plugin.evaluation.text import Scores, TextScore
 
 VERSIONS = ("casp-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a command took: seconds on the clock, of processors, peak resident memory in GB."""
+
+    seconds: float
+    cpu_seconds: float
+    memory: float
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.seconds + other.seconds,
+            self.cpu_seconds + other.cpu_seconds,
+            max(self.memory, other.memory),
+        )
+
+
+def timed(command: list[str], folder: Path | None = None) -> Spent:
+    """Run a command, with all that it starts.
+
+    :param folder: to run it in: GPTQModel writes logs where it is
+    :raises subprocess.CalledProcessError: if it fails
+    """
+    site = Path(__file__).parent.parent / "tests" / "vllm_site"
+    environment = os.environ | {
+        # torchvision without CUDA
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))),
+        "GPTQMODEL_CPU_WORKERS": "2",  # with fewer it does not start
+    }
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, cwd=folder)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    seconds = time.perf_counter() - start
+    return Spent(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
 def measured(folder: str, reference: str, evaluation: list[str]) -> dict:

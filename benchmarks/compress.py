@@ -46,7 +46,7 @@ def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
 
     if not torch.accelerator.is_available():  # AWQ pins host memory all the same
         IntermediatesCache.pin_memory = lambda *args, **kwargs: None
-    processor, batches = _calibration(model, dataset, samples, max_length, seed)
+    processor, batches = calibration(model, dataset, samples, max_length, seed)
     set_seed(seed)
     CaspModifier.on_initialize = timed
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     return {"seconds": seconds, "casp_time": sum(spent) / (seconds - sum(spent))}
 
 
-def _calibration(model, dataset, samples, max_length, seed):
+def calibration(model, dataset, samples, max_length, seed):
     """(tokenizer or processor, batches)"""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 

@@ -13,16 +13,14 @@ A run that was stopped goes on where it was, as long as --work stays.
 """
 
 import json
-import os
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from common import measured, scores_of, show, write_markdown
+from common import measured, scores_of, show, timed, write_markdown
 from transformers import AutoConfig, AutoTokenizer
 
 from casp_plugin.checkpoint import copy_processor
@@ -71,22 +69,6 @@ NEAREST = {
     },
     "3.30": {"gptqmodel": (3, 64, "GPTQModel, 3 bits, groups of 64")},
 }
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a command took: seconds on the clock, of processors, peak resident memory in GB."""
-
-    seconds: float
-    cpu_seconds: float
-    memory: float
-
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(
-            self.seconds + other.seconds,
-            self.cpu_seconds + other.cpu_seconds,
-            max(self.memory, other.memory),
-        )
 
 
 def main(
@@ -140,7 +122,7 @@ def main(
     def by_recipe(recipe: Path):
         def make(out: Path):
             command = [sys.executable, str(HERE / "compress.py"), model, str(recipe), str(out)]
-            return _timed([*command, *calibration]), out
+            return timed([*command, *calibration]), out
 
         return make
 
@@ -148,7 +130,7 @@ def main(
         recipe = out.with_name(f"{out.name}.yaml")
         texts = _texts(model, dataset, samples, work / "texts.jsonl")
         script = [sys.executable, str(HERE / "autoscheme.py")]
-        chosen = _timed([*script, model, str(start), str(recipe), texts, *calibration[2:]])
+        chosen = timed([*script, model, str(start), str(recipe), texts, *calibration[2:]])
         tuned, out = by_recipe(recipe)(out)
         return chosen + tuned, out
 
@@ -159,9 +141,9 @@ def main(
             texts = [] if sees else [_texts(model, dataset, samples, work / "texts.jsonl")]
             source = str(Path(model).resolve()) if Path(model).exists() else model
             settings = [str(bits), str(group_size), *texts, str(max_length)]
-            spent = _timed([*script, "quantize", source, str(out), *settings], work)
+            spent = timed([*script, "quantize", source, str(out), *settings], work)
             dense = out.with_name(f"{out.name}_dense")
-            _timed([*script, "dense", source, str(out), str(dense)], work)
+            timed([*script, "dense", source, str(out), str(dense)], work)
             copy_processor(model, dense)
             return spent, dense
 
@@ -182,25 +164,6 @@ def main(
         packages = ", ".join(pin for pins in ENVIRONMENTS.values() for pin in pins[:1])
         note = f"Made by `python benchmarks/peers.py {' '.join(sys.argv[1:])}`; {packages};"
         write_markdown(table, [(COLUMNS, _rows(found))], note)
-
-
-def _timed(command: list[str], folder: Path | None = None) -> Spent:
-    """Run a command, with all that it starts.
-
-    :param folder: to run it in: GPTQModel writes logs where it is
-    :raises subprocess.CalledProcessError: if it fails
-    """
-    environment = os.environ | {
-        "PYTHONPATH": str(HERE.parent / "tests" / "vllm_site"),  # torchvision without CUDA
-        "GPTQMODEL_CPU_WORKERS": "2",  # with fewer it does not start
-    }
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, cwd=folder)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    seconds = time.perf_counter() - start
-    return Spent(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
 def _environment(package: str, work: Path) -> str:

@@ -89,6 +89,7 @@ class MeasurementCache:
 
         :param most: bytes of the whole root
         """
+        os.utime(self.folder)
         folders = [path for path in self.folder.parent.iterdir() if (path / FACTS_NAME).exists()]
         sizes = {path: _bytes_of(path) for path in folders}
         for path in sorted(folders, key=lambda path: path.stat().st_mtime):

@@ -1,7 +1,9 @@
 """Files and folders that are written whole or not at all."""
 
+import glob
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +22,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place once it is written; on any failure it
     goes away. Folders above it are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_beside(path), dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
@@ -40,8 +41,7 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
     ``target`` already holds under other names are kept.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=_beside(target), dir=target.parent))
     try:
         yield partial
         if not target.exists():
@@ -54,6 +54,31 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
                 os.replace(path, target / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(target: Path) -> str:
+    """How names of temporary files and folders for this target begin, which tells who writes there.
+    What processes of this machine that were killed have left is removed; folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    machine = socket.gethostname()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(machine)}-*"):
+        owner = left.name.removeprefix(f".{target.name}.{machine}-").partition(".")[0]
+        if owner.isdecimal() and not _alive(int(owner)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return f".{target.name}.{machine}-{os.getpid()}."
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def _umask() -> int:

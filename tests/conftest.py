@@ -45,6 +45,14 @@ def save_tiny_model(folder, model_type="llama", dtype=torch.float32, **overrides
     return str(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """What `casp` measures in tests is kept apart from what a developer's runs keep."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CASP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Path of a random two-layer llama in float32."""

@@ -10,15 +10,19 @@ from rich.table import Table
 from casp_plugin.cli.app import app
 from casp_plugin.cli.data import DataSource, calibration_batches, load_processor
 from casp_plugin.cli.options import (
+    CACHE,
+    CACHE_LIMIT,
     DATASET,
     AnswerColumn,
     Cache,
+    CacheLimit,
     Checkpoint,
     Column,
     ConfigName,
     ImageColumn,
     Length,
     Model,
+    NoCache,
     QuestionColumn,
     RecipeFile,
     Samples,
@@ -44,7 +48,9 @@ def plan(
     samples: Samples = 512,
     max_length: Length = 2048,
     seed: Seed = 0,
-    cache: Cache = None,
+    cache: Cache = CACHE,
+    no_cache: NoCache = False,
+    cache_limit: CacheLimit = CACHE_LIMIT,
     json: Annotated[Path | None, typer.Option(help="Save the plan as JSON here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw bits per layer here.")] = None,
 ) -> None:
@@ -57,8 +63,6 @@ def plan(
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
 
-    if cache is not None and dataset is None:
-        raise ValueError("--cache keeps what is measured, which takes --dataset")
     bare = skeleton(model)  # refuses a quantized model before its weights are read
     if dataset is None:
         made = plan_recipe(bare, str(recipe))
@@ -69,7 +73,8 @@ def plan(
             bare.config, load_processor(model), source, samples, max_length, seed
         )
         _seed(seed)
-        made = plan_recipe(load_model(model), load_recipe(recipe, cache_dir=cache), batches)
+        filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
+        made = plan_recipe(load_model(model), filled, batches)
     for table in made.tables():
         console.print(table)
     if json is not None:
@@ -95,7 +100,9 @@ def run(
     max_length: Length = 2048,
     batch_size: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 1,
     seed: Seed = 0,
-    cache: Cache = None,
+    cache: Cache = CACHE,
+    no_cache: NoCache = False,
+    cache_limit: CacheLimit = CACHE_LIMIT,
 ) -> None:
     """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
     from casp_plugin.modifiers import plan_recipe
@@ -103,7 +110,7 @@ def run(
 
     check_output(output)
     bare = skeleton(model)
-    filled = load_recipe(recipe, cache_dir=cache)
+    filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
     console.print(plan_recipe(bare, filled).tables()[-1])
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)

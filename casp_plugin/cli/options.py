@@ -1,5 +1,6 @@
 """Options that several commands take, and where they print."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +43,20 @@ Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", 
 Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
 Cache = Annotated[
-    Path | None,
+    Path,
     typer.Option(
         "--cache",
-        help="Keep what is measured here, for other budgets and for runs after one that died.",
+        envvar="CASP_CACHE",
+        help="Keep what is measured here, for runs after one that died and for other budgets.",
     ),
 ]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing of what is measured.")]
+CacheLimit = Annotated[
+    float,
+    typer.Option(
+        help="GB that --cache may hold after a run; what was used longest ago goes first.",
+        min=0.1,
+    ),
+]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "casp"
+CACHE_LIMIT = 50.0

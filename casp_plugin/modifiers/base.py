@@ -275,6 +275,9 @@ def _start(
         with tempfile.TemporaryDirectory(prefix="casp-") as folder:
             cache = _cache(folder, model, dataloader, request, modifiers, plan)
             measured = measure(model, dataloader, request, cache, note)
+            limits = [each.cache_limit for each in _own(modifiers) if each.cache_limit]
+            if limits:
+                cache.limit(int(min(limits) * 1e9))
     else:
         names = " and ".join(type(modifier).__name__ for modifier in _own(modifiers))
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
@@ -300,10 +303,7 @@ def _cache(
     facts = {"model": plan.model, "versions": plan.versions, "seed": plan.seed}
     settings = {type(m).__name__: m.note_facts(model, _after(m, modifiers)) for m in own}
     cache = MeasurementCache.of(roots[0], model, dataloader, request, facts, settings)
-    limits = [modifier.cache_limit for modifier in own if modifier.cache_limit]
     cache.begin()
-    if limits:
-        cache.limit(int(min(limits) * 1e9))
     return cache
 
 

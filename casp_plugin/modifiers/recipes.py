@@ -11,12 +11,16 @@ __all__ = ["allocates_bits", "load_recipe"]
 
 
 def load_recipe(
-    recipe: Path | str, average_bits: float | None = None, cache_dir: Path | str | None = None
+    recipe: Path | str,
+    average_bits: float | None = None,
+    cache_dir: Path | str | None = None,
+    cache_limit: float | None = None,
 ) -> Recipe:
     """
     :param recipe: file, or text, in YAML
     :param average_bits: budget of its BitAllocationModifier, instead of the one written there
     :param cache_dir: the same of the casp modifiers
+    :param cache_limit: the same of them
     :raises ValueError: if there is no such modifier, or it has a budget for each component
     """
     made = Recipe.create_instance(str(recipe))
@@ -33,7 +37,7 @@ def load_recipe(
                 modifier.average_bits = average_bits
     for modifier in made.modifiers:
         if cache_dir is not None and isinstance(modifier, CaspModifier):
-            modifier.cache_dir = str(cache_dir)
+            modifier.cache_dir, modifier.cache_limit = str(cache_dir), cache_limit
     return made
 
 

@@ -1,0 +1,108 @@
+"""How memory and time grow with depth and width: the casp modifiers beside the GPTQ run that
+follows them.
+
+    python benchmarks/growth.py demo/SmolLM2-135M-Instruct recipes/smollm2/casp_2.28.yaml \\
+        recipes/smollm2/uniform_2.28.yaml --dataset D
+
+Models of the config's kind with random weights, as wide and deep as said. Each is measured by a
+recipe of casp without quantizing, and quantized by a recipe without casp, in processes of their
+own, from reading the model on; peaks are of resident memory.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from common import show, timed, write_markdown
+from compress import calibration
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from casp_plugin.files import whole_folder
+from casp_plugin.models import bytes_on_disk, load_model
+from casp_plugin.modifiers import plan_recipe
+from casp_plugin.modifiers.recipes import load_recipe
+
+COLUMNS = (
+    "width x layers",
+    "model, MB",
+    "casp, peak GB",
+    "GPTQ, peak GB",
+    "ratio",
+    "casp, CPU s",
+    "GPTQ, CPU s",
+    "ratio ",
+    "cache, MB",
+)
+SIZES = ["576x10", "576x20", "576x40", "1152x10", "2304x10"]
+
+
+def main(
+    source: Annotated[str, typer.Argument(help="Model whose config is scaled.")],
+    recipe: Path,
+    stock: Path,
+    dataset: str = "bundled",
+    samples: int = 16,
+    max_length: int = 512,
+    sizes: Annotated[list[str], typer.Option(help="WIDTHxLAYERS.")] = SIZES,
+    work: Path = Path("demo/growth"),
+    table: Path | None = None,
+    measure: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Print the table."""
+    data = ["--dataset", dataset, "--samples", str(samples), "--max-length", str(max_length)]
+    if measure:  # the process whose memory is looked at
+        _, batches = calibration(measure, dataset, samples, max_length, 0)
+        filled = load_recipe(recipe, cache_dir=work / "cache")
+        plan_recipe(load_model(measure), filled, batches)
+        return
+    rows = []
+    for size in sizes:
+        model = work / size
+        if not model.exists():
+            _make(source, *map(int, size.split("x")), model)
+        shutil.rmtree(work / "cache", ignore_errors=True)
+        again = [source, str(recipe), str(stock), *data, "--work", str(work)]
+        ours = timed([sys.executable, __file__, *again, "--measure", str(model)])
+        compress = str(Path(__file__).with_name("compress.py"))
+        out = work / "out"
+        theirs = timed([sys.executable, compress, str(model), str(stock), str(out), *data])
+        shutil.rmtree(out)
+        kept = sum(path.stat().st_size for path in (work / "cache").rglob("*.*"))
+        rows.append(
+            [
+                size,
+                f"{bytes_on_disk(model) / 1e6:.0f}",
+                f"{ours.memory:.2f}",
+                f"{theirs.memory:.2f}",
+                f"{ours.memory / theirs.memory:.2f}",
+                f"{ours.cpu_seconds:.0f}",
+                f"{theirs.cpu_seconds:.0f}",
+                f"{ours.cpu_seconds / theirs.cpu_seconds:.2f}",
+                f"{kept / 1e6:.0f}",
+            ]
+        )
+        show(COLUMNS, rows)
+    if table is not None:
+        note = f"Made by `python benchmarks/growth.py {' '.join(sys.argv[1:])}`;"
+        write_markdown(table, [(COLUMNS, rows)], note)
+
+
+def _make(source: str, width: int, layers: int, folder: Path) -> None:
+    """A model with random weights in the proportions of another."""
+    config = AutoConfig.from_pretrained(source)
+    scale = width / config.hidden_size
+    for field in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, field, round(getattr(config, field) * scale))
+    config.hidden_size, config.num_hidden_layers = width, layers
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+
+
+if __name__ == "__main__":
+    typer.run(main)
