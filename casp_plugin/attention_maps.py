@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from casp_plugin.hooks import Hooks, first_batches, image_mask, on_device, token_mask
+from casp_plugin.ranks import gathered
 from casp_plugin.sparsity import THRESHOLD, density, entropy_density, visible
 
 __all__ = ["AttentionDensities", "AttentionDensity", "visible_in"]
@@ -60,6 +61,8 @@ class AttentionDensities:
                 self._mask, self._images = token_mask(batch), image_mask(batch, model)
                 with torch.no_grad():
                     model(**batch)
+        for name in sorted(self._modules):
+            self._found[name] = [row for rows in gathered(self._found[name]) for row in rows]
 
     @property
     def densities(self) -> dict[str, AttentionDensity]:

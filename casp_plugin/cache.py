@@ -8,7 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from functools import reduce
 from hashlib import blake2b
+from operator import or_
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from casp_plugin.files import whole_file, write_whole
 from casp_plugin.lowrank import Spectrum
 from casp_plugin.measured import Measured
 from casp_plugin.plan import UnitPlan
+from casp_plugin.ranks import barrier, gathered, is_source_process, number_of_ranks, rank
 from casp_plugin.statistics import Request, Statistics
 
 __all__ = ["MeasurementCache"]
@@ -72,23 +75,28 @@ class MeasurementCache:
         contents = {
             "config": _fingerprint(model.config.to_json_string(use_diff=False)),
             "weights": _model_digest(model),
-            "data": _data_digest(dataloader),
+            "data": _fingerprint("".join(gathered(_data_digest(dataloader)))),
         }
         return cls(root, {**facts, **contents, "request": asked}, settings)
 
     def begin(self) -> None:
         """Note the facts; tell a user whose facts are others than last time what has changed."""
         for folder, facts in ((self.folder, self._facts), (self._parts, self._settings)):
+            if not is_source_process():
+                continue
             if not (folder / FACTS_NAME).exists():
                 _tell_changes(folder, facts)
                 write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
             os.utime(folder)  # used last
+        barrier()
 
     def limit(self, most: int) -> None:
         """Throw away what was used longest ago, but what this run uses, until the rest fits.
 
         :param most: bytes of the whole root
         """
+        if not is_source_process():
+            return
         os.utime(self.folder)
         folders = [path for path in self.folder.parent.iterdir() if (path / FACTS_NAME).exists()]
         sizes = {path: _bytes_of(path) for path in folders}
@@ -108,7 +116,9 @@ class MeasurementCache:
 
         :return: the same, on disk
         """
-        _save(self.folder / "derivatives", *_packed(statistics))
+        if is_source_process():
+            _save(self.folder / "derivatives", *_packed(statistics))
+        barrier()
         return self.derivatives()
 
     def parts(self) -> list[Measured]:
@@ -125,9 +135,9 @@ class MeasurementCache:
         return found
 
     def keep_part(self, number: int, part: Measured) -> Measured:
-        """Write a part whole or not at all.
+        """Write a part whole or not at all; every rank its own piece of it.
 
-        :return: the same, on disk
+        :return: what all ranks have of it, on disk
         """
         index, tensors = _packed(part.statistics)
         for key, spectrum in enumerate(part.spectra.values()):
@@ -139,25 +149,38 @@ class MeasurementCache:
             "statistics": index,
             "end": part.end,
             "last": part.last,
+            "pieces": number_of_ranks(),
         }
-        _save(self._parts / f"{number:04}", found, tensors)
+        _save(self._piece(number, rank()), found, tensors)
+        barrier()
         return self._part(number)
 
+    def _piece(self, number: int, piece: int) -> Path:
+        return self._parts / (f"{number:04}-{piece}" if piece else f"{number:04}")
+
     def _part(self, number: int) -> Measured | None:
-        kept = _load(self._parts / f"{number:04}")
-        if kept is None:
+        first = _load(self._piece(number, 0))
+        if first is None:
             return None
-        found, tensors = kept
-        return Measured(
-            _UNITS.validate_python(found["units"]),
-            {
-                tuple(names): Spectrum(*(tensors[f"spectra/{key}/{name}"] for name in _SPECTRUM))
-                for key, names in enumerate(found["spectra"])
-            },
-            _statistics(found["statistics"], tensors),
-            found["end"],
-            found["last"],
-        )
+        pieces = [first]
+        for piece in range(1, first[0]["pieces"]):
+            pieces.append(_load(self._piece(number, piece)))
+        return None if None in pieces else reduce(or_, map(_measured, pieces))
+
+
+def _measured(kept: tuple[dict, dict[str, torch.Tensor]]) -> Measured:
+    """A piece of a part."""
+    found, tensors = kept
+    return Measured(
+        _UNITS.validate_python(found["units"]),
+        {
+            tuple(names): Spectrum(*(tensors[f"spectra/{key}/{name}"] for name in _SPECTRUM))
+            for key, names in enumerate(found["spectra"])
+        },
+        _statistics(found["statistics"], tensors),
+        found["end"],
+        found["last"],
+    )
 
 
 def _packed(statistics: Statistics) -> tuple[dict, dict[str, torch.Tensor]]:

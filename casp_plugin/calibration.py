@@ -6,6 +6,8 @@ from llmcompressor.datasets import get_calibration_dataloader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from casp_plugin.ranks import number_of_ranks, rank
+
 __all__ = ["calibration_loader", "dataset_arguments"]
 
 
@@ -22,7 +24,10 @@ def dataset_arguments(texts: Dataset, max_seq_length: int) -> dict:
 def calibration_loader(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, batch_size: int = 1
 ) -> DataLoader:
-    """The batches that ``oneshot`` would make of these texts."""
+    """The batches that ``oneshot`` would make of these texts; of the share of this rank, where
+    several calibrate together. llm-compressor 0.14 shares out only the indices of texts that are
+    the same on all ranks, so that every rank would read the first share."""
+    texts = texts.shard(number_of_ranks(), rank(), contiguous=True)
     arguments = dataset_arguments(texts, max_seq_length)
     arguments = DatasetArguments(**arguments, batch_size=batch_size)
     return get_calibration_dataloader(arguments, tokenizer)

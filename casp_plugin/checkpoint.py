@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from casp_plugin.files import whole_folder
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.ranks import is_source_process
 
 __all__ = [
     "RECIPE_NAME",
@@ -166,6 +167,8 @@ def save_with_plan(
     def save_pretrained(self, save_directory, *args, **kwargs):
         with whole_folder(save_directory) as partial:
             save(str(partial), *args, **kwargs)
+            if not is_source_process():
+                return
             write_section(partial, casp_section(self))
             if plan is not None:
                 plan.save(partial / PLAN_NAME)

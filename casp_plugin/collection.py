@@ -30,12 +30,14 @@ from casp_plugin.derivatives import AttentionDerivatives, LossGradients
 from casp_plugin.hooks import (
     Hooks,
     TokenMean,
+    add_ranks,
     by_token,
     image_mask,
     token_mask,
     tokens_of,
 )
 from casp_plugin.importance import token_influence
+from casp_plugin.ranks import gathered
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import rotate
 from casp_plugin.units import decoder_layers
@@ -43,7 +45,7 @@ from casp_plugin.units import decoder_layers
 __all__ = ["Part", "collect", "collect_derivatives", "collect_parts"]
 
 #: bytes of sums that make a part: several layers of a small model, one of a large one
-PART_BYTES = 2**28
+PART_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,23 @@ def collect_parts(
     :param after: subgraphs that run without being measured
     :raises ValueError: if the dataloader is empty
     """
+    device = next(model.parameters()).device
     batches = _Batches(model, request.image_weight)
-    waiting = IntermediatesCache.from_dataloader(
-        batches.watched(dataloader), next(model.parameters()).device
-    )
-    if not batches.tokens:
+    waiting = IntermediatesCache.from_dataloader(batches.watched(dataloader), device)
+    tokens = gathered(batches.tokens)
+    if not any(tokens):
         raise ValueError("the calibration dataset is empty: pass at least one sample of text")
+    if not all(tokens):
+        raise ValueError(
+            f"{len(tokens)} processes calibrate together, but {tokens.count(0)} of them got no "
+            "data: pass more samples, or start fewer"
+        )
+    batches.tokens = sum(tokens)
     batches.warn()
     graphs = list(subgraphs) or [_Whole()]
     head = model.get_output_embeddings()
     asked = any(model.get_submodule(name) is head for name in request.linears)
-    collector = _Collector(request)
+    collector = _Collector(request, device)
     for index, graph in enumerate(graphs):
         last = index == len(graphs) - 1
         if last and index < after:
@@ -149,7 +157,7 @@ def collect_parts(
                 if not last:
                     waiting.update(number, outputs)
                     waiting.delete(number, graph.consumed_names)
-        if last or collector.bytes >= PART_BYTES:
+        if last or max(gathered(collector.bytes)) >= PART_BYTES:
             yield Part(collector.take(batches.tokens), index + 1, last)
 
 
@@ -203,8 +211,9 @@ class _Batches:
 class _Collector:
     """Accumulates a request over forward passes, by hooks."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, device: torch.device):
         self.request = request
+        self._device = device
         self.mask: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
         self._blocks = dict(request.mean_squares)
@@ -287,7 +296,14 @@ class _Collector:
             yield
 
     def take(self, tokens: int) -> Statistics:
-        """What was collected since the last time, which is forgotten here."""
+        """What was collected since the last time on all ranks, which is forgotten here.
+
+        :param tokens: that all of them saw
+        """
+        for found in (self.moments, self.squares, self.outputs, self.influences):
+            add_ranks(found, self._device)
+        for seen in gathered(self._owner):
+            self._owner |= seen
         moments, squares = (
             {key: mean.finish() for key, mean in found.items()}
             for found in (self.moments, self.squares)

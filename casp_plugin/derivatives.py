@@ -4,6 +4,7 @@ Second moments of derivatives over tokens: the output metrics of ``lowrank`` and
 ``pricing``.
 """
 
+import zlib
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import reduce
@@ -17,18 +18,22 @@ from torch.utils.checkpoint import checkpoint
 from casp_plugin.hooks import (
     Hooks,
     TokenMean,
+    add_ranks,
     first_batches,
     image_mask,
     on_device,
     token_mask,
     tokens_of,
 )
+from casp_plugin.ranks import gathered
 
 __all__ = ["AttentionDerivatives", "LossGradients"]
 
 #: sequences and tokens that derivatives are taken from, at least; they settle long before the
 #: moments of inputs do
 SAMPLES, TOKENS = 16, 8192
+#: tokens whose predictions are looked at together
+CHUNK = 64
 
 
 class LossGradients:
@@ -58,8 +63,6 @@ class LossGradients:
         :param dataloader: batches, of which the first are used
         :param layers: names of the decoder layers
         """
-        # apart from torch's own generator: asking for gradients changes nothing that comes after
-        generator = torch.Generator().manual_seed(torch.initial_seed())
         with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
@@ -68,7 +71,10 @@ class LossGradients:
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
                 text = _predicting_text(batch, model, self._mask)
-                predicted += _backward(model, batch, text, generator)
+                predicted += _backward(model, batch, text, _generator(batch, self._mask))
+        predicted = sum(gathered(predicted))
+        add_ranks(self.squares, next(model.parameters()).device)
+        add_ranks(self.moments, next(model.parameters()).device)
         for mean in (*self.squares.values(), *self.moments.values()):
             # a vision tower, or an expert, sees more or fewer tokens than are predicted
             mean.tokens = predicted if mean.tokens else 0
@@ -102,7 +108,7 @@ class AttentionDerivatives:
     def __init__(self, linears: frozenset[str]):
         self.moments = {name: TokenMean() for name in linears}
         self._mask: torch.Tensor | None = None
-        self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        self._generator: torch.Generator | None = None
         self._outputs: dict[str, torch.Tensor] = {}
         self._hidden: torch.Tensor | None = None
 
@@ -123,8 +129,10 @@ class AttentionDerivatives:
             for batch in first_batches(dataloader, SAMPLES, "Probing the attention", TOKENS):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
+                self._generator = _generator(batch, self._mask)
                 with torch.no_grad():
                     model(**batch)
+        add_ranks(self.moments, next(model.parameters()).device)
 
     def _on_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._hidden = args[0] if args else kwargs["hidden_states"]
@@ -163,6 +171,19 @@ class AttentionDerivatives:
         return (attended, *output[1:]) if isinstance(output, tuple) else attended
 
 
+def _generator(batch: dict, mask: torch.Tensor | None) -> torch.Generator:
+    """Chance that hangs on torch's seed and on what the batch holds, not on what ran before: the
+    same on whatever rank it runs. Apart from torch's own: asking for derivatives changes nothing
+    that comes after."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        ids = next(value for value in batch.values() if torch.is_tensor(value))
+    elif mask is not None:
+        ids = ids[mask]
+    content = zlib.crc32(ids.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return torch.Generator().manual_seed((torch.initial_seed() + content) % 2**63)
+
+
 def _predicting_text(
     batch: dict, model: nn.Module, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -182,18 +203,24 @@ def _backward(
 ) -> int:
     """Forward, and backward of the summed loss against sampled labels, down to the activations.
 
+    The derivative of the loss by the logits is written down, softmax less one at the label, some
+    tokens at a time: logits of a large vocabulary are what takes most memory here.
+
     :return: number of predicted tokens
     """
     with torch.enable_grad():
-        logits = model(**batch).logits.float()
-        scores = logits.log_softmax(-1)
-        with torch.no_grad():
-            chances = scores.exp().flatten(0, -2).cpu()
-            labels = torch.multinomial(chances, 1, generator=generator).to(scores.device)
-        loss = -scores.flatten(0, -2).gather(1, labels).view(logits.shape[:-1])
-        loss = loss if mask is None else loss[mask]
-        loss.sum().backward()
-    return loss.numel()
+        logits = model(**batch).logits
+    gradient = torch.zeros_like(logits)
+    rows, slopes = logits.detach().flatten(0, -2), gradient.flatten(0, -2)
+    counted = torch.arange(len(rows), device=rows.device)
+    counted = counted if mask is None else counted[mask.flatten()]
+    for some in counted.split(CHUNK):
+        chances = rows[some].float().softmax(-1)
+        labels = torch.multinomial(chances.cpu(), 1, generator=generator).to(chances.device)
+        slope = chances.scatter_add_(1, labels, chances.new_full(labels.shape, -1))
+        slopes[some] = slope.to(slopes.dtype)
+    logits.backward(gradient)
+    return len(counted)
 
 
 @contextmanager

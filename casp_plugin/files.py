@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from casp_plugin.ranks import barrier, is_source_process, shared
+
 __all__ = ["whole_file", "whole_folder", "write_whole"]
 
 
@@ -38,12 +40,17 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
     """A temporary folder beside ``target`` whose files move there once all are written.
 
     On any failure the temporary folder goes away and ``target`` stays as it was. Files that
-    ``target`` already holds under other names are kept.
+    ``target`` already holds under other names are kept. All ranks of `torchrun` get one folder.
     """
+    if not is_source_process():
+        yield shared(None)
+        barrier()
+        return
     target = Path(target)
     partial = Path(tempfile.mkdtemp(prefix=_beside(target), dir=target.parent))
     try:
-        yield partial
+        yield shared(partial)
+        barrier()
         if not target.exists():
             partial.chmod(0o777 & ~_umask())
             partial.rename(target)

@@ -6,9 +6,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from casp_plugin.ranks import gathered, number_of_ranks, sum_over_ranks
+
 __all__ = [
     "Hooks",
     "TokenMean",
+    "add_ranks",
     "by_token",
     "first_batches",
     "image_mask",
@@ -74,14 +77,35 @@ class TokenMean:
         return self.total.div_(self.tokens)
 
 
+def add_ranks(means: dict, device: torch.device) -> None:
+    """Add up what all ranks have, where any of them has something.
+
+    :param means: ``TokenMean`` by what they are of; those that only other ranks have are added
+    """
+    if number_of_ranks() == 1:
+        return
+    found = {
+        key: (mean.total.shape, mean.total.dtype) for key, mean in means.items() if mean.tokens
+    }
+    anywhere = {key: kind for each in gathered(found) for key, kind in each.items()}
+    for key, (shape, dtype) in sorted(anywhere.items(), key=lambda item: str(item[0])):
+        mean = means.setdefault(key, TokenMean())
+        if mean.total is None:
+            mean.total = torch.zeros(shape, dtype=dtype, device=device)
+        tokens = torch.tensor(mean.tokens, dtype=torch.float64, device=device)
+        mean.tokens = sum_over_ranks(tokens).item()
+        sum_over_ranks(mean.total)
+
+
 def first_batches(
     dataloader: Iterable[dict], samples: int, desc: str, tokens: int = 0
 ) -> Iterator[dict]:
     """The batches that hold the first sequences, with a progress bar.
 
-    :param samples: sequences at least
+    :param samples: sequences at least, of all ranks together
     :param tokens: tokens at least: short sequences say little each
     """
+    samples, tokens = (-(-amount // number_of_ranks()) for amount in (samples, tokens))
     seen = 0
     with tqdm(desc=desc, total=samples) as bar:
         for batch in dataloader:

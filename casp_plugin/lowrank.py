@@ -136,7 +136,7 @@ def whitened_spectrum(
         _fits("second moment", moment, columns, "columns")
         gram = weighted @ moment @ weighted.T
     energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    left = vectors.flip(1)[:, : min(rows, columns)]
+    left = _signed(vectors.flip(1)[:, : min(rows, columns)])
     # what is kept is of the weight's own precision, at least float32: models have many of these
     kept = torch.promote_types(weight.dtype, torch.float32)
     return Spectrum(
@@ -144,6 +144,13 @@ def whitened_spectrum(
         (left if unweighted is None else unweighted @ left).to(kept),
         (left.T @ weighted).to(kept),
     )
+
+
+def _signed(vectors: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors in columns with the sign that makes the largest entry positive: which of both a
+    solver finds hangs on the last bit of its input."""
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * largest.sign()
 
 
 def damped(moment: torch.Tensor, dampening_frac: float, what: str) -> torch.Tensor:

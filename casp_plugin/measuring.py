@@ -11,8 +11,10 @@ from torch import nn
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.collection import collect_derivatives, collect_parts
 from casp_plugin.measured import Measured
+from casp_plugin.ranks import barrier, number_of_ranks, own_share
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.tracing import subgraphs_of
+from casp_plugin.units import reading_together
 
 __all__ = ["measure", "noted"]
 
@@ -34,8 +36,8 @@ def measure(
     :param request: what is to be noted down from
     :raises ValueError: if there is no data
     """
-    parts = cache.parts()
-    derivatives = cache.derivatives()
+    parts, derivatives = cache.parts(), cache.derivatives()
+    barrier()  # all have looked before any writes
     if derivatives is None:
         derivatives = cache.keep_derivatives(collect_derivatives(model, dataloader, request))
     whole = reduce(or_, parts, Measured(last=False))
@@ -44,7 +46,8 @@ def measure(
         for part in collect_parts(model, dataloader, request, subgraphs, whole.end):
             here = part.statistics
             new = here.reached - whole.statistics.reached  # but for a layer that runs twice
-            found = noted(here.of(new | here.influences.keys()) | derivatives.of(new), note)
+            mine = new if number_of_ranks() == 1 else _own_share(new, model)
+            found = noted(here.of(mine | here.influences.keys()) | derivatives.of(mine), note)
             found.end, found.last = part.end, part.last
             parts.append(cache.keep_part(len(parts), found))
             whole |= parts[-1]
@@ -62,6 +65,17 @@ def noted(statistics: Statistics, note: Note) -> Measured:
     )
     note(statistics, found)
     return found
+
+
+def _own_share(names: frozenset[str], model: nn.Module) -> frozenset[str]:
+    """Linears whose factorisations and prices are this rank's; those that read one input stay
+    together."""
+
+    def work(group: tuple[str, ...]) -> float:
+        return sum(model.get_submodule(name).weight.numel() for name in group)
+
+    groups = own_share(map(tuple, reading_together(sorted(names))), work)
+    return frozenset(name for group in groups for name in group)
 
 
 def _subgraphs(model: nn.Module, dataloader: Iterable[dict]) -> list[Subgraph]:

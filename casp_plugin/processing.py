@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
 from casp_plugin.image_text import Conversation, tell_broken
+from casp_plugin.ranks import number_of_ranks, rank
 
 __all__ = ["conversation_loader", "image_prefix", "processed", "prompt_text"]
 
@@ -63,7 +64,7 @@ def conversation_loader(
             f"{len(lengths) - len(fits)} of {len(lengths)} conversations left out: with their "
             f"images they take up to {max(lengths)} tokens, over max_length {max_length}"
         )
-    batches.all = fits
+    batches.all = fits[rank() :: number_of_ranks()]
     return DataLoader(batches, batch_size=None)
 
 

@@ -6,6 +6,7 @@ import tiny_vlms
 import torch
 from transformers import AutoModelForImageTextToText
 
+from casp_plugin import derivatives
 from casp_plugin.collection import collect
 from casp_plugin.hooks import first_batches
 from casp_plugin.modules import named_linears
@@ -131,7 +132,6 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
     request = Request(gradients=frozenset({Q, DOWN}), gradient_moments=frozenset({Q, K}))
     found = collect(model, batches, request)
 
-    generator = torch.Generator().manual_seed(torch.initial_seed())
     gradients = {name: [] for name in (Q, K, DOWN)}
     outputs = {}
     for name in gradients:
@@ -140,6 +140,7 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
         )
     for batch in list(batches)[:2]:
         logits = model(**batch).logits.flatten(0, 1)
+        generator = derivatives._generator(batch, None)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         for name, g in zip(outputs, torch.autograd.grad(loss, outputs.values()), strict=True):
@@ -181,8 +182,9 @@ def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
             module.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
         if name in ("model.layers.0", "model.layers.1"):
             module.register_forward_pre_hook(lambda m, a, name=name: seen.__setitem__(name, a[0]))
-    model(**next(iter(batches)))
-    generator = torch.Generator().manual_seed(torch.initial_seed())
+    batch = next(iter(batches))
+    model(**batch)
+    generator = derivatives._generator(batch, None)
     for index in range(2):
         attended = seen[f"model.layers.{index}.self_attn"][0]
         size = seen[f"model.layers.{index}"].norm(dim=-1, keepdim=True)

@@ -104,11 +104,17 @@ def run(
     no_cache: NoCache = False,
     cache_limit: CacheLimit = CACHE_LIMIT,
 ) -> None:
-    """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all."""
+    """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all.
+
+    On several GPUs, or processes: torchrun --nproc-per-node N --no-python casp run ...
+    """
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
+    from casp_plugin.ranks import barrier, join_torchrun
 
+    join_torchrun()
     check_output(output)
+    barrier()  # all have looked before any writes
     bare = skeleton(model)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
     console.print(plan_recipe(bare, filled).tables()[-1])
@@ -132,6 +138,7 @@ def compress(model: str, recipe, batches, output: Path, seed: int):
     from casp_plugin.checkpoint import copy_processor
     from casp_plugin.files import whole_folder
     from casp_plugin.models import load_model
+    from casp_plugin.ranks import barrier, is_source_process
     from casp_plugin.tracing import check_traceable
 
     loaded = load_model(model)
@@ -145,7 +152,9 @@ def compress(model: str, recipe, batches, output: Path, seed: int):
             dataset=batches,
             output_dir=str(partial),
         )
-        copy_processor(model, partial)
+        barrier()
+        if is_source_process():
+            copy_processor(model, partial)
     return compressed
 
 

@@ -32,6 +32,7 @@ from casp_plugin.measuring import measure, noted
 from casp_plugin.models import skeleton
 from casp_plugin.modules import LowRankLinear, stored_tensors
 from casp_plugin.plan import CompressionPlan
+from casp_plugin.ranks import barrier, shared
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import check_transforms, input_block
 
@@ -273,8 +274,9 @@ def _start(
         # without a cache, a temporary folder takes what would fill the memory; mapped files
         # outlive their names
         with tempfile.TemporaryDirectory(prefix="casp-") as folder:
-            cache = _cache(folder, model, dataloader, request, modifiers, plan)
+            cache = _cache(shared(folder), model, dataloader, request, modifiers, plan)
             measured = measure(model, dataloader, request, cache, note)
+            barrier()
             limits = [each.cache_limit for each in _own(modifiers) if each.cache_limit]
             if limits:
                 cache.limit(int(min(limits) * 1e9))

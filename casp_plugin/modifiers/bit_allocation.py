@@ -30,6 +30,7 @@ from casp_plugin.modifiers.quantizer import (
 from casp_plugin.modules import LowRankLinear, stored_tensors
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, joined, stored_shapes
+from casp_plugin.ranks import shared
 from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
@@ -498,7 +499,8 @@ class BitAllocationModifier(CaspModifier):
                 ]
             else:
                 costs = _closed_form_costs(units, most)
-            chosen = choose(costs, bytes_, most, slack=int(TOLERANCE * budget.weights / 8))
+            slack = int(TOLERANCE * budget.weights / 8)
+            chosen = shared(choose(costs, bytes_, most, slack=slack))
             for unit, index in zip(units, chosen, strict=True):
                 unit.chosen = index
 

@@ -19,6 +19,7 @@ from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.factoring import install, point_awq
 from casp_plugin.modules import named_linears
 from casp_plugin.plan import AttentionPlan, CompressionPlan, SpectrumPlan
+from casp_plugin.ranks import shared
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.units import matched_linears, reading_together
 
@@ -275,7 +276,7 @@ class LowRankQKModifier(CaspModifier):
             return [self._given_rank(latent) for latent in latents]
         # without statistics a uniform rank stands in for what they would say
         if self.rank_allocation == "global" and latents[0].spectrum is not None:
-            return global_ranks(latents, multiple, self.keep)
+            return shared(global_ranks(latents, multiple, self.keep))
         return [uniform_rank(*latent.shape, self.keep, multiple) for latent in latents]
 
     def _given_rank(self, latent: Latent) -> int:
