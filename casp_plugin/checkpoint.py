@@ -79,6 +79,8 @@ def read_config(folder: Path | str) -> dict:
         raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder} is not a checkpoint folder: config.json holds no table")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise ValueError(f"{folder}: quantization_config in config.json is no table")
     return config
 
 

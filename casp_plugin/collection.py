@@ -32,6 +32,7 @@ from casp_plugin.hooks import (
     TokenMean,
     add_ranks,
     by_token,
+    check_tokens,
     image_mask,
     token_mask,
     tokens_of,
@@ -189,6 +190,7 @@ class _Batches:
         """The batches, as they go by."""
         device = next(self._model.parameters()).device
         for batch in dataloader:
+            check_tokens(batch, self._model)
             mask, weights = token_mask(batch), self._token_weights(batch)
             if "input_ids" in batch:
                 self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
@@ -295,6 +297,21 @@ class _Collector:
                 hooks.add(name, self.on_layer(name), with_kwargs=True)
             yield
 
+    def _check_finite(self) -> None:
+        """
+        :raises ValueError: if a layer read or put out NaN or infinite values; the first is named
+        """
+        diagonals = {name: mean.total.diagonal() for name, mean in self.moments.items()}
+        squares = {name: mean.total for (name, _), mean in self.squares.items()}
+        for what, found in (("input", diagonals), ("input", squares), ("output", self.outputs)):
+            for name, values in found.items():
+                values = values.total if isinstance(values, TokenMean) else values
+                if not torch.isfinite(values).all():
+                    raise ValueError(
+                        f"the {what} of {name} holds NaN or infinite values on the calibration "
+                        "data: run the model in a wider dtype, or leave out the samples that do it"
+                    )
+
     def take(self, tokens: int) -> Statistics:
         """What was collected since the last time on all ranks, which is forgotten here.
 
@@ -304,6 +321,7 @@ class _Collector:
             add_ranks(found, self._device)
         for seen in gathered(self._owner):
             self._owner |= seen
+        self._check_finite()
         moments, squares = (
             {key: mean.finish() for key, mean in found.items()}
             for found in (self.moments, self.squares)

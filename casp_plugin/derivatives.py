@@ -75,7 +75,12 @@ class LossGradients:
         predicted = sum(gathered(predicted))
         add_ranks(self.squares, next(model.parameters()).device)
         add_ranks(self.moments, next(model.parameters()).device)
-        for mean in (*self.squares.values(), *self.moments.values()):
+        for name, mean in (*self.squares.items(), *self.moments.items()):
+            if mean.total is not None and not torch.isfinite(mean.total).all():
+                raise ValueError(
+                    f"the gradient of the loss at {name} holds NaN or infinite values: run the "
+                    "model in a wider dtype, or use another importance and method than fisher"
+                )
             # a vision tower, or an expert, sees more or fewer tokens than are predicted
             mean.tokens = predicted if mean.tokens else 0
 
@@ -210,6 +215,11 @@ def _backward(
     """
     with torch.enable_grad():
         logits = model(**batch).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{type(model).__name__} puts out NaN or infinite values on the calibration data: run "
+            "it in a wider dtype, or leave out the samples that do it"
+        )
     gradient = torch.zeros_like(logits)
     rows, slopes = logits.detach().flatten(0, -2), gradient.flatten(0, -2)
     counted = torch.arange(len(rows), device=rows.device)

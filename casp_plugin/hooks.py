@@ -13,6 +13,7 @@ __all__ = [
     "TokenMean",
     "add_ranks",
     "by_token",
+    "check_tokens",
     "first_batches",
     "image_mask",
     "on_device",
@@ -119,9 +120,28 @@ def first_batches(
 
 
 def on_device(batch: dict, model: nn.Module) -> dict:
-    """The batch with its tensors where the model is."""
+    """The batch with its tensors where the model is.
+
+    :raises ValueError: if it holds tokens that the model does not know
+    """
+    check_tokens(batch, model)
     device = next(model.parameters()).device
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def check_tokens(batch: dict, model: nn.Module) -> None:
+    """
+    :raises ValueError: if a batch holds tokens that the model does not know
+    """
+    ids, embeddings = batch.get("input_ids"), model.get_input_embeddings()
+    if ids is None or not hasattr(embeddings, "num_embeddings"):
+        return
+    known, least, most = embeddings.num_embeddings, int(ids.min()), int(ids.max())
+    if least < 0 or most >= known:
+        raise ValueError(
+            f"the calibration data holds token {most if most >= known else least}, but the "
+            f"vocabulary of {type(model).__name__} has {known}: use the model's own tokenizer"
+        )
 
 
 def token_mask(batch: dict) -> torch.Tensor | None:

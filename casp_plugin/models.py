@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.offload import disable_onloading, remove_dispatch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,13 +34,29 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
 
 
 def load_model(name: str, **arguments) -> PreTrainedModel:
-    """A language or vision-language model in its own dtype.
+    """A language or vision-language model in its own dtype, from safetensors only: files of pickle
+    run code.
 
     :param name: folder or Hugging Face id
     :param arguments: more for ``from_pretrained``
+    :raises ValueError: if a file is broken, or weights are missing or of another shape
+    :raises OSError: if there is no such model, or it has no safetensors
     """
-    config = AutoConfig.from_pretrained(name)
-    return _auto_class(config).from_pretrained(name, **{"dtype": "auto", **arguments})
+    kind = _auto_class(AutoConfig.from_pretrained(name))
+    arguments = {"dtype": "auto", "use_safetensors": True, **arguments}
+    try:
+        model, found = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{name}: a safetensors file is broken or cut off: {error}") from None
+    if found["missing_keys"]:  # transformers would make them up
+        raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys'])[:4])}")
+    for weight, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{weight} of {name} is {tuple(stored)}, but its config says {tuple(wanted)}"
+        )
+    return model
 
 
 def bytes_on_disk(model: str | Path) -> int | None:
