@@ -225,8 +225,9 @@ class LowRankQKModifier(CaspModifier):
         if measured is None:
             groups: dict[tuple, Spectrum | None] = dict.fromkeys(map(tuple, self._groups(matched)))
         else:
+            first = {names[0]: names for names in measured.spectra}
             groups = {
-                names: each for names, each in measured.spectra.items() if names[0] in matched
+                first[name]: measured.spectra[first[name]] for name in matched if name in first
             }
             for name in matched:
                 if name not in measured.statistics.reached:
