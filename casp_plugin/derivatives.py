@@ -215,17 +215,17 @@ def _backward(
     """
     with torch.enable_grad():
         logits = model(**batch).logits
-    if not torch.isfinite(logits).all():
-        raise ValueError(
-            f"{type(model).__name__} puts out NaN or infinite values on the calibration data: run "
-            "it in a wider dtype, or leave out the samples that do it"
-        )
     gradient = torch.zeros_like(logits)
     rows, slopes = logits.detach().flatten(0, -2), gradient.flatten(0, -2)
     counted = torch.arange(len(rows), device=rows.device)
     counted = counted if mask is None else counted[mask.flatten()]
     for some in counted.split(CHUNK):
         chances = rows[some].float().softmax(-1)
+        if not torch.isfinite(chances).all():
+            raise ValueError(
+                f"{type(model).__name__} puts out NaN or infinite values on the calibration data: "
+                "run it in a wider dtype, or leave out the samples that do it"
+            )
         labels = torch.multinomial(chances.cpu(), 1, generator=generator).to(chances.device)
         slope = chances.scatter_add_(1, labels, chances.new_full(labels.shape, -1))
         slopes[some] = slope.to(slopes.dtype)

@@ -68,6 +68,18 @@ def test_sequences_of_one_token(load_tiny, method):
     planned(load_tiny(), data, method=method)
 
 
+def test_a_layer_that_never_runs(load_tiny, batches):
+    """As an expert that nothing is routed to: free of error, and said."""
+    model = load_tiny()
+    dead = "model.layers.1.mlp.spare_proj"
+    model.model.layers[1].mlp.spare_proj = torch.nn.Linear(64, 64)
+    plan = planned(model, batches)
+    [unit] = [unit for unit in plan.units if dead in unit.modules]
+    assert {candidate.error for candidate in unit.candidates} == {0}
+    assert any("no calibration token reached 1 layers" in each for each in plan.warnings)
+    assert any(dead in each for each in plan.warnings)
+
+
 @pytest.mark.parametrize("token", [VOCABULARY, -1])
 @pytest.mark.parametrize("importance", ["fisher", "uniform"])
 def test_tokens_of_another_vocabulary(load_tiny, token, importance):
