@@ -57,17 +57,10 @@ def main(
         done = out.exists()  # then as a whole, also where the kill came right after
         if done:
             _compare(first, out)
-        left = [path for path in work.rglob(".*") if path.name not in (".", "..")]
         state = "complete, as undisturbed" if done else "none"
-        row = [
-            str(kill + 1),
-            f"{moment:.1f}",
-            str(before),
-            str(_parts(cache)),
-            state,
-            str(len(left)),
-        ]
-        rows.append(row)
+        left = len(list(work.rglob(".*")))
+        row = (kill + 1, f"{moment:.1f}", before, _parts(cache), state, left)
+        rows.append([str(value) for value in row])
         show(COLUMNS, rows)
         if done:
             shutil.rmtree(out)
@@ -75,7 +68,7 @@ def main(
     before = _parts(cache)
     subprocess.run(casp, check=True, **_QUIET)
     _compare(first, out)
-    left = [path for path in work.rglob(".*") if path.name not in (".", "..")]
+    left = list(work.rglob(".*"))
     assert not left, left
     rows.append(["-", "in peace", str(before), str(_parts(cache)), "complete, as undisturbed", "0"])
     show(COLUMNS, rows)

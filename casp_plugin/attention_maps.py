@@ -61,8 +61,8 @@ class AttentionDensities:
                 self._mask, self._images = token_mask(batch), image_mask(batch, model)
                 with torch.no_grad():
                     model(**batch)
-        for name in sorted(self._modules):
-            self._found[name] = [row for rows in gathered(self._found[name]) for row in rows]
+        every = gathered(self._found)
+        self._found = {n: [row for found in every for row in found[n]] for n in self._modules}
 
     @property
     def densities(self) -> dict[str, AttentionDensity]:

@@ -81,13 +81,12 @@ class MeasurementCache:
 
     def begin(self) -> None:
         """Note the facts; tell a user whose facts are others than last time what has changed."""
-        for folder, facts in ((self.folder, self._facts), (self._parts, self._settings)):
-            if not is_source_process():
-                continue
-            if not (folder / FACTS_NAME).exists():
-                _tell_changes(folder, facts)
-                write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
-            os.utime(folder)  # used last
+        if is_source_process():
+            for folder, facts in ((self.folder, self._facts), (self._parts, self._settings)):
+                if not (folder / FACTS_NAME).exists():
+                    _tell_changes(folder, facts)
+                    write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
+                os.utime(folder)  # used last
         barrier()
 
     def limit(self, most: int) -> None:

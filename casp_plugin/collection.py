@@ -120,7 +120,7 @@ def collect_parts(
     :raises ValueError: if the dataloader is empty
     """
     device = next(model.parameters()).device
-    batches = _Batches(model, request.image_weight)
+    batches = _Batches(model, device, request.image_weight)
     waiting = IntermediatesCache.from_dataloader(batches.watched(dataloader), device)
     tokens = gathered(batches.tokens)
     if not any(tokens):
@@ -176,26 +176,27 @@ class _Whole:
 class _Batches:
     """What must be known of batches after their ids are gone.
 
+    :param device: where it is wanted
     :param image_weight: what a token that stands for an image counts
     """
 
-    def __init__(self, model: nn.Module, image_weight: float | None):
+    def __init__(self, model: nn.Module, device: torch.device, image_weight: float | None):
         self.tokens = 0
         self.masks: list[torch.Tensor | None] = []
         self.weights: list[torch.Tensor | None] = []
         self._model = model
+        self._device = device
         self._image_weight = image_weight
 
     def watched(self, dataloader: Iterable[dict]) -> Iterator[dict]:
         """The batches, as they go by."""
-        device = next(self._model.parameters()).device
         for batch in dataloader:
             check_tokens(batch, self._model)
             mask, weights = token_mask(batch), self._token_weights(batch)
             if "input_ids" in batch:
                 self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            self.masks.append(mask if mask is None else mask.to(device))
-            self.weights.append(weights if weights is None else weights.to(device))
+            self.masks.append(mask if mask is None else mask.to(self._device))
+            self.weights.append(weights if weights is None else weights.to(self._device))
             yield batch
 
     def warn(self) -> None:
@@ -301,16 +302,17 @@ class _Collector:
         """
         :raises ValueError: if a layer read or put out NaN or infinite values; the first is named
         """
-        diagonals = {name: mean.total.diagonal() for name, mean in self.moments.items()}
-        squares = {name: mean.total for (name, _), mean in self.squares.items()}
-        for what, found in (("input", diagonals), ("input", squares), ("output", self.outputs)):
-            for name, values in found.items():
-                values = values.total if isinstance(values, TokenMean) else values
-                if not torch.isfinite(values).all():
-                    raise ValueError(
-                        f"the {what} of {name} holds NaN or infinite values on the calibration "
-                        "data: run the model in a wider dtype, or leave out the samples that do it"
-                    )
+        sums = [
+            *(("input", name, mean.total.diagonal()) for name, mean in self.moments.items()),
+            *(("input", name, mean.total) for (name, _), mean in self.squares.items()),
+            *(("output", name, mean.total) for name, mean in self.outputs.items()),
+        ]
+        for what, name, values in sums:
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"the {what} of {name} holds NaN or infinite values on the calibration data: "
+                    "run the model in a wider dtype, or leave out the samples that do it"
+                )
 
     def take(self, tokens: int) -> Statistics:
         """What was collected since the last time on all ranks, which is forgotten here.

@@ -90,7 +90,7 @@ class LossGradients:
             if name in self.squares:
                 self.squares[name].add(g.square().sum(0), len(g))
             if name in self.moments:
-                self.moments[name].add(g.T @ g, len(g))
+                self.moments[name].add_products(g, len(g))
 
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
             if not output.requires_grad:  # the first on its way: of text, of images, of queries
@@ -171,7 +171,7 @@ class AttentionDerivatives:
         torch.set_grad_enabled(False)
         for name, gradient in zip(names, gradients, strict=True):
             g = tokens_of(gradient, self._mask).float()
-            self.moments[name].add(g.T @ g, len(g))
+            self.moments[name].add_products(g, len(g))
         attended = attended.detach()
         return (attended, *output[1:]) if isinstance(output, tuple) else attended
 

@@ -51,18 +51,15 @@ def measure(
             found.end, found.last = part.end, part.last
             parts.append(cache.keep_part(len(parts), found))
             whole |= parts[-1]
-    densities = Statistics(attention_densities=derivatives.attention_densities)
-    whole.statistics |= densities
+    whole.statistics |= Statistics(attention_densities=derivatives.attention_densities)
     return whole
 
 
 def noted(statistics: Statistics, note: Note) -> Measured:
     """What is noted down of some layers."""
-    found = Measured(
-        statistics=Statistics(
-            influences=statistics.influences, reached=statistics.reached, tokens=statistics.tokens
-        )
-    )
+    small = ("influences", "attention_densities", "reached", "tokens")
+    kept = Statistics(**{name: getattr(statistics, name) for name in small})
+    found = Measured(statistics=kept)
     note(statistics, found)
     return found
 

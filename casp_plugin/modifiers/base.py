@@ -267,7 +267,6 @@ def _start(
         measured = Measured()
     elif statistics is not None:
         measured = noted(statistics, note)
-        measured.statistics |= Statistics(attention_densities=statistics.attention_densities)
     elif dataloader is not None:
         if torch.accelerator.is_available():  # as the pipeline of the quantizer will
             set_onload_device(model, get_main_device())

@@ -126,7 +126,8 @@ class LowRankQKModifier(CaspModifier):
         none = frozenset()
         # with bits chosen at once, what a rank loses is measured on the same inputs, in the same
         # unit as what bits lose
-        by_loss = self.proposes and any(m.importance == "fisher" for m in _choosers(following))
+        chooser = _chooser(following)
+        by_loss = self.proposes and chooser is not None and chooser.importance == "fisher"
         return Request(
             second_moments=linears if self.method != "svd" or self.proposes else none,
             gradient_moments=linears if self.method == "fisher" or by_loss else none,
@@ -152,11 +153,11 @@ class LowRankQKModifier(CaspModifier):
             latent = Latent(linears, self._spectrum(linears, statistics), self.rotate)
             measured.spectra[tuple(names)] = latent.spectrum.truncated(latent.largest_rank)
             latents.append(latent)
-        for chooser in _choosers(following):
-            if self.proposes:
-                chooser.consider(latents, self.rank_multiple)
-            else:
-                chooser.wait_for(reached)
+        chooser = _chooser(following)
+        if chooser is not None and self.proposes:
+            chooser.consider(latents, self.rank_multiple)
+        elif chooser is not None:
+            chooser.wait_for(reached)
 
     def prepare(
         self,
@@ -204,13 +205,13 @@ class LowRankQKModifier(CaspModifier):
 
     def _propose(self, latents: list[Latent], following: list[Modifier]) -> None:
         """Leave the latents to the BitAllocationModifier that follows."""
-        choosers = _choosers(following)
-        if not choosers:
+        chooser = _chooser(following)
+        if chooser is None:
             raise ValueError(
                 "LowRankQKModifier.keep: auto leaves the ranks to a BitAllocationModifier, and "
                 "none follows in the recipe: add one, or set keep to a number such as 0.25"
             )
-        choosers[0].consider(latents, self.rank_multiple)
+        chooser.consider(latents, self.rank_multiple)
 
     def _groups(self, linears: dict[str, nn.Linear]) -> list[list[str]]:
         """Names of linears that may share a latent."""
@@ -301,8 +302,9 @@ class LowRankQKModifier(CaspModifier):
         )
 
 
-def _choosers(following: list[Modifier]) -> list[BitAllocationModifier]:
-    return [modifier for modifier in following if isinstance(modifier, BitAllocationModifier)]
+def _chooser(following: list[Modifier]) -> BitAllocationModifier | None:
+    """The modifier that chooses bits, of which a recipe has one at most."""
+    return next((each for each in following if isinstance(each, BitAllocationModifier)), None)
 
 
 def _spectrum_plan(latent: Latent) -> SpectrumPlan:
