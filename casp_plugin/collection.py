@@ -6,12 +6,15 @@ handed on before the next one runs. Hooks only; the maths that reads these tenso
 ``lowrank`` and ``importance``.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from compressed_tensors.offload import disable_offloading
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph
 from llmcompressor.utils.helpers import (
@@ -227,17 +230,26 @@ class _Collector:
         self.squares: dict[tuple[str, int], TokenMean] = {}
         self.outputs: dict[str, TokenMean] = {}
         self.influences: dict[str, TokenMean] = {}
-        # q, k and v read the very same tensor: the first of them names it, the first that wants a
-        # sum over it makes it
+        self.routed: dict[str, TokenMean] = {}
+        # q, k and v read the very same tensor, and so do all experts of a layer: the first of them
+        # names it, the first that wants a sum over it makes it
         self._owner: dict[str, str] = {}
         self._summing: dict = {}
-        self._last: tuple[str, torch.Tensor] | None = None
+        self._inputs: dict[int, tuple[weakref.ref, str]] = {}
 
     @property
     def bytes(self) -> int:
         """Of the sums so far."""
         means = (*self.moments.values(), *self.squares.values())
         return sum(mean.total.nbytes for mean in means)
+
+    def _reader(self, inputs: torch.Tensor, name: str) -> str:
+        """The layer that was the first to read a tensor."""
+        alive, first = self._inputs.get(id(inputs), (None, None))
+        if alive is not None and alive() is inputs:
+            return first
+        self._inputs[id(inputs)] = weakref.ref(inputs), name
+        return name
 
     def _sums(self, key, name: str) -> bool:
         """Whether this layer sums something up for all that read the same input."""
@@ -256,10 +268,8 @@ class _Collector:
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor):
             inputs = args[0]
             if name not in self._owner:
-                shared = self._last is not None and self._last[1] is inputs
-                self._owner[name] = self._last[0] if shared else name
+                self._owner[name] = self._reader(inputs, name)
             owner = self._owner[name]
-            self._last = (owner, inputs)
             wanted = self.request
             block = self._blocks.get(name)
             moment = name in wanted.second_moments and self._sums(owner, name)
@@ -288,15 +298,36 @@ class _Collector:
 
         return hook
 
+    def on_experts(self, name: str):
+        def hook(experts: LinearExperts2D, args: tuple, kwargs: dict) -> None:
+            chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+            chosen = tokens_of(chosen, self.mask)
+            counts = chosen.flatten().bincount(minlength=len(experts))
+            self.routed.setdefault(name, TokenMean()).add(counts.double(), len(chosen))
+
+        return hook
+
     @contextmanager
     def attached(self, model: nn.Module):
         """Watch forward passes."""
         with Hooks(model) as hooks:
+            for name, _ in get_linearized_moes(model) if self.request.routed else ():
+                hooks.add_before(name, self.on_experts(name))
             for name in self.request.linears:
                 hooks.add(name, self.on_linear(name))
             for name in self.request.influences:
                 hooks.add(name, self.on_layer(name), with_kwargs=True)
             yield
+
+    def _routed(self) -> dict[str, float]:
+        """Share of the tokens that are routed to each linear of an expert."""
+        shares = {
+            f"{name}.{number}": share
+            for name, mean in self.routed.items()
+            for number, share in enumerate(mean.finish().tolist())
+        }
+        owners = ((name, name.rpartition(".")[0]) for name in self.request.routed)
+        return {name: shares[expert] for name, expert in owners if expert in shares}
 
     def _check_finite(self) -> None:
         """
@@ -319,7 +350,7 @@ class _Collector:
 
         :param tokens: that all of them saw
         """
-        for found in (self.moments, self.squares, self.outputs, self.influences):
+        for found in (self.moments, self.squares, self.outputs, self.influences, self.routed):
             add_ranks(found, self._device)
         for seen in gathered(self._owner):
             self._owner |= seen
@@ -340,6 +371,7 @@ class _Collector:
             },
             output_energies={n: m.finish().item() for n, m in self.outputs.items()},
             influences={n: m.finish().item() for n, m in self.influences.items()},
+            routed=self._routed(),
             reached=frozenset(seen),
             tokens=tokens,
         )

@@ -215,10 +215,9 @@ def _backward(
     """
     with torch.enable_grad():
         logits = model(**batch).logits
-    gradient = torch.zeros_like(logits)
-    rows, slopes = logits.detach().flatten(0, -2), gradient.flatten(0, -2)
-    counted = torch.arange(len(rows), device=rows.device)
-    counted = counted if mask is None else counted[mask.flatten()]
+    rows = logits.detach().flatten(0, -2)  # where they were, their derivative will be
+    tokens = torch.arange(len(rows), device=rows.device)
+    counted = tokens if mask is None else tokens[mask.flatten()]
     for some in counted.split(CHUNK):
         chances = rows[some].float().softmax(-1)
         if not torch.isfinite(chances).all():
@@ -228,8 +227,10 @@ def _backward(
             )
         labels = torch.multinomial(chances.cpu(), 1, generator=generator).to(chances.device)
         slope = chances.scatter_add_(1, labels, chances.new_full(labels.shape, -1))
-        slopes[some] = slope.to(slopes.dtype)
-    logits.backward(gradient)
+        rows[some] = slope.to(rows.dtype)
+    if mask is not None:
+        rows[~mask.flatten()] = 0
+    logits.backward(rows.view_as(logits))
     return len(counted)
 
 

@@ -21,7 +21,7 @@ __all__ = ["RoundingErrors", "WeightedError", "rounding_delta"]
 
 #: rows of a large matrix that are rounded to estimate its error; rows are exchangeable
 SAMPLED_ROWS = 128
-#: bytes of the moments of weights that wait to be rounded together
+#: bytes of weights and moments that wait to be rounded together
 WAITING_BYTES = 2**26
 
 
@@ -41,8 +41,9 @@ def rounding_delta(
 
 
 class RoundingErrors:
-    """Output errors of many layers under many schemes. Weights of one shape and scheme are rounded
-    together: GPTQ walks through the columns one by one, and many rows take as long as few.
+    """Output errors of many layers under many schemes. Weights of one width and scheme are rounded
+    together: GPTQ walks through the columns one by one, and many rows take as long as few. Those
+    that read one input share its factorisation as well.
 
     Ask for all of them; the values are there once :meth:`finish` has been called.
     """
@@ -96,14 +97,26 @@ class RoundingErrors:
     @torch.no_grad()
     def finish(self) -> None:
         """Round what waits."""
-        for together in self._waiting.values():
-            deltas = _deltas(
-                [each.weight for each in together],
-                together[0].args,
-                [each.moment for each in together],
-            )
-            for each, delta in zip(together, deltas, strict=True):
-                each.errors = output_error(delta, each.moment)
+        for waiting in self._waiting.values():
+            reading = defaultdict(
+                list
+            )  # rows of whatever reads one input are rounded as one weight
+            for each in waiting:
+                reading[id(each.moment)].append(each)
+            alike = defaultdict(list)
+            for stack in reading.values():
+                alike[sum(len(each.weight) for each in stack)].append(stack)
+            for stacks in alike.values():
+                deltas = _deltas(
+                    [torch.cat([each.weight for each in stack]) for stack in stacks],
+                    waiting[0].args,
+                    [stack[0].moment for stack in stacks],
+                )
+                for stack, delta in zip(stacks, deltas, strict=True):
+                    heights = [len(each.weight) for each in stack]
+                    for each, rows in zip(stack, delta.split(heights), strict=True):
+                        each.errors = output_error(rows, each.moment)
+            for each in waiting:
                 each.weight = each.moment = None
         self._waiting.clear()
         self._rounded.clear()
@@ -116,8 +129,11 @@ class RoundingErrors:
         rounded = self._rounded.get((linear, how))  # a latent is asked for by all who share it
         if rounded is None:
             rounded = self._rounded[linear, how] = _Rounded(linear.weight, args, moment, block)
-            self._waiting[rounded.weight.shape, how].append(rounded)
-            self._bytes += moment.nbytes
+            waiting = self._waiting[rounded.weight.shape[1], how]
+            self._bytes += rounded.weight.nbytes
+            if not any(each.moment is moment for each in waiting):
+                self._bytes += moment.nbytes
+            waiting.append(rounded)
             if self._bytes > WAITING_BYTES:
                 self.finish()
         return rounded

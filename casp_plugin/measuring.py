@@ -57,7 +57,7 @@ def measure(
 
 def noted(statistics: Statistics, note: Note) -> Measured:
     """What is noted down of some layers."""
-    small = ("influences", "attention_densities", "reached", "tokens")
+    small = ("influences", "attention_densities", "routed", "reached", "tokens")
     kept = Statistics(**{name: getattr(statistics, name) for name in small})
     found = Measured(statistics=kept)
     note(statistics, found)

@@ -26,7 +26,8 @@ class Pricing:
     """Prices the candidates of layers: every bit width and, with a latent, every rank.
 
     Errors are expected changes of the loss in nats a token with `fisher`; otherwise they are
-    relative to each layer's output energy, summed over the unit's layers.
+    relative to each layer's output energy, for an expert times the share of the tokens that are
+    routed to it, and summed over the unit's layers.
 
     :param schemes: weight scheme of each bit width on offer
     :param statistics: of the dense model; None leaves the errors unknown
@@ -44,6 +45,7 @@ class Pricing:
     input_block: Callable[[str, nn.Linear | LowRankLinear], int]
     rank_multiple: int
     _errors: RoundingErrors = field(default_factory=RoundingErrors, init=False)
+    _moments: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
     _asked: list[tuple[Candidate, float, list[WeightedError]]] = field(
         default_factory=list, init=False
     )
@@ -102,7 +104,7 @@ class Pricing:
             if name not in known:  # no token reached it
                 continue
             block = self.input_block(name, layer)
-            moment = rotate_moment(known[name], block) if self.by_gptq else known[name]
+            moment = self._rotated(known[name], block) if self.by_gptq else known[name]
             latent = None
             second = self.statistics.second_moments.get(name)
             if isinstance(layer, LowRankLinear) and second is not None:
@@ -113,6 +115,13 @@ class Pricing:
             for bits, args in self.schemes.items():
                 asked[bits].append(self._errors.of(layer, args, moment, weights, latent, block))
         return asked
+
+    def _rotated(self, moment: torch.Tensor, block: int) -> torch.Tensor:
+        """A moment of rotated inputs, one tensor for all that read them."""
+        key = id(moment), block
+        if key not in self._moments:
+            self._moments[key] = rotate_moment(moment, block)
+        return self._moments[key]
 
     def _lost(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:
         """Error of factors that are not rounded."""
@@ -132,7 +141,8 @@ class Pricing:
             squares = self.statistics.gradient_squares.get(name)
             return torch.zeros(layer.out_features) if squares is None else squares / 2
         energy = self.statistics.output_energies[name]
-        return torch.full((layer.out_features,), 1 / energy if energy > 0 else 0.0)
+        share = self.statistics.routed.get(name, 1.0)  # gradients know it by themselves
+        return torch.full((layer.out_features,), share / energy if energy > 0 else 0.0)
 
     def _check_groups(self, stored: dict[str, torch.Tensor]) -> None:
         for name, weight in stored.items():

@@ -27,6 +27,7 @@ class Request:
         much the attention output moves with them
     :param attention_maps: attention modules whose maps' densities are wanted
     :param reached: linears of which it is wanted only whether a token reaches them
+    :param routed: linears of which it is wanted what share of the tokens is routed to their expert
     :param image_weight: what a token that stands for an image counts in the means over inputs and
         outputs, one of text being 1; None for 1, or for that of the request this one is joined to
     """
@@ -40,6 +41,7 @@ class Request:
     attention_moments: frozenset[str] = frozenset()
     attention_maps: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()
+    routed: frozenset[str] = frozenset()
     image_weight: float | None = None
 
     def __or__(self, other: "Request") -> "Request":
@@ -79,6 +81,8 @@ class Statistics:
         size of the hidden state it is added to; shape (out, out), float32
     :param attention_densities: how sparse the maps of attention modules are
     :param reached: linears that a token reached
+    :param routed: share of the tokens that the router sends to a linear's expert; only linears of
+        experts are in it, and llm-compressor runs all tokens through each of them
     :param tokens: tokens seen, padding left out
     """
 
@@ -90,6 +94,7 @@ class Statistics:
     gradient_moments: dict[str, torch.Tensor] = field(default_factory=dict)
     attention_moments: dict[str, torch.Tensor] = field(default_factory=dict)
     attention_densities: dict[str, AttentionDensity] = field(default_factory=dict)
+    routed: dict[str, float] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
     tokens: int = 0
 

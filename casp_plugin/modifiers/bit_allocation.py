@@ -216,6 +216,7 @@ class BitAllocationModifier(CaspModifier):
             energies=linears if measured and not fisher else none,
             influences=frozenset(decoder_layers(model)) if influenced else none,
             gradients=linears if fisher else none,
+            routed=linears if measured else none,
         )
 
     def note(
@@ -462,7 +463,8 @@ class BitAllocationModifier(CaspModifier):
                 f"package: pip install {package}"
             )
         if statistics is not None and self.solver == "exact":
-            dead = [name for name in linears if name not in statistics.reached]
+            routed = statistics.routed
+            dead = [n for n in linears if n not in statistics.reached or routed.get(n) == 0]
             for component in {self.component_of(name): None for name in dead}:
                 if all(n in dead for n in linears if self.component_of(n) == component):
                     raise ValueError(

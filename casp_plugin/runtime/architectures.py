@@ -22,11 +22,13 @@ TESTED = frozenset(
         "LlavaNextForConditionalGeneration",
         "LlavaNextVideoForConditionalGeneration",
         "MistralForCausalLM",
+        "MixtralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
         "Qwen3VLForConditionalGeneration",
         "SmolVLMForConditionalGeneration",
         "StableLmForCausalLM",
@@ -43,6 +45,10 @@ _UNSERVED = dict.fromkeys(
     ],
     _REORDERS,
 )
+
+#: models whose experts have other names on disk and in vLLM than in transformers, after which
+#: compressed-tensors names its targets
+_RENAMED_EXPERTS = frozenset({"MixtralForCausalLM", "MiniMaxForCausalLM", "PhiMoEForCausalLM"})
 
 #: models whose connector vLLM builds without asking how it is quantized
 _DENSE_CONNECTORS = frozenset(
@@ -70,6 +76,12 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     for name in architectures:
         if what and name in _UNSERVED:
             return f"{name} cannot be served with {' or '.join(what)}: {_UNSERVED[name]}"
+        if name in _RENAMED_EXPERTS and any(".experts." in target for target in targets):
+            return (
+                f"{name} cannot be served with quantized experts, which vLLM knows by other names "
+                "than the checkpoint's config: put 're:.*experts.*' into "
+                "BitAllocationModifier.ignore"
+            )
         if name in _DENSE_CONNECTORS and any(map(_in_connector, targets)):
             return (
                 f"{name} cannot be served with a quantized connector, which vLLM keeps as it was: "

@@ -95,14 +95,30 @@ class CaspConfig(CompressedTensorsConfig):
                 claimed = {shard.name for shard in shards}
                 self.unclaimed = {n for n in self.unclaimed if not {n, _in_tower(n)} & claimed}
                 return SplitLinearMethod(self, shards)
-        elif isinstance(layer, RoutedExperts) and self.transform_config is not None:
+        elif isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        return super().get_quant_method(layer, prefix)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """vLLM's own, which runs all experts of a layer at one width.
+
+        :raises ValueError: if it has none for these experts on this machine
+        """
+        if self.transform_config is not None:
             expert = f"{prefix}.0.gate_proj"
             if input_block(self.transform_config, expert, torch.nn.Linear(1, 1), 0) != 1:
                 raise ValueError(
                     f"{prefix}: the inputs of experts cannot be rotated: put them into "
                     "QuIPModifier.ignore"
                 )
-        return super().get_quant_method(layer, prefix)
+        try:
+            return super().get_quant_method(layer, prefix)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{prefix}: vLLM has no kernel here for experts that are quantized so. On CPU it "
+                "runs them dense: put 're:.*experts.*' into BitAllocationModifier.ignore. On CUDA "
+                f"widths other than 4 and 8 bits take humming-kernels ({error})"
+            ) from None
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM asks for it when all layers are built and the weights come next.

@@ -1,0 +1,50 @@
+"""Experts of a layer as linear layers, as llm-compressor calibrates and quantizes them."""
+
+import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import (
+    get_linearized_moes,
+    get_non_linearized_moes,
+    linearize_moe,
+)
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+__all__ = ["linearize_experts", "name_experts_as_on_disk"]
+
+#: the layers that llm-compressor makes of stacked weights
+_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def linearize_experts(model: nn.Module) -> None:
+    """Put linear layers in place of the stacked weights of experts, as oneshot does.
+
+    :param model: the model; on the meta device too, where llm-compressor would miss the weights
+    """
+    if not next(model.parameters()).is_meta:
+        linearize_moe(model)
+        return
+    with torch.device("meta"):
+        for name, experts in get_non_linearized_moes(model):
+            kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+            model.set_submodule(name, kind(getattr(experts, "config", model.config)))
+
+
+def name_experts_as_on_disk(model: PreTrainedModel) -> None:
+    """Let ``save_pretrained`` call the layers of experts what checkpoints of their family call
+    them, where llm-compressor has another name that nobody would find (Mixtral: `w1`, `w3`, `w2`).
+    """
+    kept, renamed = [], []
+    for known in getattr(model, "_weight_conversions", None) or []:
+        layers = _LAYERS.get(known.target_patterns[0].rpartition("experts.")[2])
+        if layers is None or not isinstance(known, WeightConverter):
+            kept.append(known)
+            continue
+        for pattern, layer in zip(known.source_patterns, layers, strict=False):
+            name = pattern.removesuffix(".weight").rpartition(".")[2]
+            if name != layer:
+                on_disk = rf"\.experts\.(\d+)\.{name}\."
+                renamed.append(WeightRenaming(on_disk, rf".experts.\1.{layer}."))
+    if renamed and get_linearized_moes(model):
+        model._weight_conversions = kept + renamed

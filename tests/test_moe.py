@@ -1,0 +1,115 @@
+"""Mixtures of experts: units, what is measured of experts, `casp plan` and `casp run` alike."""
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from llmcompressor import oneshot
+from llmcompressor.modeling.moe.context import moe_calibration_context
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoConfig
+
+from casp_plugin import BitAllocationModifier, LowRankQKModifier
+from casp_plugin.collection import collect
+from casp_plugin.models import bare_model, load_model
+from casp_plugin.modifiers import plan_recipe
+from casp_plugin.plan import CompressionPlan
+from casp_plugin.statistics import Request
+
+EXPERTS, CHOSEN = 4, 2
+SIZES = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": 64}
+FAMILIES = {
+    "qwen3_moe": SIZES,
+    "qwen2_moe": {**SIZES, "shared_expert_intermediate_size": 64},
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN},
+}
+
+
+def recipe(importance="fisher"):
+    allocation = {"average_bits": 3.6, "candidates": [2, 3, 4], "group_size": 32}
+    return [
+        LowRankQKModifier(rank_multiple=32),
+        BitAllocationModifier(importance=importance, **allocation),
+        GPTQModifier(),
+    ]
+
+
+def expert_units(plan):
+    return [unit for unit in plan.units if unit.name.endswith("experts")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_is_what_is_run(batches, tmp_path, family):
+    source = save_tiny_model(tmp_path / "in", family, **FAMILIES[family])
+    bare = plan_recipe(bare_model(AutoConfig.from_pretrained(source)), recipe())
+    plan = plan_recipe(load_model(source), recipe(), batches)
+    oneshot(model=source, recipe=recipe(), dataset=batches, output_dir=str(tmp_path / "out"))
+    assert CompressionPlan.load(tmp_path / "out") == plan
+    assert [unit.name for unit in bare.units] == [unit.name for unit in plan.units]
+    assert [len(unit.modules) for unit in expert_units(plan)] == [3 * EXPERTS] * 2
+
+
+class Router:
+    """What the routers of a model chose."""
+
+    def __init__(self, model):
+        self.chosen = {}
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self.hook(name.removesuffix(".gate")))
+
+    def hook(self, name):
+        def note(module, args, output):
+            self.chosen.setdefault(name, []).append(output[-1])  # logits, weights, experts
+
+        return note
+
+    def share(self, name):
+        """Of the tokens that go to each expert."""
+        chosen = torch.cat([each.flatten(0, -2) for each in self.chosen[name]])
+        return [(chosen == expert).any(1).double().mean().item() for expert in range(EXPERTS)]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """With its experts as linear layers."""
+    loaded = load_model(save_tiny_model(tmp_path / "in", "qwen3_moe", **SIZES))
+    plan_recipe(loaded, [BitAllocationModifier(average_bits=3.6, group_size=32), GPTQModifier()])
+    return loaded
+
+
+def test_share_of_tokens_that_are_routed(model, batches):
+    names = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(2) for e in range(EXPERTS)]
+    linears = frozenset([*names, "model.layers.0.self_attn.q_proj"])
+    router = Router(model)
+    found = collect(model, batches, Request(second_moments=linears, routed=linears))
+    shares = [share for i in range(2) for share in router.share(f"model.layers.{i}.mlp")]
+    assert [found.routed[name] for name in names] == pytest.approx(shares)
+    assert sum(shares) == pytest.approx(2 * CHOSEN)
+    assert "model.layers.0.self_attn.q_proj" not in found.routed
+
+
+def test_experts_share_the_moment_of_their_input(model, batches):
+    """All of them read what the layer reads, as in GPTQ's calibration."""
+    names = [f"model.layers.0.mlp.experts.{e}.{w}_proj" for e in range(2) for w in ("gate", "up")]
+    with moe_calibration_context():
+        found = collect(model, batches, Request(second_moments=frozenset(names)))
+    assert len({id(found.second_moments[name]) for name in names}) == 1
+
+
+@pytest.mark.parametrize("importance", ["fisher", "uniform"])
+def test_dead_experts_cost_nothing_and_are_named(batches, tmp_path, importance):
+    """A router that cannot tell experts apart sends all tokens to the same ones."""
+    source = save_tiny_model(tmp_path / "in", "qwen3_moe", **SIZES)
+    loaded = load_model(source)
+    for name, weight in loaded.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            weight.data.zero_()
+    alive = plan_recipe(load_model(source), recipe(importance), batches)
+    half = plan_recipe(loaded, recipe(importance), batches)
+    [warning] = [each for each in half.warnings if "no calibration token" in each]
+    assert f"{(EXPERTS - CHOSEN) * 3 * 2} layers" in warning
+    assert not any("no calibration token" in each for each in alive.warnings)
+    if importance == "uniform":  # relative errors, weighed by the share of the tokens
+        for ours, theirs in zip(expert_units(half), expert_units(alive), strict=True):
+            errors = [unit.candidates[0].error for unit in (ours, theirs)]
+            assert errors[0] == pytest.approx(errors[1], rel=0.2)
