@@ -1,12 +1,14 @@
-"""What a measurement was made on and by."""
+"""This machine: what a measurement was made on and by, and its memory."""
 
+import ctypes
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["device_name", "installed_versions"]
+__all__ = ["device_name", "installed_versions", "trim_memory"]
 
 _PACKAGES = (
     "casp-plugin",
@@ -44,3 +46,10 @@ def device_name() -> str:
         lines = (line.partition(":") for line in known.read_text().splitlines())
         name = next((value.strip() for key, _, value in lines if key[:10] == "model name"), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc): it keeps pages between
+    blocks that are in use, as much as all the moments that were summed up before."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -9,7 +9,8 @@ from loguru import logger
 from torch import nn
 
 from casp_plugin.cache import MeasurementCache
-from casp_plugin.collection import collect_derivatives, collect_parts
+from casp_plugin.collection import Part, collect_derivatives, collect_parts
+from casp_plugin.machine import trim_memory
 from casp_plugin.measured import Measured
 from casp_plugin.ranks import barrier, number_of_ranks, own_share
 from casp_plugin.statistics import Request, Statistics
@@ -40,19 +41,29 @@ def measure(
     barrier()  # all have looked before any writes
     if derivatives is None:
         derivatives = cache.keep_derivatives(collect_derivatives(model, dataloader, request))
+    densities = derivatives.attention_densities
+    del derivatives
     whole = reduce(or_, parts, Measured(last=False))
     if not whole.last:
         subgraphs = _subgraphs(model, dataloader)
         for part in collect_parts(model, dataloader, request, subgraphs, whole.end):
-            here = part.statistics
-            new = here.reached - whole.statistics.reached  # but for a layer that runs twice
+            trim_memory()
+            new = part.statistics.reached - whole.statistics.reached  # but for what runs twice
             mine = new if number_of_ranks() == 1 else _own_share(new, model)
-            found = noted(here.of(mine | here.influences.keys()) | derivatives.of(mine), note)
-            found.end, found.last = part.end, part.last
-            parts.append(cache.keep_part(len(parts), found))
+            # read again, so that pages which were looked at are let go
+            parts.append(cache.keep_part(len(parts), _noted(part, cache.derivatives(), mine, note)))
             whole |= parts[-1]
-    whole.statistics |= Statistics(attention_densities=derivatives.attention_densities)
+            del part  # before the next one sums up its own
+    whole.statistics |= Statistics(attention_densities=densities)
     return whole
+
+
+def _noted(part: Part, derivatives: Statistics, mine: frozenset[str], note: Note) -> Measured:
+    """What is noted down of the layers of a part that are this rank's."""
+    here = part.statistics
+    found = noted(here.of(mine | here.influences.keys()) | derivatives.of(mine), note)
+    found.end, found.last = part.end, part.last
+    return found
 
 
 def noted(statistics: Statistics, note: Note) -> Measured:

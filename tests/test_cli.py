@@ -51,6 +51,7 @@ def test_plan_without_data(tiny_llama, files):
     result = casp("plan", tiny_llama, "--recipe", files / "recipe.yaml", "--json", files / "p.json")
     assert result.exit_code == 0, result.output
     assert "2|3|4|8" in result.output
+    assert "512 samples of 2048 tokens takes about" in " ".join(result.output.split())
     plan = CompressionPlan.load(files / "p.json")
     assert len(plan.units) == 10
     assert not plan.decided

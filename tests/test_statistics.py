@@ -141,7 +141,7 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
     for batch in list(batches)[:2]:
         logits = model(**batch).logits.flatten(0, 1)
         generator = derivatives._generator(batch, None)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        labels = derivatives.drawn(logits.detach().softmax(-1), generator)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         for name, g in zip(outputs, torch.autograd.grad(loss, outputs.values()), strict=True):
             gradients[name].append(g.flatten(0, 1).double())
@@ -156,6 +156,16 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
             found.gradient_moments[name].double(), expected, rtol=1e-4, atol=1e-9
         )
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_drawn_as_often_as_likely():
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    labels = derivatives.drawn(chances.expand(20000, -1), generator)
+    often = labels.flatten().bincount(minlength=6) / 20000
+    torch.testing.assert_close(often, chances, atol=0.01, rtol=0)
+    assert often[chances == 0].sum() == 0
+    assert labels.shape == (20000, 1)
 
 
 def test_gradients_leave_the_model_as_it_was(load_tiny, batches):

@@ -64,6 +64,7 @@ def plan(
     from casp_plugin.modifiers.recipes import load_recipe
 
     bare = skeleton(model)  # refuses a quantized model before its weights are read
+    _tell_estimate(bare, recipe, samples, max_length)
     if dataset is None:
         made = plan_recipe(bare, str(recipe))
     else:
@@ -117,6 +118,7 @@ def run(
     barrier()  # all have looked before any writes
     bare = skeleton(model)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
+    _tell_estimate(bare, recipe, samples, max_length)
     console.print(plan_recipe(bare, filled).tables()[-1])
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
@@ -125,6 +127,19 @@ def run(
     compressed = compress(model, filled, batches, output, seed)
     console.print(compressed.casp_plan.tables()[-1])
     console.print(f"Wrote {output}. Next: casp check {output}")
+
+
+def _tell_estimate(bare, recipe: Path, samples: int, max_length: int) -> None:
+    """Say what measuring will take, before it starts."""
+    from casp_plugin.estimate import Data
+    from casp_plugin.modifiers import estimate_recipe
+
+    expected = estimate_recipe(bare, str(recipe), Data(samples, max_length))
+    console.print(
+        f"Measuring {samples} samples of {max_length} tokens takes about "
+        f"{expected.memory / 1e9:.1f} GB of memory, {expected.disk / 1e9:.1f} GB of the cache and "
+        f"{expected.duration}; what the cache has is not measured again"
+    )
 
 
 def compress(model: str, recipe, batches, output: Path, seed: int):

@@ -4,7 +4,7 @@ from llmcompressor.modifiers import ModifierFactory
 
 from casp_plugin import tracing
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
-from casp_plugin.modifiers.base import CaspModifier, plan_recipe
+from casp_plugin.modifiers.base import CaspModifier, estimate_recipe, plan_recipe
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
 
@@ -13,6 +13,7 @@ __all__ = [
     "BitAllocationModifier",
     "CaspModifier",
     "LowRankQKModifier",
+    "estimate_recipe",
     "plan_recipe",
 ]
 

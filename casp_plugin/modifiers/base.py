@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+import psutil
 import torch
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.transform import TransformConfig
@@ -28,6 +29,7 @@ from torch import nn
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
+from casp_plugin.estimate import Data, Estimate, estimate
 from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
 from casp_plugin.measured import Measured
 from casp_plugin.measuring import measure, noted
@@ -38,7 +40,7 @@ from casp_plugin.ranks import barrier, shared
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import check_transforms, input_block
 
-__all__ = ["CaspModifier", "plan_recipe", "shape_model"]
+__all__ = ["CaspModifier", "estimate_recipe", "plan_recipe", "shape_model"]
 
 _RECORDED = ("llmcompressor", "compressed-tensors", "transformers", "torch", "casp-plugin")
 
@@ -221,6 +223,23 @@ def plan_recipe(
     return run.plan
 
 
+def estimate_recipe(
+    model: nn.Module, recipe: str | Recipe | list[Modifier], data: Data
+) -> Estimate:
+    """What it takes to measure a model for a recipe, before anything is measured.
+
+    :param model: the model; the meta device will do. Experts become linear layers, as in oneshot
+    :param recipe: anything that llm-compressor takes as a recipe
+    :param data: how much calibration data there will be
+    :raises ValueError: for any setting that cannot work on this model
+    """
+    linearize_experts(model)
+    modifiers = [modifier.model_copy(deep=True) for modifier in _casp_modifiers(recipe)]
+    units = _dry_run(model, modifiers)[1].units
+    resident = psutil.Process().memory_info().rss
+    return estimate(model, _requested(model, modifiers), units, data, resident)
+
+
 def shape_model(
     model: nn.Module, recipe: str | Recipe | list[Modifier]
 ) -> tuple[nn.Module, CompressionPlan]:
@@ -256,13 +275,7 @@ def _start(
     """Check the recipe as a whole, then measure what all its modifiers need."""
     _dry_run(model, modifiers)
     _check_finite(model)
-    request = Request()
-    _share(modifiers)
-    for modifier in _own(modifiers):
-        request |= replace(
-            modifier.request(model, _after(modifier, modifiers)),
-            image_weight=modifier.image_weight,
-        )
+    request = _requested(model, modifiers)
     plan = _new_plan(model)
 
     def note(found: Statistics, measured: Measured) -> None:
@@ -290,6 +303,18 @@ def _start(
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
     plan.calibration_tokens = measured.statistics.tokens or None
     return _Run(plan, measured)
+
+
+def _requested(model: nn.Module, modifiers: list[Modifier]) -> Request:
+    """What the modifiers of a recipe need measured."""
+    request = Request()
+    _share(modifiers)
+    for modifier in _own(modifiers):
+        request |= replace(
+            modifier.request(model, _after(modifier, modifiers)),
+            image_weight=modifier.image_weight,
+        )
+    return request
 
 
 def _cache(

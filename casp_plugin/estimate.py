@@ -1,0 +1,279 @@
+"""What measuring a model takes, told before it starts: memory, disk, time.
+
+Operations are counted from shapes alone and divided by what this machine does in a second, which is
+measured on small tensors. That tells hours from minutes, and whether the memory is enough;
+``benchmarks/growth.py`` puts it beside what was used.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from casp_plugin.collection import PART_BYTES
+from casp_plugin.derivatives import CHUNK, SAMPLES, TOKENS
+from casp_plugin.distortion import SAMPLED_ROWS, WAITING_BYTES, rounding_delta
+from casp_plugin.modules import named_linears
+from casp_plugin.plan import UnitPlan
+from casp_plugin.schemes import weight_args
+from casp_plugin.statistics import Request
+from casp_plugin.units import decoder_layers, reading_together
+
+__all__ = ["Data", "Estimate", "Speed", "Work", "disk_of", "estimate", "memory_of", "work_of"]
+
+#: what a pass takes beside its matrix products: norms, softmax, attention
+BESIDE = 2
+
+
+@dataclass(frozen=True)
+class Data:
+    """Calibration data.
+
+    :param sequences: how many
+    :param tokens: of a sequence, at most
+    """
+
+    sequences: int
+    tokens: int
+
+    @property
+    def all_tokens(self) -> int:
+        return self.sequences * self.tokens
+
+    @property
+    def derived_tokens(self) -> int:
+        """That derivatives are taken from."""
+        return min(self.all_tokens, max(SAMPLES * self.tokens, TOKENS))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of what there is to do.
+
+    :param passes: floating-point operations of the model, in its own dtype
+    :param products: the same of second moments, in float32
+    :param eigenvalues: cubes of the sizes of symmetric matrices, in float64
+    :param inverses: cubes of the sizes of moments that GPTQ inverts, in float32
+    :param columns: steps of GPTQ through the columns of weights that are rounded together
+    :param entries: of weights that are rounded
+    """
+
+    passes: float
+    products: float
+    eigenvalues: float
+    inverses: float
+    columns: float
+    entries: float
+
+    def seconds(self, speed: "Speed") -> float:
+        return (
+            BESIDE * self.passes / speed.passes
+            + self.products / speed.products
+            + self.eigenvalues / speed.eigenvalues
+            + self.inverses / speed.inverses
+            + self.columns / speed.columns
+            + self.entries / speed.entries
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does in a second, in the counts of :class:`Work`."""
+
+    passes: float
+    products: float
+    eigenvalues: float
+    inverses: float
+    columns: float
+    entries: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype) -> "Speed":
+        """On the device that calibration will use; takes about a second.
+
+        :param dtype: of the model
+        """
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        device = found or torch.device("cpu")
+        size = 512
+        wide = torch.randn(size, 4 * size, device=device)
+        tall = wide.to(dtype)
+        square = wide[:, :size].double()
+        moment = (square @ square.T + size * torch.eye(size, device=device)).float()
+        narrow = moment[:256, :256]
+        args = weight_args(4, -1)
+
+        def rounding(rows: int) -> float:
+            weight = wide[:rows, :256]
+            return _seconds(lambda: rounding_delta(weight, args, narrow))
+
+        column, block = rounding(1), rounding(size)
+        return cls(
+            passes=8 * size**3 / _seconds(lambda: tall @ tall.T),
+            products=8 * size**3 / _seconds(lambda: wide @ wide.T),
+            eigenvalues=size**3 / _seconds(lambda: torch.linalg.eigh(square + square.T)),
+            inverses=size**3 / _seconds(lambda: torch.linalg.cholesky(_inverse(moment))),
+            columns=256 / column,
+            entries=size * 256 / max(block - column, column / 100),
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What measuring is expected to take.
+
+    :param memory: bytes of resident memory at the peak, this process and the model in it; on a
+        machine with an accelerator a part of it lies there
+    :param disk: bytes that the cache takes
+    :param seconds: on the clock
+    """
+
+    memory: int
+    disk: int
+    seconds: float
+
+    @property
+    def duration(self) -> str:
+        """The time in words, as exact as it is known."""
+        if self.seconds < 90:
+            return f"{self.seconds:.0f} seconds"
+        minutes = self.seconds / 60
+        return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+
+
+def estimate(
+    model: nn.Module, request: Request, units: list[UnitPlan], data: Data, resident: int
+) -> Estimate:
+    """
+    :param model: the dense model, which may live on the meta device
+    :param request: what will be measured
+    :param units: with their candidates; what rounding is measured of
+    :param data: that it is measured on
+    :param resident: bytes that the process holds already
+    """
+    speed = Speed.measured(next(model.parameters()).dtype)
+    return Estimate(
+        resident + memory_of(model, request, data),
+        disk_of(model, request),
+        work_of(model, request, units, data).seconds(speed),
+    )
+
+
+def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Data) -> Work:
+    """Counts from shapes; see :func:`estimate`."""
+    linears = dict(named_linears(model))
+    head = model.get_output_embeddings()
+    weights = sum(each.weight.numel() for each in linears.values() if each is not head)
+    derived = data.derived_tokens
+    passes = 2 * weights * data.all_tokens
+    if request.gradients or request.gradient_moments:  # there, again in every layer, and back
+        passes += (6 * weights + 4 * head.weight.numel()) * derived
+    if request.attention_maps:
+        passes += 2 * weights * derived
+    if request.attention_moments:
+        passes += 4 * weights * derived
+    inputs = _inputs(linears, request)
+    products = sum(2 * columns**2 * data.all_tokens for columns in inputs)
+    for name in request.gradient_moments | request.attention_moments:
+        products += 2 * linears[name].out_features ** 2 * derived
+    eigenvalues = 0
+    for names in reading_together(sorted(request.reached)):  # what may be factored
+        rows = sum(linears[name].out_features for name in names)
+        eigenvalues += rows**3
+        products += (
+            2 * rows * linears[names[0]].in_features * (rows + linears[names[0]].in_features)
+        )
+        if request.gradient_moments or request.attention_moments:
+            eigenvalues += rows**3
+    return Work(passes, products, eigenvalues, *_rounding(units, bool(request.second_moments)))
+
+
+def memory_of(model: nn.Module, request: Request, data: Data) -> int:
+    """Bytes beside the process itself: the model and the larger of what the passes hold."""
+    linears = dict(named_linears(model))
+    layers = [model.get_submodule(name) for name in decoder_layers(model)]
+    stored = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    size = next(model.parameters()).element_size()
+    hidden, head = model.get_input_embeddings().weight.shape[1], model.get_output_embeddings()
+    moments = request.gradient_moments | request.attention_moments
+    derived = 4 * sum(linears[name].out_features ** 2 for name in moments)
+    back = derived
+    if request.gradients or request.gradient_moments:
+        widest = max(sum(each.out_features for _, each in named_linears(layer)) for layer in layers)
+        logits = head.out_features * (data.tokens * size + 4 * 4 * CHUNK)
+        back += logits + data.tokens * size * (len(layers) * hidden + 4 * widest)
+    inputs = [4 * columns**2 for columns in _inputs(linears, request)]
+    largest = max(inputs, default=0)
+    of_layer = sum(inputs) // max(len(layers), 1)
+    part = min(sum(inputs), PART_BYTES + of_layer)
+    waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
+    forward = data.all_tokens * hidden * size + part + waiting + derived
+    return stored + max(back, forward)
+
+
+def disk_of(model: nn.Module, request: Request) -> int:
+    """Bytes of derivatives and of spectra."""
+    linears = dict(named_linears(model))
+    moments = request.gradient_moments | request.attention_moments
+    found = 4 * sum(linears[name].out_features ** 2 for name in moments)
+    for names in reading_together(sorted(request.reached)):
+        rows = sum(linears[name].out_features for name in names)
+        columns = linears[names[0]].in_features
+        found += 4 * rows * columns  # factors of the largest rank are as large as the layers
+    return found
+
+
+def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:
+    """Columns of the second moments that are summed up; those of experts that read what the layer
+    reads are one."""
+    first = {}
+    for names in reading_together(sorted(request.second_moments)):
+        layer = names[0].rpartition(".experts.")[0]
+        own = not layer or names[0].endswith("down_proj")
+        first.setdefault(names[0] if own else layer, linears[names[0]].in_features)
+    return list(first.values())
+
+
+def _rounding(units: list[UnitPlan], by_gptq: bool) -> tuple[float, float, float]:
+    """(inverses, columns, entries) of measuring what rounding costs."""
+    inverses = entries = 0
+    waiting = defaultdict(int)  # bytes by width
+    bits = max((len({c.bits for c in unit.candidates}) for unit in units), default=0)
+    for unit in units:
+        ranks = {c.rank for c in unit.candidates} - {None}
+        for names in reading_together(unit.modules):
+            rows = sum(min(unit.modules[name][0], SAMPLED_ROWS) for name in names)
+            columns = unit.modules[names[0]][1]
+            rows += sum(min(rank, SAMPLED_ROWS) for rank in ranks)
+            entries += bits * rows * columns
+            inverses += bits * columns**3
+            waiting[columns] += 4 * columns * (rows + columns)
+            for rank in ranks:
+                inverses += bits * len(names) * rank**3
+                entries += (
+                    bits * rank * sum(min(unit.modules[name][0], SAMPLED_ROWS) for name in names)
+                )
+                waiting[rank] += 4 * len(names) * rank**2
+    steps = sum(bits * columns * -(-held // WAITING_BYTES) for columns, held in waiting.items())
+    return (inverses, steps, entries) if by_gptq else (0, 0, entries)
+
+
+def _inverse(moment: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(moment))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The fastest of a few runs."""
+    found = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
