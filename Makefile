@@ -20,7 +20,8 @@ $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
 .PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm \
-  bench-sparsity bench-sweep bench-peers bench-peers-vlm report ablation clean
+  bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill report ablation fuzz \
+  test-ranks clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -157,6 +158,20 @@ bench-peers: $(DEMO)/SmolLM2-135M-Instruct/config.json
 bench-peers-vlm: $(DEMO)/small-vlm/config.json
 	$(call PEERS,small_vlm) --dataset $(VLM_PARTS)/data/calib.parquet \
 	  --heldout $(VLM_PARTS)/data/test_public.parquet --samples 256 --heldout-samples 306
+
+# memory and time by depth and width; a run that is killed 20 times; two processes; configs from strangers
+LONG = $(DEMO)/SmolLM2-135M-Instruct recipes/smollm2/casp_2.28.yaml
+bench-growth: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py $(LONG) recipes/smollm2/uniform_2.28.yaml \
+	  --dataset $(DATA)/calibration.jsonl --table benchmarks/results/growth.md
+bench-kill: $(DEMO)/SmolLM2-135M-Instruct/config.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill.py $(LONG) --dataset $(DATA)/calibration.jsonl \
+	  --log benchmarks/results/kill.md
+test-ranks: $(BIN)/.ready
+	$(BIN)/python -m pytest -q -m slow tests/test_ranks.py
+fuzz: $(BIN)/.ready
+	$(BIN)/pip install --quiet atheris
+	$(BIN)/python tests/fuzz_section.py benchmarks/results/fuzz.md -atheris_runs=500000
 
 # what each choice is worth by itself
 ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json

@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import glob
 import os
 import shutil
@@ -9,9 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from casp_plugin.ranks import barrier, is_source_process, shared
 
 __all__ = ["whole_file", "whole_folder", "write_whole"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -28,7 +33,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     partial = Path(name)
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     finally:
@@ -49,7 +55,8 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
     target = Path(target)
     partial = Path(tempfile.mkdtemp(prefix=_beside(target), dir=target.parent))
     try:
-        yield shared(partial)
+        with _naming(target):
+            yield shared(partial)
         barrier()
         if not target.exists():
             partial.chmod(0o777 & ~_umask())
@@ -61,6 +68,20 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
                 os.replace(path, target / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let a disk that is full say what could not be written there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        for number in _FULL:  # which safetensors tells in words
+            if getattr(error, "errno", None) == number or f"os error {number}" in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def _beside(target: Path) -> str:

@@ -1,12 +1,17 @@
 """What is written is there whole or not at all, whatever happens on the way."""
 
 import errno
+import json
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import save_tiny_model
 
 from casp_plugin.files import whole_file, whole_folder, write_whole
 
@@ -26,6 +31,55 @@ def test_a_full_disk_leaves_nothing(tmp_path):
             _fail(write, tmp_path / target)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "before"
+
+
+RECIPE = """
+casp_stage:
+  casp_modifiers:
+    LowRankQKModifier: {}
+    BitAllocationModifier: {average_bits: 3.4, group_size: 64}
+    GPTQModifier: {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "cached", "what"),
+    [(2_000, True, "cache"), (100_000, True, "0000.safetensors"), (300_000, False, "out")],
+    ids=["facts", "part", "checkpoint"],
+)
+def test_a_full_disk_in_a_run(tmp_path, limit, cached, what):
+    """The system refuses to write files larger than a limit: one line that says where, nothing
+    half-written, and the same command goes on once there is room."""
+    source = save_tiny_model(tmp_path / "in", hidden_size=256, intermediate_size=512)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    words = [" ".join(f"w{(i * 7 + j) % 90 + 3}" for j in range(24)) for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
+    command = [sys.executable, "-m", "casp_plugin", "run", source, "--recipe", "recipe.yaml"]
+    command += ["--dataset", "data.jsonl", "--output", "out", "--max-length", "32"]
+    command += ["--cache", "cache"] if cached else ["--no-cache"]
+
+    def run(bytes_of_a_file=resource.RLIM_INFINITY):
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file,) * 2),
+            capture_output=True,
+            text=True,
+        )
+
+    before = {path.name for path in tmp_path.iterdir()}
+    failed = run(limit)
+    assert failed.returncode == 1
+    last = failed.stderr[failed.stderr.rindex("error:") :].replace("\n", "")
+    assert "too large" in last
+    assert what in last
+    assert "Traceback" not in failed.stderr
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"cache"}
+    assert not list(tmp_path.rglob(".*"))
+    if what == "0000.safetensors":
+        again = run()
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "out" / "config.json").exists()
 
 
 def _stuck(folder, name):
