@@ -49,7 +49,7 @@ from casp_plugin.units import decoder_layers
 __all__ = ["Part", "collect", "collect_derivatives", "collect_parts"]
 
 #: bytes of sums that make a part: several layers of a small model, one of a large one
-PART_BYTES = 2**26
+PART_BYTES = 2**25
 
 
 @dataclass(frozen=True)
