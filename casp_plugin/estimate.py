@@ -8,7 +8,7 @@ measured on small tensors. That tells hours from minutes, and whether the memory
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from casp_plugin.schemes import weight_args
 from casp_plugin.statistics import Request
 from casp_plugin.units import decoder_layers, reading_together
 
-__all__ = ["Data", "Estimate", "Speed", "Work", "disk_of", "estimate", "memory_of", "work_of"]
+__all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
 
 #: what a pass takes beside its matrix products: norms, softmax, attention
 BESIDE = 2
@@ -51,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of what there is to do.
+    """Counts of what there is to do; or of what a machine does in a second.
 
     :param passes: floating-point operations of the model, in its own dtype
     :param products: the same of second moments, in float32
@@ -68,59 +68,44 @@ class Work:
     columns: float
     entries: float
 
-    def seconds(self, speed: "Speed") -> float:
-        return (
-            BESIDE * self.passes / speed.passes
-            + self.products / speed.products
-            + self.eigenvalues / speed.eigenvalues
-            + self.inverses / speed.inverses
-            + self.columns / speed.columns
-            + self.entries / speed.entries
-        )
+    def seconds(self, speed: "Work") -> float:
+        """What it takes a machine.
 
-
-@dataclass(frozen=True)
-class Speed:
-    """What a machine does in a second, in the counts of :class:`Work`."""
-
-    passes: float
-    products: float
-    eigenvalues: float
-    inverses: float
-    columns: float
-    entries: float
-
-    @classmethod
-    def measured(cls, dtype: torch.dtype) -> "Speed":
-        """On the device that calibration will use; takes about a second.
-
-        :param dtype: of the model
+        :param speed: what that does in a second
         """
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        device = found or torch.device("cpu")
-        size = 512
-        wide = torch.randn(size, 4 * size, device=device)
-        tall = wide.to(dtype)
-        square = wide[:, :size].double()
-        moment = (square @ square.T + size * torch.eye(size, device=device)).float()
-        narrow = moment[:256, :256]
-        args = weight_args(4, -1)
+        return sum(getattr(self, each.name) / getattr(speed, each.name) for each in fields(self))
 
-        def rounding(rows: int) -> float:
-            weight = wide[:rows, :256]
-            return _seconds(lambda: rounding_delta(weight, args, narrow))
 
-        column, block = rounding(1), rounding(size)
-        return cls(
-            passes=8 * size**3 / _seconds(lambda: tall @ tall.T),
-            products=8 * size**3 / _seconds(lambda: wide @ wide.T),
-            eigenvalues=size**3 / _seconds(lambda: torch.linalg.eigh(square + square.T)),
-            inverses=size**3 / _seconds(lambda: torch.linalg.cholesky(_inverse(moment))),
-            columns=256 / column,
-            entries=size * 256 / max(block - column, column / 100),
-        )
+def speed_of(dtype: torch.dtype) -> Work:
+    """What this machine does in a second, on the device that calibration will use; takes about a
+    second itself.
+
+    :param dtype: of the model
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
+    size = 512
+    generator = torch.Generator(device).manual_seed(0)  # the run's own chance stays as it was
+    wide = torch.randn(size, 4 * size, device=device, generator=generator)
+    tall = wide.to(dtype)
+    square = wide[:, :size].double()
+    moment = (square @ square.T + size * torch.eye(size, device=device)).float()
+    narrow = moment[:256, :256]
+    args = weight_args(4, -1)
+
+    def rounding(rows: int) -> float:
+        weight = wide[:rows, :256]
+        return _seconds(lambda: rounding_delta(weight, args, narrow))
+
+    column, block = rounding(1), rounding(size)
+    return Work(
+        passes=8 * size**3 / _seconds(lambda: tall @ tall.T) / BESIDE,
+        products=8 * size**3 / _seconds(lambda: wide @ wide.T),
+        eigenvalues=size**3 / _seconds(lambda: torch.linalg.eigh(square + square.T)),
+        inverses=size**3 / _seconds(lambda: torch.linalg.cholesky(_inverse(moment))),
+        columns=256 / column,
+        entries=size * 256 / max(block - column, column / 100),
+    )
 
 
 @dataclass(frozen=True)
@@ -149,14 +134,15 @@ class Estimate:
 def estimate(
     model: nn.Module, request: Request, units: list[UnitPlan], data: Data, resident: int
 ) -> Estimate:
-    """
+    """What it takes to measure all that is requested.
+
     :param model: the dense model, which may live on the meta device
     :param request: what will be measured
     :param units: with their candidates; what rounding is measured of
     :param data: that it is measured on
     :param resident: bytes that the process holds already
     """
-    speed = Speed.measured(next(model.parameters()).dtype)
+    speed = speed_of(next(model.parameters()).dtype)
     return Estimate(
         resident + memory_of(model, request, data),
         disk_of(model, request),
@@ -184,10 +170,9 @@ def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Dat
     eigenvalues = 0
     for names in reading_together(sorted(request.reached)):  # what may be factored
         rows = sum(linears[name].out_features for name in names)
+        columns = linears[names[0]].in_features
         eigenvalues += rows**3
-        products += (
-            2 * rows * linears[names[0]].in_features * (rows + linears[names[0]].in_features)
-        )
+        products += 2 * rows * columns * (rows + columns)
         if request.gradient_moments or request.attention_moments:
             eigenvalues += rows**3
     return Work(passes, products, eigenvalues, *_rounding(units, bool(request.second_moments)))
@@ -204,15 +189,14 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     derived = 4 * sum(linears[name].out_features ** 2 for name in moments)
     back = derived
     if request.gradients or request.gradient_moments:
-        widest = max(sum(each.out_features for _, each in named_linears(layer)) for layer in layers)
+        outputs = (sum(each.out_features for _, each in named_linears(layer)) for layer in layers)
         logits = head.out_features * (data.tokens * size + 4 * 4 * CHUNK)
-        back += logits + data.tokens * size * (len(layers) * hidden + 4 * widest)
+        back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
     largest = max(inputs, default=0)
-    of_layer = sum(inputs) // max(len(layers), 1)
-    part = min(sum(inputs), PART_BYTES + of_layer)
+    part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // len(layers))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
-    forward = data.all_tokens * hidden * size + part + waiting + derived
+    forward = data.all_tokens * hidden * size + part + waiting
     return stored + max(back, forward)
 
 
@@ -247,17 +231,13 @@ def _rounding(units: list[UnitPlan], by_gptq: bool) -> tuple[float, float, float
     for unit in units:
         ranks = {c.rank for c in unit.candidates} - {None}
         for names in reading_together(unit.modules):
-            rows = sum(min(unit.modules[name][0], SAMPLED_ROWS) for name in names)
+            up = sum(min(unit.modules[name][0], SAMPLED_ROWS) for name in names)
+            rows = up + sum(min(rank, SAMPLED_ROWS) for rank in ranks)  # dense, and every `down`
             columns = unit.modules[names[0]][1]
-            rows += sum(min(rank, SAMPLED_ROWS) for rank in ranks)
-            entries += bits * rows * columns
-            inverses += bits * columns**3
+            entries += bits * (rows * columns + up * sum(ranks))
+            inverses += bits * (columns**3 + len(names) * sum(rank**3 for rank in ranks))
             waiting[columns] += 4 * columns * (rows + columns)
             for rank in ranks:
-                inverses += bits * len(names) * rank**3
-                entries += (
-                    bits * rank * sum(min(unit.modules[name][0], SAMPLED_ROWS) for name in names)
-                )
                 waiting[rank] += 4 * len(names) * rank**2
     steps = sum(bits * columns * -(-held // WAITING_BYTES) for columns, held in waiting.items())
     return (inverses, steps, entries) if by_gptq else (0, 0, entries)

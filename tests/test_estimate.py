@@ -10,7 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier
-from casp_plugin.estimate import Data, Estimate, Speed, Work, disk_of, memory_of, work_of
+from casp_plugin.estimate import (
+    Data,
+    Estimate,
+    Work,
+    disk_of,
+    memory_of,
+    speed_of,
+    work_of,
+)
 from casp_plugin.experts import linearize_experts
 from casp_plugin.models import bare_model, load_model
 from casp_plugin.modifiers import estimate_recipe, plan_recipe
@@ -85,10 +93,9 @@ def test_bare_model_is_as_good(source):
 
 
 def test_speed_of_this_machine():
-    speed = Speed.measured(torch.float32)
+    speed = speed_of(torch.float32)
     assert all(getattr(speed, each.name) > 0 for each in fields(speed))
-    work = Work(*(getattr(speed, each.name) for each in fields(speed)))  # a second of each
-    assert 6 <= work.seconds(speed) <= 8
+    assert speed.seconds(speed) == len(fields(Work))
 
 
 @pytest.mark.parametrize(
