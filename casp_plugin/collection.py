@@ -41,6 +41,7 @@ from casp_plugin.hooks import (
     tokens_of,
 )
 from casp_plugin.importance import token_influence
+from casp_plugin.machine import trim_memory
 from casp_plugin.ranks import gathered
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import rotate
@@ -92,6 +93,7 @@ def collect_derivatives(
     with _calibrating(model):
         if request.attention_maps:
             maps.collect(model, dataloader)
+            trim_memory()
         if request.attention_moments:
             attention.collect(model, dataloader, layers)
         if request.gradients or request.gradient_moments:
@@ -161,6 +163,7 @@ def collect_parts(
                 if not last:
                     waiting.update(number, outputs)
                     waiting.delete(number, graph.consumed_names)
+        trim_memory()
         if last or max(gathered(collector.bytes)) >= PART_BYTES:
             yield Part(collector.take(batches.tokens), index + 1, last)
 

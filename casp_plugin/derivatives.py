@@ -25,6 +25,7 @@ from casp_plugin.hooks import (
     token_mask,
     tokens_of,
 )
+from casp_plugin.machine import trim_memory
 from casp_plugin.ranks import gathered
 
 __all__ = ["AttentionDerivatives", "LossGradients", "drawn"]
@@ -33,7 +34,7 @@ __all__ = ["AttentionDerivatives", "LossGradients", "drawn"]
 #: moments of inputs do
 SAMPLES, TOKENS = 16, 8192
 #: tokens whose predictions are looked at together
-CHUNK = 64
+CHUNK = 32
 
 
 class LossGradients:
@@ -72,6 +73,7 @@ class LossGradients:
                 self._mask = token_mask(batch)
                 text = _predicting_text(batch, model, self._mask)
                 predicted += _backward(model, batch, text, _generator(batch, self._mask))
+                trim_memory()
         predicted = sum(gathered(predicted))
         add_ranks(self.squares, next(model.parameters()).device)
         add_ranks(self.moments, next(model.parameters()).device)

@@ -22,7 +22,7 @@ __all__ = ["RoundingErrors", "WeightedError", "rounding_delta"]
 #: rows of a large matrix that are rounded to estimate its error; rows are exchangeable
 SAMPLED_ROWS = 128
 #: bytes of weights and moments that wait to be rounded together
-WAITING_BYTES = 2**25
+WAITING_BYTES = 2**24
 
 
 def rounding_delta(

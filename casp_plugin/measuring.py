@@ -10,7 +10,6 @@ from torch import nn
 
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.collection import Part, collect_derivatives, collect_parts
-from casp_plugin.machine import trim_memory
 from casp_plugin.measured import Measured
 from casp_plugin.ranks import barrier, number_of_ranks, own_share
 from casp_plugin.statistics import Request, Statistics
@@ -47,7 +46,6 @@ def measure(
     if not whole.last:
         subgraphs = _subgraphs(model, dataloader)
         for part in collect_parts(model, dataloader, request, subgraphs, whole.end):
-            trim_memory()
             new = part.statistics.reached - whole.statistics.reached  # but for what runs twice
             mine = new if number_of_ranks() == 1 else _own_share(new, model)
             # read again, so that pages which were looked at are let go

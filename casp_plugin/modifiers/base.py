@@ -31,6 +31,7 @@ from casp_plugin.checkpoint import save_with_plan
 from casp_plugin.components import LANGUAGE, component_of, find_components
 from casp_plugin.estimate import Data, Estimate, estimate
 from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
+from casp_plugin.machine import trim_memory
 from casp_plugin.measured import Measured
 from casp_plugin.measuring import measure, noted
 from casp_plugin.models import skeleton
@@ -281,6 +282,7 @@ def _start(
     def note(found: Statistics, measured: Measured) -> None:
         for modifier in _own(modifiers):
             modifier.note(model, found, measured, _after(modifier, modifiers))
+            trim_memory()
 
     if not request:
         measured = Measured()
