@@ -303,7 +303,9 @@ class _Collector:
 
     def on_experts(self, name: str):
         def hook(experts: LinearExperts2D, args: tuple, kwargs: dict) -> None:
-            chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+            chosen = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+            if chosen is None:  # Llama 4 hands every expert its own tokens
+                return
             chosen = tokens_of(chosen, self.mask)
             counts = chosen.flatten().bincount(minlength=len(experts))
             self.routed.setdefault(name, TokenMean()).add(counts.double(), len(chosen))

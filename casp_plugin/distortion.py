@@ -98,9 +98,8 @@ class RoundingErrors:
     def finish(self) -> None:
         """Round what waits."""
         for waiting in self._waiting.values():
-            reading = defaultdict(
-                list
-            )  # rows of whatever reads one input are rounded as one weight
+            # rows of whatever reads one input are rounded as one weight
+            reading = defaultdict(list)
             for each in waiting:
                 reading[id(each.moment)].append(each)
             alike = defaultdict(list)

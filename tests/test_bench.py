@@ -149,7 +149,7 @@ def test_random_weights(tiny_llama, tmp_path, family):
     shutil.copytree(source, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "casp.yaml").write_text(RECIPE)
     command = ["bench", "--random-weights", bare, "--recipe", tmp_path / "casp.yaml", "--keep"]
-    command += [tmp_path / "kept", "--prompt-tokens", 6, "--new-tokens", 40, "--rounds", 1]
+    command += [tmp_path / "kept", "--prompt-tokens", 4, "--new-tokens", 58, "--rounds", 1]
     command += ["--output", path, *(["--images", 1] if family == "llava" else [])]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 0, result.output
