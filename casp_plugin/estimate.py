@@ -26,6 +26,8 @@ __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "spee
 
 #: what a pass takes beside its matrix products: norms, softmax, attention
 BESIDE = 2
+#: what libraries need for themselves, and pages between blocks
+SLACK = 1.1
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Dat
     for name in request.gradient_moments | request.attention_moments:
         products += 2 * linears[name].out_features ** 2 * derived
     eigenvalues = 0
-    for names in reading_together(sorted(request.reached)):  # what may be factored
+    for names in _factored(request):
         rows = sum(linears[name].out_features for name in names)
         columns = linears[names[0]].in_features
         eigenvalues += rows**3
@@ -196,8 +198,10 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     largest = max(inputs, default=0)
     part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // len(layers))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
-    forward = data.all_tokens * hidden * size + part + waiting
-    return stored + max(back, forward)
+    rows = [sum(linears[n].out_features for n in names) for names in _factored(request)]
+    solving = 7 * 8 * max(rows, default=0) ** 2  # roots and eigenvectors in float64
+    forward = data.all_tokens * hidden * size + part + max(waiting, solving)
+    return round(SLACK * (stored + max(back, forward)))
 
 
 def disk_of(model: nn.Module, request: Request) -> int:
@@ -205,11 +209,16 @@ def disk_of(model: nn.Module, request: Request) -> int:
     linears = dict(named_linears(model))
     moments = request.gradient_moments | request.attention_moments
     found = 4 * sum(linears[name].out_features ** 2 for name in moments)
-    for names in reading_together(sorted(request.reached)):
+    for names in _factored(request):
         rows = sum(linears[name].out_features for name in names)
         columns = linears[names[0]].in_features
         found += 4 * rows * columns  # factors of the largest rank are as large as the layers
     return found
+
+
+def _factored(request: Request) -> list[list[str]]:
+    """Names of linears that may share a latent."""
+    return reading_together(sorted(request.reached))
 
 
 def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:

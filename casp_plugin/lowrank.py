@@ -126,16 +126,17 @@ def whitened_spectrum(
     rows, columns = weight.shape
     unweighted = None  # G^(-1/2)
     if output_metric is not None:
-        metric = damped(output_metric, dampening_frac, "output metric")
-        _fits("output metric", metric, rows, "rows")
-        root, unweighted = _roots(metric)
+        _fits("output metric", output_metric, rows, "rows")
+        root, unweighted = _roots(damped(output_metric, dampening_frac, "output metric"))
         weighted = root @ weighted  # G^(1/2) W
-    gram = weighted @ weighted.T
+        del root  # matrices of this size decide on the memory that all of it takes
     if second_moment is not None:
-        moment = damped(second_moment, dampening_frac, "second moment")
-        _fits("second moment", moment, columns, "columns")
-        gram = weighted @ moment @ weighted.T
-    energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        _fits("second moment", second_moment, columns, "columns")
+        gram = (weighted @ damped(second_moment, dampening_frac, "second moment")) @ weighted.T
+    else:
+        gram = weighted @ weighted.T
+    energies, vectors = torch.linalg.eigh(gram)
+    del gram
     left = _signed(vectors.flip(1)[:, : min(rows, columns)])
     # what is kept is of the weight's own precision, at least float32: models have many of these
     kept = torch.promote_types(weight.dtype, torch.float32)
@@ -159,14 +160,16 @@ def damped(moment: torch.Tensor, dampening_frac: float, what: str) -> torch.Tens
     :param what: how errors call it
     :raises ValueError: if H is not square or holds NaN or infinite values
     """
-    moment = moment.detach().to(torch.float64)
+    moment = moment.detach().to(torch.float64, copy=True)
     if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
         raise ValueError(f"{what} must be square, got shape {tuple(moment.shape)}")
     if not torch.isfinite(moment).all():
         raise ValueError(f"{what} holds NaN or infinite values")
-    eye = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal().mean()
-    return moment + dampening_frac * mean * eye if mean > 0 else eye
+    if mean <= 0:
+        return torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+    moment.diagonal().add_(dampening_frac * mean)
+    return moment
 
 
 def _fits(what: str, moment: torch.Tensor, size: int, side: str) -> None:
@@ -178,7 +181,8 @@ def _fits(what: str, moment: torch.Tensor, size: int, side: str) -> None:
 
 def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """G^(1/2) and G^(-1/2); directions without any weight are left out of both."""
-    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+    values, vectors = torch.linalg.eigh(metric)
+    del metric
     kept = values > values.max() * 1e-12
     root = torch.where(kept, values, 0).clamp_min(0).sqrt()
     inverse = torch.where(kept, root, 1).reciprocal() * kept

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier
 from casp_plugin.estimate import (
+    SLACK,
     Data,
     Estimate,
     Work,
@@ -81,7 +82,8 @@ def test_memory_grows_with_the_data_and_holds_the_model(source):
     stored = sum(parameter.nbytes for parameter in model.parameters())
     request = Request(second_moments=frozenset({Q, K}))
     some, more = (memory_of(model, request, Data(n, 512)) for n in (10, 100))
-    assert more - some == 90 * 512 * 256 * 4  # activations that wait between layers
+    waiting = 90 * 512 * 256 * 4  # activations, between layers
+    assert more - some == pytest.approx(SLACK * waiting)
     assert some > stored
     assert disk_of(model, request) == 0
 
