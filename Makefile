@@ -171,7 +171,7 @@ test-ranks: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -m slow tests/test_ranks.py
 fuzz: $(BIN)/.ready
 	$(BIN)/pip install --quiet atheris
-	$(BIN)/python tests/fuzz_section.py benchmarks/results/fuzz.md -atheris_runs=500000
+	$(BIN)/python benchmarks/fuzz.py benchmarks/results/fuzz.md -atheris_runs=500000
 
 # what each choice is worth by itself
 ablation: $(DEMO)/SmolLM2-135M-Instruct/config.json

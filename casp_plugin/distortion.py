@@ -14,6 +14,7 @@ from llmcompressor.observers import Observer
 from torch import nn
 
 from casp_plugin.importance import output_error
+from casp_plugin.machine import trim_memory
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.transforms import rotate
 
@@ -117,6 +118,7 @@ class RoundingErrors:
                         each.errors = output_error(rows, each.moment)
             for each in waiting:
                 each.weight = each.moment = None
+            trim_memory()  # or it creeps up by the moments of a layer
         self._waiting.clear()
         self._rounded.clear()
         self._bytes = 0

@@ -5,13 +5,13 @@ measured on small tensors. That tells hours from minutes, and whether the memory
 ``benchmarks/growth.py`` puts it beside what was used.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from casp_plugin.collection import PART_BYTES
 from casp_plugin.derivatives import CHUNK, SAMPLES, TOKENS
@@ -84,8 +84,7 @@ def speed_of(dtype: torch.dtype) -> Work:
 
     :param dtype: of the model
     """
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = found or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     size = 512
     generator = torch.Generator(device).manual_seed(0)  # the run's own chance stays as it was
     wide = torch.randn(size, 4 * size, device=device, generator=generator)
@@ -167,16 +166,12 @@ def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Dat
         passes += 4 * weights * derived
     inputs = _inputs(linears, request)
     products = sum(2 * columns**2 * data.all_tokens for columns in inputs)
-    for name in request.gradient_moments | request.attention_moments:
-        products += 2 * linears[name].out_features ** 2 * derived
+    metrics = _metric_entries(linears, request)
+    products += 2 * metrics * derived
     eigenvalues = 0
-    for names in _factored(request):
-        rows = sum(linears[name].out_features for name in names)
-        columns = linears[names[0]].in_features
-        eigenvalues += rows**3
+    for rows, columns in _factored(linears, request):
+        eigenvalues += rows**3 * (2 if metrics else 1)
         products += 2 * rows * columns * (rows + columns)
-        if request.gradient_moments or request.attention_moments:
-            eigenvalues += rows**3
     return Work(passes, products, eigenvalues, *_rounding(units, bool(request.second_moments)))
 
 
@@ -187,9 +182,7 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     stored = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     size = next(model.parameters()).element_size()
     hidden, head = model.get_input_embeddings().weight.shape[1], model.get_output_embeddings()
-    moments = request.gradient_moments | request.attention_moments
-    derived = 4 * sum(linears[name].out_features ** 2 for name in moments)
-    back = derived
+    back = derived = 4 * _metric_entries(linears, request)
     if request.gradients or request.gradient_moments:
         outputs = (sum(each.out_features for _, each in named_linears(layer)) for layer in layers)
         logits = head.out_features * (data.tokens * size + 4 * 4 * CHUNK)
@@ -198,8 +191,8 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     largest = max(inputs, default=0)
     part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // len(layers))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
-    rows = [sum(linears[n].out_features for n in names) for names in _factored(request)]
-    solving = 7 * 8 * max(rows, default=0) ** 2  # roots and eigenvectors in float64
+    rows = max((rows for rows, _ in _factored(linears, request)), default=0)
+    solving = 7 * 8 * rows**2  # roots and eigenvectors in float64
     forward = data.all_tokens * hidden * size + part + max(waiting, solving)
     return round(SLACK * (stored + max(back, forward)))
 
@@ -207,18 +200,23 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
 def disk_of(model: nn.Module, request: Request) -> int:
     """Bytes of derivatives and of spectra."""
     linears = dict(named_linears(model))
-    moments = request.gradient_moments | request.attention_moments
-    found = 4 * sum(linears[name].out_features ** 2 for name in moments)
-    for names in _factored(request):
-        rows = sum(linears[name].out_features for name in names)
-        columns = linears[names[0]].in_features
-        found += 4 * rows * columns  # factors of the largest rank are as large as the layers
-    return found
+    # factors of the largest rank are as large as the layers
+    factors = sum(rows * columns for rows, columns in _factored(linears, request))
+    return 4 * (_metric_entries(linears, request) + factors)
 
 
-def _factored(request: Request) -> list[list[str]]:
-    """Names of linears that may share a latent."""
-    return reading_together(sorted(request.reached))
+def _factored(linears: dict[str, nn.Linear], request: Request) -> list[tuple[int, int]]:
+    """Shapes (rows, columns) of the stacked weights of linears that may share a latent."""
+    return [
+        (sum(linears[name].out_features for name in names), linears[names[0]].in_features)
+        for names in reading_together(sorted(request.reached))
+    ]
+
+
+def _metric_entries(linears: dict[str, nn.Linear], request: Request) -> int:
+    """Entries of the second moments of derivatives."""
+    names = request.gradient_moments | request.attention_moments
+    return sum(linears[name].out_features ** 2 for name in names)
 
 
 def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:
@@ -257,12 +255,6 @@ def _inverse(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The fastest of a few runs."""
-    found = []
-    for _ in range(4):
-        start = time.perf_counter()
-        work()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    """What a call takes, on as many threads as torch has."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.timeit(4).mean

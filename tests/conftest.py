@@ -1,5 +1,7 @@
 """Tiny random models in real checkpoint folders, and calibration batches for them."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,6 +45,12 @@ def save_tiny_model(folder, model_type="llama", dtype=torch.float32, **overrides
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return str(folder)
+
+
+def save_texts(path):
+    """Eight texts of words that the tiny models know, as JSON lines."""
+    rows = [{"text": " ".join(f"w{(i * 7 + j) % 90 + 3}" for j in range(24))} for i in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.fixture(scope="session", autouse=True)

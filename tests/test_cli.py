@@ -1,9 +1,9 @@
 """The command line as a user types it."""
 
-import json
 import os
 
 import pytest
+from conftest import save_texts
 from typer.testing import CliRunner
 
 from casp_plugin import CompressionPlan, cli
@@ -22,8 +22,7 @@ casp_stage:
 def files(tmp_path):
     """A recipe and a calibration file."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    rows = [{"text": " ".join(f"w{(i * 7 + j) % 90 + 3}" for j in range(24))} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_texts(tmp_path / "data.jsonl")
     return tmp_path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_vlms
 import torch
+from conftest import save_texts
 from test_cli import RECIPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -73,8 +74,7 @@ def test_images(tmp_path):
 def compressed(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressed")
     (folder / "recipe.yaml").write_text(RECIPE)
-    rows = [{"text": " ".join(f"w{(i * 7 + j) % 90 + 3}" for j in range(24))} for i in range(8)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_texts(folder / "data.jsonl")
     arguments = [
         "run", tiny_llama, "--recipe", folder / "recipe.yaml", "--dataset", folder / "data.jsonl",
         "--output", folder / "out", "--max-length", 32,

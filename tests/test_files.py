@@ -1,7 +1,6 @@
 """What is written is there whole or not at all, whatever happens on the way."""
 
 import errno
-import json
 import multiprocessing
 import os
 import resource
@@ -11,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import save_tiny_model
+from conftest import save_texts, save_tiny_model
 
 from casp_plugin.files import whole_file, whole_folder, write_whole
 
@@ -52,8 +51,7 @@ def test_a_full_disk_in_a_run(tmp_path, limit, cached, what):
     half-written, and the same command goes on once there is room."""
     source = save_tiny_model(tmp_path / "in", hidden_size=256, intermediate_size=512)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    words = [" ".join(f"w{(i * 7 + j) % 90 + 3}" for j in range(24)) for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
+    save_texts(tmp_path / "data.jsonl")
     command = [sys.executable, "-m", "casp_plugin", "run", source, "--recipe", "recipe.yaml"]
     command += ["--dataset", "data.jsonl", "--output", "out", "--max-length", "32"]
     command += ["--cache", "cache"] if cached else ["--no-cache"]

@@ -123,7 +123,7 @@ class TransformersEngine:
         from casp_plugin.models import load_model
         from casp_plugin.processing import processed
 
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.model = load_model(model, device_map=str(device), **arguments).eval()
         if workload.images or workload.frames:
             processor = AutoProcessor.from_pretrained(model)

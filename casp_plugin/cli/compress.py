@@ -64,9 +64,10 @@ def plan(
     from casp_plugin.modifiers.recipes import load_recipe
 
     bare = skeleton(model)  # refuses a quantized model before its weights are read
-    _tell_estimate(bare, recipe, samples, max_length)
+    filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
+    _tell_estimate(bare, filled, samples, max_length)
     if dataset is None:
-        made = plan_recipe(bare, str(recipe))
+        made = plan_recipe(bare, filled)
     else:
         columns = (text_column, image_column, video_column, question_column, answer_column)
         source = DataSource(dataset, split, dataset_config, *columns)
@@ -74,7 +75,6 @@ def plan(
             bare.config, load_processor(model), source, samples, max_length, seed
         )
         _seed(seed)
-        filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
         made = plan_recipe(load_model(model), filled, batches)
     for table in made.tables():
         console.print(table)
@@ -118,7 +118,7 @@ def run(
     barrier()  # all have looked before any writes
     bare = skeleton(model)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
-    _tell_estimate(bare, recipe, samples, max_length)
+    _tell_estimate(bare, filled, samples, max_length)
     console.print(plan_recipe(bare, filled).tables()[-1])
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
@@ -129,15 +129,18 @@ def run(
     console.print(f"Wrote {output}. Next: casp check {output}")
 
 
-def _tell_estimate(bare, recipe: Path, samples: int, max_length: int) -> None:
-    """Say what measuring will take, before it starts."""
+def _tell_estimate(bare, recipe, samples: int, max_length: int) -> None:
+    """Say what measuring will take, before it starts.
+
+    :param recipe: an instance of llm-compressor's ``Recipe``
+    """
     from casp_plugin.estimate import Data
     from casp_plugin.modifiers import estimate_recipe
 
-    expected = estimate_recipe(bare, str(recipe), Data(samples, max_length))
+    expected = estimate_recipe(bare, recipe, Data(samples, max_length))
     console.print(
         f"Measuring {samples} samples of {max_length} tokens takes about "
-        f"{expected.memory / 1e9:.1f} GB of memory, {expected.disk / 1e9:.1f} GB of the cache and "
+        f"{expected.memory / 1e9:.1f} GB of memory, {expected.disk / 1e9:.1f} GB on disk and "
         f"{expected.duration}; what the cache has is not measured again"
     )
 

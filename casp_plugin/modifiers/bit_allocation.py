@@ -17,7 +17,6 @@ from tqdm import tqdm
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.components import LANGUAGE
 from casp_plugin.latent import Latent
-from casp_plugin.machine import trim_memory
 from casp_plugin.measured import Measured
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install, point_awq
@@ -300,11 +299,10 @@ class BitAllocationModifier(CaspModifier):
         progress = tqdm(
             groups, desc="Measuring rounding errors", disable=not (measured and groups), leave=False
         )
-        found = []
-        for names in progress:
-            dense = {name: linears[name] for name in names}
-            found.append(pricing.layers(dense, latents.get(names[0])))
-            trim_memory()
+        found = [
+            pricing.layers({name: linears[name] for name in names}, latents.get(names[0]))
+            for names in progress
+        ]
         pricing.finish()
         return found
 

@@ -1,7 +1,7 @@
 """Fuzzing what a config says, guided by coverage: it is read, or refused by ValueError.
 
     pip install atheris
-    python tests/fuzz_section.py benchmarks/results/fuzz.md -atheris_runs=500000
+    python benchmarks/fuzz.py benchmarks/results/fuzz.md -atheris_runs=500000
 
 Bytes become the ``config.json`` of a folder, then our section, then layers of a model on the meta
 device. Anything else than ValueError ends it with the input that did it. Options are libFuzzer's.
@@ -22,10 +22,11 @@ with atheris.instrument_imports(include=["casp_plugin.checkpoint", "casp_plugin.
     from casp_plugin.checkpoint import read_config, read_section
     from casp_plugin.loading import install_factored_layers
 
-from conftest import SIZES
+from common import write_markdown
 
 from casp_plugin.models import bare_model
 
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
 MODEL = bare_model(AutoConfig.for_model("llama", **SIZES))
 Q, K = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
 SEEDS = [
@@ -38,11 +39,11 @@ WORDS = [
     Q,
     K,
     "..",
+    "quantization_config",
+    "casp",
     "low_rank",
     "latent_of",
     "format",
-    "quantization_config",
-    "casp",
     "true",
     "null",
 ]
@@ -79,12 +80,10 @@ class Fuzz:
         return "read: layers are factored"
 
     def _write(self) -> None:
-        lines = ["| outcome | inputs |", "| --- | --- |"]
-        lines += [f"| {name} | {count:,} |" for name, count in self.outcomes.most_common()]
-        lines += ["| anything else | 0 |", ""]
-        command = f"python tests/fuzz_section.py {' '.join(sys.argv[1:])}"
-        lines.append(f"Made by `{command}`; atheris {version('atheris')}.")
-        self.table.write_text("\n".join(lines) + "\n")
+        rows = [[name, f"{count:,}"] for name, count in self.outcomes.most_common()]
+        command = f"python benchmarks/fuzz.py {' '.join(sys.argv[1:])}"
+        note = f"Made by `{command}`; atheris {version('atheris')},"
+        write_markdown(self.table, [(("outcome", "inputs"), [*rows, ["anything else", "0"]])], note)
 
 
 def main() -> None:
