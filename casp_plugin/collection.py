@@ -49,8 +49,8 @@ from casp_plugin.units import decoder_layers
 
 __all__ = ["Part", "collect", "collect_derivatives", "collect_parts"]
 
-#: bytes of sums that make a part: several layers of a small model, one of a large one
-PART_BYTES = 2**25
+#: bytes of sums that make a part: several layers of a tiny model, one of any other
+PART_BYTES = 2**23
 
 
 @dataclass(frozen=True)

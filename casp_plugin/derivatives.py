@@ -34,7 +34,7 @@ __all__ = ["AttentionDerivatives", "LossGradients", "drawn"]
 #: moments of inputs do
 SAMPLES, TOKENS = 16, 8192
 #: tokens whose predictions are looked at together
-CHUNK = 32
+CHUNK = 8
 
 
 class LossGradients:

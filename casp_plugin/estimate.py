@@ -166,11 +166,10 @@ def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Dat
         passes += 4 * weights * derived
     inputs = _inputs(linears, request)
     products = sum(2 * columns**2 * data.all_tokens for columns in inputs)
-    metrics = _metric_entries(linears, request)
-    products += 2 * metrics * derived
-    eigenvalues = 0
+    products += 2 * _metric_entries(linears, request) * derived
+    eigenvalues = sum(linears[name].out_features ** 3 for name in _metrics(request))
     for rows, columns in _factored(linears, request):
-        eigenvalues += rows**3 * (2 if metrics else 1)
+        eigenvalues += rows**3
         products += 2 * rows * columns * (rows + columns)
     return Work(passes, products, eigenvalues, *_rounding(units, bool(request.second_moments)))
 
@@ -191,8 +190,9 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     largest = max(inputs, default=0)
     part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // len(layers))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
-    rows = max((rows for rows, _ in _factored(linears, request)), default=0)
-    solving = 7 * 8 * rows**2  # roots and eigenvectors in float64
+    # eigenvectors and what a solver works in, in float64
+    shapes = _factored(linears, request)
+    solving = 8 * max((rows * (5 * rows + columns) for rows, columns in shapes), default=0)
     forward = data.all_tokens * hidden * size + part + max(waiting, solving)
     return round(SLACK * (stored + max(back, forward)))
 
@@ -215,8 +215,12 @@ def _factored(linears: dict[str, nn.Linear], request: Request) -> list[tuple[int
 
 def _metric_entries(linears: dict[str, nn.Linear], request: Request) -> int:
     """Entries of the second moments of derivatives."""
-    names = request.gradient_moments | request.attention_moments
-    return sum(linears[name].out_features ** 2 for name in names)
+    return sum(linears[name].out_features ** 2 for name in _metrics(request))
+
+
+def _metrics(request: Request) -> frozenset[str]:
+    """Linears whose derivatives' second moments are wanted."""
+    return request.gradient_moments | request.attention_moments
 
 
 def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:

@@ -29,6 +29,7 @@ columns look alike (QuIP, arXiv 2307.13304, on weights; here on the latent, at n
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,42 +108,54 @@ class Spectrum:
 def whitened_spectrum(
     weight: torch.Tensor,
     second_moment: torch.Tensor | None = None,
-    output_metric: torch.Tensor | None = None,
+    output_metric: Sequence[torch.Tensor] | None = None,
     dampening_frac: float = 0.01,
 ) -> Spectrum:
     """The spectrum of a weight under both its metrics, solved in float64.
 
     :param weight: W, shape (out, in); several matrices may be stacked
     :param second_moment: H = E[x x^T], shape (in, in); None for the plain SVD (H = I)
-    :param output_metric: G, shape (out, out), symmetric, positive semidefinite; None for the
-        identity
+    :param output_metric: blocks along the diagonal of G, one for each of the stacked matrices,
+        shape (out, out) of each, symmetric, positive semidefinite; None for the identity
     :param dampening_frac: share of the mean diagonal of H and of G that is added to their
         diagonals, so that directions the calibration data never showed still count a little
     :raises ValueError: if a shape does not fit, or a value is not finite
     """
-    weighted = weight.detach().to(torch.float64)
+    weighted = weight.detach().to(torch.float64, copy=True)
     if not torch.isfinite(weighted).all():
         raise ValueError("weight holds NaN or infinite values")
     rows, columns = weight.shape
-    unweighted = None  # G^(-1/2)
+    inverses = None  # blocks of G^(-1/2)
     if output_metric is not None:
         _fits("output metric", output_metric, rows, "rows")
-        root, unweighted = _roots(damped(output_metric, dampening_frac, "output metric"))
-        weighted = root @ weighted  # G^(1/2) W
-        del root  # matrices of this size decide on the memory that all of it takes
+        blocks = damped(output_metric, dampening_frac, "output metric")
+        inverses = []
+        parts = weighted.split([len(block) for block in blocks])
+        for part in parts:  # in place: matrices of this size decide on the memory it all takes
+            root, inverse = _roots(blocks.pop(0))
+            part.copy_(root @ part)  # G^(1/2) W
+            inverses.append(inverse)
+            del root
     if second_moment is not None:
-        _fits("second moment", second_moment, columns, "columns")
-        gram = (weighted @ damped(second_moment, dampening_frac, "second moment")) @ weighted.T
+        _fits("second moment", [second_moment], columns, "columns")
+        [moment] = damped([second_moment], dampening_frac, "second moment")
+        gram = (weighted @ moment) @ weighted.T
+        del moment
     else:
         gram = weighted @ weighted.T
     energies, vectors = torch.linalg.eigh(gram)
     del gram
     left = _signed(vectors.flip(1)[:, : min(rows, columns)])
+    del vectors
+    up = left
+    if inverses is not None:
+        parts = left.split([len(inverse) for inverse in inverses])
+        up = torch.cat([inverse @ part for inverse, part in zip(inverses, parts, strict=True)])
     # what is kept is of the weight's own precision, at least float32: models have many of these
     kept = torch.promote_types(weight.dtype, torch.float32)
     return Spectrum(
         energies.flip(0).clamp_min(0),
-        (left if unweighted is None else unweighted @ left).to(kept),
+        up.to(kept),
         (left.T @ weighted).to(kept),
     )
 
@@ -154,29 +167,32 @@ def _signed(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * largest.sign()
 
 
-def damped(moment: torch.Tensor, dampening_frac: float, what: str) -> torch.Tensor:
+def damped(blocks: Sequence[torch.Tensor], dampening_frac: float, what: str) -> list[torch.Tensor]:
     """H + dampening_frac * mean(diag H) * I in float64; the identity where H is all zero.
 
+    :param blocks: along the diagonal of H
     :param what: how errors call it
-    :raises ValueError: if H is not square or holds NaN or infinite values
+    :raises ValueError: if a block is not square or holds NaN or infinite values
     """
-    moment = moment.detach().to(torch.float64, copy=True)
-    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-        raise ValueError(f"{what} must be square, got shape {tuple(moment.shape)}")
-    if not torch.isfinite(moment).all():
-        raise ValueError(f"{what} holds NaN or infinite values")
-    mean = moment.diagonal().mean()
-    if mean <= 0:
-        return torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-    moment.diagonal().add_(dampening_frac * mean)
-    return moment
+    blocks = [block.detach().to(torch.float64, copy=True) for block in blocks]
+    for block in blocks:
+        if block.ndim != 2 or block.shape[0] != block.shape[1]:
+            raise ValueError(f"{what} must be square, got shape {tuple(block.shape)}")
+        if not torch.isfinite(block).all():
+            raise ValueError(f"{what} holds NaN or infinite values")
+    mean = torch.cat([block.diagonal() for block in blocks]).mean()
+    for block in blocks:
+        if mean > 0:
+            block.diagonal().add_(dampening_frac * mean)
+        else:
+            block.copy_(torch.eye(len(block)))
+    return blocks
 
 
-def _fits(what: str, moment: torch.Tensor, size: int, side: str) -> None:
-    if moment.shape[0] != size:
-        raise ValueError(
-            f"{what} of {moment.shape[0]} channels does not fit a weight of {size} {side}"
-        )
+def _fits(what: str, blocks: Sequence[torch.Tensor], size: int, side: str) -> None:
+    channels = sum(len(block) for block in blocks)
+    if channels != size:
+        raise ValueError(f"{what} of {channels} channels does not fit a weight of {size} {side}")
 
 
 def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

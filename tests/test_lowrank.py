@@ -53,7 +53,7 @@ def test_matches_textbook_whitening(out, columns, rank):
 def test_matches_textbook_two_sided_whitening(out, columns, rank):
     weight, x, g = inputs(out, columns, seed=1), inputs(200, columns), inputs(300, out, seed=2)
     moment, metric = x.T @ x / len(x), g.T @ g / len(g)
-    spectrum = whitened_spectrum(weight, moment, metric, dampening_frac=0)
+    spectrum = whitened_spectrum(weight, moment, [metric], dampening_frac=0)
     factors = spectrum.factors(rank)
     product = factors.up @ factors.down
     expected = reference(weight.numpy(), moment.numpy(), rank, metric.numpy())
@@ -68,7 +68,7 @@ def test_output_metric_spares_what_matters():
     moment = x.T @ x / len(x)
     metric = torch.diag(torch.logspace(0, -4, 16, dtype=torch.float64))
     plain = whitened_spectrum(weight, moment).factors(4)
-    aware = whitened_spectrum(weight, moment, metric).factors(4)
+    aware = whitened_spectrum(weight, moment, [metric]).factors(4)
 
     def error(factors, output_metric):
         return quadratic_error(weight - factors.up @ factors.down, moment, output_metric)
@@ -94,7 +94,7 @@ def test_outputs_without_any_weight_do_no_harm(dead):
     metric = torch.eye(16, dtype=torch.float64)
     metric[:dead, :dead] = 0
     moment = x.T @ x / len(x)
-    factors = whitened_spectrum(weight, moment, metric, dampening_frac=0).factors(13)
+    factors = whitened_spectrum(weight, moment, [metric], dampening_frac=0).factors(13)
     assert torch.isfinite(factors.up @ factors.down).all()
     if dead == 3:  # 13 directions are all that count
         delta = weight - factors.up @ factors.down

@@ -255,7 +255,7 @@ class LowRankQKModifier(CaspModifier):
             moment = statistics.second_moments[next(iter(linears))]
         if self.method in _METRICS:
             found = getattr(statistics, _METRICS[self.method])
-            metric = torch.block_diag(*(found[name].to(weight.device) for name in linears))
+            metric = [found[name].to(weight.device) for name in linears]
         try:
             return whitened_spectrum(weight, moment, metric, self.dampening_frac)
         except ValueError as error:
