@@ -34,6 +34,7 @@ from casp_plugin.checkpoint import (
     read_section,
     save_with_plan,
 )
+from casp_plugin.expert_weights import read_each_expert
 from casp_plugin.models import bare_model
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
@@ -104,13 +105,15 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list) -> list:
-        """transformers takes all experts for quantized; dense ones load as they always do."""
+        """transformers takes all experts for quantized, under one scheme; ours have one each, and
+        dense ones load as they always do."""
         if self.compressor.quantization_config is None:  # nothing is
             return weight_conversions
         updated = super().update_weight_conversions(weight_conversions)
         if self.section is None:
             return updated
-        return updated + [known for known in weight_conversions if known not in updated]
+        dense = [known for known in weight_conversions if known not in updated]
+        return [*map(read_each_expert, updated), *dense]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.section is not None:

@@ -6,7 +6,7 @@ from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers.gptq import GPTQModifier
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier
 from casp_plugin.collection import collect
@@ -46,6 +46,25 @@ def test_plan_is_what_is_run(batches, tmp_path, family):
     assert CompressionPlan.load(tmp_path / "out") == plan
     assert [unit.name for unit in bare.units] == [unit.name for unit in plan.units]
     assert [len(unit.modules) for unit in expert_units(plan)] == [3 * EXPERTS] * 2
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_experts_reload(batches, tmp_path, family, symmetric):
+    """At widths of their own, with zero points or without."""
+    model = load_model(save_tiny_model(tmp_path / "in", family, **FAMILIES[family]))
+    allocation = BitAllocationModifier(
+        average_bits=3.6, candidates=[2, 3, 4], group_size=32, symmetric=symmetric
+    )
+    modifiers = [LowRankQKModifier(rank_multiple=32), allocation, GPTQModifier()]
+    oneshot(model=model, recipe=modifiers, dataset=batches, output_dir=str(tmp_path / "out"))
+    plan = CompressionPlan.load(tmp_path / "out")
+    assert len({unit.choice.bits for unit in plan.units}) > 1
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = next(iter(batches))["input_ids"]
+    with torch.no_grad():
+        expected, found = model(ids).logits, back(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 class Router:
