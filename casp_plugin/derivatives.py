@@ -92,7 +92,10 @@ class LossGradients:
             if name in self.squares:
                 self.squares[name].add(g.square().sum(0), len(g))
             if name in self.moments:
+                first = self.moments[name].total is None
                 self.moments[name].add_products(g, len(g))
+                if first:  # what stays lies between what goes, and would keep its pages
+                    trim_memory()
 
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
             if not output.requires_grad:  # the first on its way: of text, of images, of queries
