@@ -44,7 +44,7 @@ COLUMNS = (
     "ratio ",
     "cache, MB (expected)",
 )
-SIZES = ["576x10", "576x40", "1152x10"]
+SIZES = ["576x10", "576x40", "1152x10", "1152x30"]
 HESSIANS = "hessians.txt"
 
 
