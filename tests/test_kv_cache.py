@@ -5,11 +5,12 @@ import itertools
 import math
 
 import pytest
+import tiny_vlms
 import torch
 from conftest import save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casp_plugin.kv_cache import CacheScheme, CompressedCache, with_kv_cache
 from casp_plugin.kv_cache.cache import CompressedLayer
@@ -337,5 +338,24 @@ def test_generate_inside(model):
 
 def test_labels_are_refused(model):
     ids, _ = ids_of(10)
-    with with_kv_cache(model, "kcvt"), pytest.raises(ValueError, match="no labels"):
+    with with_kv_cache(model, "kcvt"), pytest.raises(ValueError, match="labels cannot be given"):
         model(ids, labels=ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [each for each in tiny_vlms.FAMILIES if each != "paligemma"])
+def test_prompts_with_images(tmp_path, family):
+    """Read up to the last token of an image at once, then as decoding would. (PaliGemma takes all
+    that a plain call brings for one prompt, whose tokens see those after them.)"""
+    tiny_vlms.save_tiny_vlm(tmp_path, family)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.tensor([[*tiny_vlms.image_prompt(family, expanded=True), *range(20, 50)]])
+    score = tiny_vlms.scorer(model, tiny_vlms.image_inputs(tmp_path, family))
+    dense = score(ids)
+    with with_kv_cache(model, "kcvt:bits=16,g=8"):
+        same = score(ids)
+    torch.testing.assert_close(same, dense, rtol=1e-3, atol=1e-3)
+    with with_kv_cache(model, "kcvt:bits=2,g=8"):
+        found = score(ids)
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found[:, -8:], dense[:, -8:], atol=1e-3)

@@ -1,17 +1,22 @@
 """Running a model as it is with a compressed cache, where nobody passes one."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from casp_plugin.hooks import image_mask
 from casp_plugin.kv_cache.cache import CompressedCache
 from casp_plugin.kv_cache.schemes import CacheScheme
 
 __all__ = ["with_kv_cache"]
+
+#: inputs that have an entry for each token; the first that is given tells how many there are
+_BY_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
 
 
 @contextmanager
@@ -25,65 +30,80 @@ def with_kv_cache(model: PreTrainedModel, scheme: CacheScheme | str | None) -> I
 
     :param model: whose calls and ``generate`` change in here
     :param scheme: as ``CompressedCache`` takes it; None changes nothing
-    :raises ValueError: in a call that cannot be read in steps: embeddings, or labels
+    :raises ValueError: where the model cannot go on from a cache; in a plain call with labels or
+        positions
     """
     if scheme is None:
         yield
         return
     scheme = CacheScheme.parse(scheme) if isinstance(scheme, str) else scheme
-    forward, generate = model.forward, model.generate
-    before = {name: vars(model).get(name) for name in ("forward", "generate")}
+    reader = _reader(model, scheme)
+    forward, generate = reader.forward, model.generate
 
     @wraps(forward)
-    def reading(input_ids=None, *, past_key_values=None, **inputs):
-        if past_key_values is not None:
-            return forward(input_ids=input_ids, past_key_values=past_key_values, **inputs)
-        return _in_steps(model, forward, scheme, input_ids, inputs)
+    def reading(*args, **inputs):
+        inputs = inspect.signature(forward).bind(*args, **inputs).arguments
+        inputs |= inputs.pop("kwargs", {})
+        if inputs.get("past_key_values") is not None:
+            return forward(**inputs)
+        return _in_steps(reader, forward, scheme, inputs)
 
     @wraps(generate)
     def generating(*args, **settings):
         settings.setdefault("past_key_values", CompressedCache(model.config, scheme))
         return generate(*args, **settings)
 
-    model.forward, model.generate = reading, generating
-    try:
+    with _replaced(reader, "forward", reading), _replaced(model, "generate", generating):
         yield
-    finally:
-        for name, own in before.items():
-            if own is None:
-                delattr(model, name)
-            else:
-                setattr(model, name, own)
 
 
-def _in_steps(model, forward, scheme: CacheScheme, ids: torch.Tensor | None, inputs: dict):
+def _reader(model: PreTrainedModel, scheme: CacheScheme) -> PreTrainedModel:
+    """What reads tokens with a cache: the model, or its language model (BLIP-2)."""
+    for reader in (model, getattr(model, "language_model", None)):
+        if reader is not None and "past_key_values" in inspect.signature(reader.forward).parameters:
+            return reader
+    raise ValueError(f"kv cache {scheme.name!r}: {type(model).__name__} takes no past_key_values")
+
+
+def _in_steps(
+    model: PreTrainedModel,
+    forward: Callable[..., ModelOutput],
+    scheme: CacheScheme,
+    inputs: dict[str, torch.Tensor],
+) -> ModelOutput:
     """A call without a cache: logits of all tokens."""
-    for name in ("labels", "inputs_embeds", "position_ids"):
-        if inputs.get(name) is not None or ids is None:
-            raise ValueError(f"kv cache {scheme.name!r}: give the model input_ids, and no {name}")
-    cache, step = CompressedCache(model.config, scheme), scheme.residual
-    images = image_mask({"input_ids": ids, **inputs}, model)
+    for name in ("labels", "position_ids"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"kv cache {scheme.name!r}: {name} cannot be given in a plain call")
+    images = image_mask(inputs, model)
     first = 0 if images is None else int(images.any(0).nonzero().max()) + 1
+    by_token = {n: inputs.pop(n) for n in _BY_TOKEN if inputs.get(n) is not None}
     mask = inputs.pop("attention_mask", None)
-    by_token = {name: inputs.pop(name) for name in _BY_TOKEN if inputs.get(name) is not None}
+    inputs.pop("use_cache", None)
+    cache, step = CompressedCache(model.config, scheme), scheme.residual
+    length = next(iter(by_token.values())).shape[1]
     logits, start = [], 0
-    while start < ids.shape[1]:
-        end = max(start // step * step + step, first if not start else 0)
+    while start < length:
+        end = start // step * step + step if start else max(step, first)
         part = {name: values[:, start:end] for name, values in by_token.items()}
         if mask is not None:
             part["attention_mask"] = mask[:, :end]
-        out = forward(
-            input_ids=ids[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            **part,
-            **(inputs if not start else {}),
-        )
+        out = forward(**part, **inputs, past_key_values=cache, use_cache=True)
         logits.append(out.logits)
-        start = min(end, ids.shape[1])
+        inputs = {}  # images are seen now
+        start = end
     out.logits = torch.cat(logits, dim=1)
     return out
 
 
-#: inputs beside the ids that have one entry a token
-_BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
+@contextmanager
+def _replaced(module: torch.nn.Module, name: str, method: Callable) -> Iterator[None]:
+    """A method of one object, for a while."""
+    before = vars(module).get(name)  # an offloading hook's own
+    setattr(module, name, method)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
