@@ -23,6 +23,8 @@ from casp_plugin.evaluation.harness import (
     run_tasks,
 )
 from casp_plugin.evaluation.results import Evaluation
+from casp_plugin.evaluation.text import evaluate
+from casp_plugin.kv_cache import with_kv_cache
 from casp_plugin.records import load_records
 
 TASKS = Path(__file__).parent / "tasks"
@@ -115,6 +117,46 @@ def test_eval_compares(tiny_llama, compressed, tmp_path):
     assert "against" in result.output
 
 
+KV_CACHE = "kcvt:bits=2,g=4"
+
+
+def test_eval_with_a_kv_cache(tiny_llama, load_tiny, tmp_path):
+    """Texts and tasks are scored as a model scores them that keeps its keys and values so."""
+    save_texts(tmp_path / "data.jsonl")
+    output = tmp_path / "found.json"
+    shared = ["--dataset", tmp_path / "data.jsonl", "--output", output, "--kv-cache", KV_CACHE]
+    shared += ["--tasks", "casp_facts_text", "--include-path", LM_EVAL]
+    result = CliRunner().invoke(app, list(map(str, ["eval", tiny_llama, *shared])))
+    assert result.exit_code == 0, result.output
+    [found] = load_records(Evaluation, output, "casp eval")
+    assert found.settings["kv_cache"] == KV_CACHE
+    model, tokenizer = load_tiny(), AutoTokenizer.from_pretrained(tiny_llama)
+    texts = [json.loads(row)["text"] for row in (tmp_path / "data.jsonl").read_text().splitlines()]
+    dense = evaluate(model, tokenizer, texts, 512).perplexity
+    with with_kv_cache(model, KV_CACHE):
+        expected = evaluate(model, tokenizer, texts, 512).perplexity
+    assert found.measurements[0].value == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(dense, rel=1e-5)
+    task = asked(tiny_llama, "casp_facts_text")["casp_facts_text", "word_perplexity"]
+    measured = {one.metric: one.value for one in found.measurements}
+    assert measured["word_perplexity"] != pytest.approx(task.value, rel=1e-5)
+    eight = asked(tiny_llama, "casp_facts_text", kv_cache="kcvt:bits=8,g=4")
+    near = eight["casp_facts_text", "word_perplexity"].value
+    assert near == pytest.approx(task.value, rel=1e-2)
+
+
+def test_answers_that_are_kept_are_those_of_one_model(tiny_llama, tmp_path):
+    """The harness tells requests apart, not models."""
+    kept = str(tmp_path / "answers")
+    values = [
+        asked(tiny_llama, "casp_facts_text", kv_cache=scheme, use_cache=kept)
+        for scheme in (None, KV_CACHE, None)
+    ]
+    first, other, again = (each["casp_facts_text", "word_perplexity"].value for each in values)
+    assert first == again != other
+    assert len(list(tmp_path.glob("answers_*.db"))) == 2
+
+
 def test_stock_command(compressed, tmp_path):
     """lm_eval itself, after the import."""
     code = "import casp_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
@@ -146,6 +188,7 @@ def test_bad_input(tiny_llama, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     baseline = error_of(tiny_llama, "--baseline", tmp_path / "other.json")
     assert "was not written by casp eval" in baseline
+    assert "'kivi' must be one of" in error_of(tiny_llama, "--kv-cache", "kivi")
     with pytest.raises(ValueError, match="no folder with a comma"):
         run_tasks("a,b", ["casp_facts"], include_path=LM_EVAL)
 

@@ -71,6 +71,26 @@ def test_sizes_of_one_model(tiny_llama, files, monkeypatch):  # noqa: F811
     assert len(rows) == 3 + len(points) + 2
 
 
+def test_caches_beside_sizes(tiny_llama, files):  # noqa: F811
+    """Each size is scored with each cache; the checkpoint is the same."""
+    caches = ["kcvt:bits=8,g=4", "kcvt:bits=2,g=4"]
+    more = [word for each in caches for word in ("--kv-cache", each)]
+    result = casp(*arguments(tiny_llama, files, "--average-bits", "4", *more))
+    assert result.exit_code == 0, result.output
+    points = load_records(Point, files / "sweep" / "sweep.json", "casp sweep")
+    models = [tiny_llama, "recipe_4"]
+    labels = [name + cache for name in models for cache in ("", *(f", {c}" for c in caches))]
+    assert sorted(point.name for point in points) == sorted(labels)
+    found = {point.name: point for point in points}
+    kept = [found[f"recipe_4{cache}"] for cache in ("", f", {caches[0]}", f", {caches[1]}")]
+    assert len({(point.bytes, point.average_bits) for point in kept}) == 1
+    assert len({point.series for point in kept}) == 3
+    kl = [point.evaluation.measurements[1].value for point in kept]
+    assert kl[1] == pytest.approx(kl[0], rel=0.1)
+    assert kl[2] != pytest.approx(kl[0], rel=1e-3)
+    assert list((files / "sweep").glob("recipe_4*")) == [files / "sweep" / "recipe_4"]
+
+
 def test_stopped_sweeps_go_on(tmp_path):
     made = []
 

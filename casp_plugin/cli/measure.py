@@ -78,6 +78,14 @@ def evaluate(
     use_cache: Annotated[
         str | None, typer.Option(help="Keep the harness's answers here, to go on after a stop.")
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="How transformers stores keys and values while it is scored: "
+            "NAME:option=value,... (kcvt:bits=2,g=128); names: "
+            "uniform, outlier_reduced, per_channel, per_token, kcvt, ktvc.",
+        ),
+    ] = None,
     baseline: Annotated[
         Path | None,
         typer.Option(
@@ -95,12 +103,15 @@ def evaluate(
 
     from casp_plugin.evaluation import results
     from casp_plugin.evaluation.harness import find_tasks, run_tasks
+    from casp_plugin.kv_cache import CompressedCache
     from casp_plugin.machine import installed_versions
     from casp_plugin.models import load_model
     from casp_plugin.records import load_records, save_records
 
     for name in (*models, *([reference] if reference else [])):
-        AutoConfig.from_pretrained(name)  # now rather than after hours, as all that follows
+        config = AutoConfig.from_pretrained(name)  # now, not after hours, as all that follows
+        if kv_cache and name != reference:
+            CompressedCache(config, kv_cache)
     compared = load_records(results.Evaluation, baseline, "casp eval") if baseline else []
     wanted = tasks.split(",") if tasks else []
     if wanted:
@@ -115,13 +126,15 @@ def evaluate(
     asking |= {"apply_chat_template": apply_chat_template}
     original = load_model(reference) if reference and source else None
     for model in models:
-        measured, settings = [], {"seed": seed}
+        measured, settings = [], {"seed": seed, "kv_cache": kv_cache}
         if source:
-            measured += score(model, source, original, task_column, join, seed, **scoring)
+            chosen = (task_column, join, seed, kv_cache)
+            measured += score(model, source, original, *chosen, **scoring)
             settings |= {"dataset": dataset, "reference": reference, "join": join, **scoring}
         if wanted:
             chosen = (wanted, harness, backend, model_args, include_path)
-            measured += run_tasks(model, *chosen, use_cache=use_cache, **asking)
+            keeping = {"kv_cache": kv_cache, "use_cache": use_cache}
+            measured += run_tasks(model, *chosen, **keeping, **asking)
             settings |= {"tasks": tasks, "harness": harness, "backend": backend}
             settings |= {"model_args": model_args, **asking}
         found = results.Evaluation(
@@ -140,10 +153,11 @@ def evaluate(
         console.print(results.comparison_table(title, results.compare_all(other, first)))
 
 
-def score(model, source, reference, task_column, join, seed, samples, max_length, stride):
+def score(model, source, reference, task_column, join, seed, kv_cache, samples, max_length, stride):
     """Measurements on texts, or on questions about images, in all and by task."""
     from casp_plugin.evaluation.answers import evaluate_answers
     from casp_plugin.evaluation.text import evaluate as evaluate_text
+    from casp_plugin.kv_cache import with_kv_cache
     from casp_plugin.models import load_model
 
     processor, loaded = load_processor(model), load_model(model)
@@ -151,10 +165,12 @@ def score(model, source, reference, task_column, join, seed, samples, max_length
     if not source.shows_images(loaded.config):
         tokenizer = getattr(processor, "tokenizer", processor)
         texts = source.texts(tokenizer, samples, seed)["text"]
-        scores = evaluate_text(loaded, tokenizer, texts, max_length, reference, stride, join)
+        with with_kv_cache(loaded, kv_cache):
+            scores = evaluate_text(loaded, tokenizer, texts, max_length, reference, stride, join)
         return scores.measurements(name)
     asked = source.conversations(samples, seed, task_column=task_column)
-    scores = evaluate_answers(loaded, processor, asked, reference)
+    with with_kv_cache(loaded, kv_cache):
+        scores = evaluate_answers(loaded, processor, asked, reference)
     found = scores.measurements(name)
     for task, each in scores.by_task.items() if task_column else ():
         found += each.measurements(f"{name}: {task}")

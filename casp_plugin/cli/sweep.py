@@ -63,12 +63,17 @@ def sweep(
     dataset_config: ConfigName = None,
     samples: Samples = 512,
     max_length: Length = 2048,
+    kv_cache: Annotated[
+        list[str] | None,
+        typer.Option(help="Score each size with this cache too, as casp eval takes it."),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Compress a model to many sizes and score each: what is measured of it is measured once."""
     from casp_plugin.drawing.results import draw_frontier
     from casp_plugin.evaluation.results import Evaluation
     from casp_plugin.files import write_whole
+    from casp_plugin.kv_cache import CompressedCache
     from casp_plugin.machine import installed_versions
     from casp_plugin.models import bytes_on_disk, load_model
     from casp_plugin.modifiers.recipes import load_recipe
@@ -77,6 +82,8 @@ def sweep(
 
     budgets = _numbers([*average_bits, *context.args])
     bare = skeleton(model)
+    for scheme in kv_cache or ():
+        CompressedCache(bare.config, scheme)
     wanted = _wanted(bare, recipe, budgets)
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
@@ -95,31 +102,36 @@ def sweep(
     judged.read(bare.config, processor, heldout_samples, seed)  # that it can be read at all
     begin(output, facts, recipe)
 
-    def point(name: str) -> Point:
+    def point(name: str, scheme: str | None) -> Point:
         path, bits = wanted.get(name, (None, None))
         folder = output / name if path else model
         if path and not folder.exists():
             filled = load_recipe(path, bits, cache_dir=output / "cache")
             compress(model, filled, batches, folder, seed)
         reference = load_model(model)
-        measured = score(
-            str(folder), judged, reference if path else None, None, False, seed, **scoring
-        )
+        chosen = (reference if path or scheme else None, None, False, seed, scheme)
+        measured = score(str(folder), judged, *chosen, **scoring)
         plan = CompressionPlan.load(folder) if bits else None
         return Point(
-            name=name,
-            series=path and _series(path),
+            name=_label(name, scheme),
+            series=_label(_series(path) if path else name, scheme) if path or scheme else None,
             average_bits=plan and plan.reached_bits,
             bytes=bytes_on_disk(folder) or sum(each.nbytes for each in reference.parameters()),
             evaluation=Evaluation(
                 model=str(folder),
-                settings={"seed": seed, "dataset": heldout, **scoring},
+                settings={"seed": seed, "dataset": heldout, "kv_cache": scheme, **scoring},
                 versions=installed_versions(),
                 measurements=measured,
             ),
         )
 
-    points = finished(output, {name: lambda name=name: point(name) for name in (model, *wanted)})
+    schemes = (None, *(kv_cache or ()))
+    makers = {
+        _label(name, scheme): lambda name=name, scheme=scheme: point(name, scheme)
+        for name in (model, *wanted)
+        for scheme in schemes
+    }
+    points = finished(output, makers)
     table = frontier_table(points)
     console.print(table)
     text, picture = Console(file=io.StringIO(), width=1000), io.BytesIO()
@@ -156,6 +168,11 @@ def _wanted(
             if found.setdefault(name, (path, bits))[0] != path:
                 raise ValueError(f"--recipe: {path} and {found[name][0]} both make {name}")
     return found
+
+
+def _label(name: str, scheme: str | None) -> str:
+    """What a point is called with a cache."""
+    return name if scheme is None else f"{name}, {scheme}"
 
 
 def _series(recipe: Path) -> str:

@@ -3,15 +3,18 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 import casp_plugin  # noqa: F401  registers loading with transformers
 from casp_plugin.evaluation.results import Measurement
+from casp_plugin.kv_cache import with_kv_cache
 
 __all__ = ["HARNESSES", "TASK_GROUPS", "find_tasks", "lmms_models", "measurements_of", "run_tasks"]
 
@@ -53,6 +56,8 @@ def run_tasks(
     backend: str = "hf",
     model_args: str = "",
     include_path: str | None = None,
+    kv_cache: str | None = None,
+    use_cache: str | None = None,
     **settings,
 ) -> list[Measurement]:
     """Run tasks on a model, as the command of the harness itself would.
@@ -63,10 +68,13 @@ def run_tasks(
     :param backend: what the harness calls a model: ``hf``, ``vllm``, ``hf-multimodal``,
         ``vllm-vlm`` of lm-eval; ``llava_hf``, ``qwen2_5_vl``, ``vllm`` of lmms-eval
     :param model_args: more arguments of the backend, ``key=value,key=value``
+    :param kv_cache: how a backend of transformers stores keys and values, see ``with_kv_cache``
+    :param use_cache: keep answers in files that begin so, one for each model and backend: the
+        harnesses tell requests apart, but not who answered
     :param settings: more of the harness's ``simple_evaluate``: ``num_fewshot``, ``limit``,
         ``batch_size``, ``device``, ``gen_kwargs``, ``apply_chat_template``
     :raises ValueError: as ``find_tasks``; if a folder's name has a comma or an equals sign, which
-        the harnesses part arguments by
+        the harnesses part arguments by; if the backend cannot take ``kv_cache``
     """
     if "," in model or "=" in model:
         raise ValueError(f"{model!r}: {harness} takes no folder with a comma or an equals sign")
@@ -77,16 +85,38 @@ def run_tasks(
     if not (backend.startswith("vllm") or torch.accelerator.is_available()):
         settings = {"device": "cpu", **settings}  # else the harnesses take CUDA
     arguments = f"pretrained={model},{model_args}".rstrip(",")
+    if use_cache is not None:
+        answering = repr((model, harness, backend, arguments, kv_cache))
+        use_cache = f"{use_cache}_{hashlib.sha256(answering.encode()).hexdigest()[:8]}"
+    asking = {"tasks": names, "task_manager": manager, "use_cache": use_cache}
     evaluate = import_module(f"{_package(harness)}.evaluator").simple_evaluate
-    found = evaluate(
-        model=backend,
-        model_args=arguments,
-        tasks=names,
-        task_manager=manager,
-        log_samples=True,
-        **settings,
-    )
+    with ExitStack() as stack:
+        running = {"model": backend, "model_args": arguments}
+        if kv_cache is not None:
+            running = {"model": _loaded(harness, backend, arguments, settings)}
+            stack.enter_context(
+                with_kv_cache(_of_transformers(running["model"], backend), kv_cache)
+            )
+        found = evaluate(**running, **asking, log_samples=True, **settings)
     return measurements_of(found)
+
+
+def _loaded(harness: str, backend: str, arguments: str, settings: dict):
+    """The harness's model, as it makes it itself."""
+    where = {"lm-eval": "lm_eval.api.registry", "lmms-eval": "lmms_eval.models"}[harness]
+    more = {name: settings.get(name) for name in ("batch_size", "max_batch_size", "device")}
+    return import_module(where).get_model(backend).create_from_arg_string(arguments, more)
+
+
+def _of_transformers(answering, backend: str) -> PreTrainedModel:
+    """The model inside the harness's.
+
+    :raises ValueError: if there is none of transformers
+    """
+    model = getattr(answering, "model", None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"--kv-cache works with models of transformers, not backend {backend!r}")
+    return model
 
 
 def measurements_of(found: dict) -> list[Measurement]:
