@@ -28,6 +28,7 @@ from llmcompressor.modifiers.transform import QuIPModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from openai import OpenAI
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -209,6 +210,29 @@ def test_quantized_experts_are_refused(serve, batches, tmp_path, family):
     reason = "vLLM has no kernel here" if family == "qwen3_moe" else "vLLM knows by other names"
     assert reason in error
     assert "re:.*experts.*" in error
+
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def test_fp8_kv_cache(serve, batches, tmp_path):
+    """A quantizer's `kv_cache_scheme` beside a plan: vLLM takes type and scales of its cache from
+    the checkpoint."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    bits = BitAllocationModifier(average_bits=4, candidates=[2, 3, 4], group_size=32)
+    low_rank = LowRankQKModifier(rank_multiple=32)
+    answers = []
+    for name, settings in (("plain", {}), ("fp8", {"kv_cache_scheme": FP8})):
+        recipe = [low_rank.model_copy(), bits.model_copy(), GPTQModifier(**settings)]
+        oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(tmp_path / name))
+        answers.append(serve(tmp_path / name))
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["num_bits"] == 8
+    weights = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert sum(name.endswith(("k_scale", "v_scale")) for name in weights) == 2 * 2
+    plain, rounded = (answer[0]["prompt"] for answer in answers)
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, abs=0.5)
 
 
 LANGUAGE = "(language_model|text_model)"

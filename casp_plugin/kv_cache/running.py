@@ -20,7 +20,9 @@ _BY_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids"
 
 
 @contextmanager
-def with_kv_cache(model: PreTrainedModel, scheme: CacheScheme | str | None) -> Iterator[None]:
+def with_kv_cache(
+    model: PreTrainedModel, scheme: CacheScheme | str | None, prompt: int = 0
+) -> Iterator[None]:
     """Let the model keep its keys and values compressed, in ``generate`` and in plain calls.
 
     A plain call, as that of a perplexity or of a likelihood in lm-eval, reads its tokens as
@@ -30,6 +32,7 @@ def with_kv_cache(model: PreTrainedModel, scheme: CacheScheme | str | None) -> I
 
     :param model: whose calls and ``generate`` change in here
     :param scheme: as ``CompressedCache`` takes it; None changes nothing
+    :param prompt: tokens that a plain call reads in one go at least, before it goes on in steps
     :raises ValueError: where the model cannot go on from a cache; in a plain call with labels or
         positions
     """
@@ -46,7 +49,7 @@ def with_kv_cache(model: PreTrainedModel, scheme: CacheScheme | str | None) -> I
         inputs |= inputs.pop("kwargs", {})
         if inputs.get("past_key_values") is not None:
             return forward(**inputs)
-        return _in_steps(reader, forward, scheme, inputs)
+        return _in_steps(reader, forward, scheme, prompt, inputs)
 
     @wraps(generate)
     def generating(*args, **settings):
@@ -69,6 +72,7 @@ def _in_steps(
     model: PreTrainedModel,
     forward: Callable[..., ModelOutput],
     scheme: CacheScheme,
+    prompt: int,
     inputs: dict[str, torch.Tensor],
 ) -> ModelOutput:
     """A call without a cache: logits of all tokens."""
@@ -76,7 +80,8 @@ def _in_steps(
         if inputs.get(name) is not None:
             raise ValueError(f"kv cache {scheme.name!r}: {name} cannot be given in a plain call")
     images = image_mask(inputs, model)
-    first = 0 if images is None else int(images.any(0).nonzero().max()) + 1
+    if images is not None:
+        prompt = max(prompt, int(images.any(0).nonzero().max()) + 1)
     by_token = {n: inputs.pop(n) for n in _BY_TOKEN if inputs.get(n) is not None}
     mask = inputs.pop("attention_mask", None)
     inputs.pop("use_cache", None)
@@ -84,7 +89,7 @@ def _in_steps(
     length = next(iter(by_token.values())).shape[1]
     logits, start = [], 0
     while start < length:
-        end = start // step * step + step if start else max(step, first)
+        end = start // step * step + step if start else max(step, prompt)
         part = {name: values[:, start:end] for name, values in by_token.items()}
         if mask is not None:
             part["attention_mask"] = mask[:, :end]

@@ -1,0 +1,244 @@
+"""Quality, memory and speed of compressed KV caches.
+
+    python benchmarks/kv_cache.py text MODEL --heldout H [--weights NAME=FOLDER ...] --table T.md
+    python benchmarks/kv_cache.py images MODEL --heldout H --table T.md
+    python benchmarks/kv_cache.py speed MODEL --table T.md
+
+Texts are joined and cut into windows; each begins with a prompt that the model reads in one go, and
+the tokens after it are scored as decoding would, from what the cache stores. Ratios are to the same
+model, and the same tokens, with nothing compressed.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from common import show, write_markdown
+from tqdm import tqdm
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, QuantizedCache
+
+from casp_plugin.cli.data import DataSource, load_processor
+from casp_plugin.evaluation.answers import evaluate_answers
+from casp_plugin.evaluation.text import token_scores
+from casp_plugin.kv_cache import CompressedCache, with_kv_cache
+from casp_plugin.models import load_model
+
+app = typer.Typer(add_completion=False)
+BITS = (8, 4, 3, 2)
+#: schemes of LVLM-Compress-Bench; tokens and channels of a group are {g}
+SCHEMES = {
+    "uniform, blocks": "uniform:bits={bits},g={g}",
+    "uniform, prompt": "uniform:bits={bits},residual={g}",
+    "outlier reduced 1 %": "outlier_reduced:bits={bits},g={g}",
+    "per channel": "per_channel:bits={bits},g={g}",
+    "per channel, N": "per_channel:bits={bits},g=N,residual={g}",
+    "per token": "per_token:bits={bits},g={g},residual={g}",
+    "KCVT (KIVI)": "kcvt:bits={bits},g={g}",
+    "KTVC": "ktvc:bits={bits},g={g}",
+}
+KCVT = "kcvt:k_bits={k},v_bits={v},g={g}"
+Heldout = Annotated[str, typer.Option(help="What to score on.")]
+
+
+@app.command()
+def text(
+    model: str,
+    heldout: Heldout,
+    weights: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, compressed.")] = None,
+    windows: int = 8,
+    length: int = 1024,
+    prompt: int = 256,
+    group: int = 128,
+    table: Path | None = None,
+) -> None:
+    """Perplexity by scheme and bits, by bits of keys and of values, and with compressed weights."""
+    texts = [json.loads(line)["text"] for line in Path(heldout).read_text().splitlines()]
+    ids = AutoTokenizer.from_pretrained(model)("\n\n".join(texts), return_tensors="pt").input_ids
+    places = ids[0, : windows * length].view(windows, length)
+    loaded = load_model(model)
+    dense = _perplexity(loaded, places, prompt, None)
+
+    def ratio(scheme: str) -> float:
+        return _perplexity(loaded, places, prompt, scheme) / dense
+
+    by_scheme = []
+    for name, scheme in tqdm(SCHEMES.items(), desc="schemes"):
+        found = [f"{ratio(scheme.format(bits=bits, g=group)):.3f}" for bits in BITS]
+        taken = _bits(loaded, places[:1], scheme.format(bits=4, g=group))
+        by_scheme.append([name, *found, f"{taken:.2f}"])
+    tables = [(("ratio of perplexity", *(f"{bits} bits" for bits in BITS), "4 takes"), by_scheme)]
+    show(*tables[-1])
+    widths = (16, 4, 3, 2)
+    by_bits = [
+        [f"keys {k}", *(f"{ratio(KCVT.format(k=k, v=v, g=group)):.3f}" for v in widths)]
+        for k in tqdm(widths, desc="bits of keys")
+    ]
+    tables.append((("KCVT", *(f"values {v}" for v in widths)), by_bits))
+    show(*tables[-1])
+    rows = []
+    for name, folder in [("16 bits", model), *(each.split("=", 1) for each in weights or ())]:
+        other = load_model(folder)
+        found = [
+            _perplexity(other, places, prompt, KCVT.format(k=bits, v=bits, g=group))
+            for bits in tqdm(widths, desc=name)
+        ]
+        rows.append([name, *(f"{each:.2f} ({each / found[0]:.3f})" for each in found)])
+    if weights:
+        columns = ("weights: perplexity (ratio to 16-bit cache)", *(f"KCVT {v}" for v in widths))
+        tables.append((columns, rows))
+        show(*tables[-1])
+    _write(table, tables, f"{windows} windows of {length} tokens, the first {prompt} not scored")
+
+
+@app.command()
+def images(
+    model: str,
+    heldout: Heldout,
+    weights: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, compressed.")] = None,
+    samples: int = 64,
+    group: int = 32,
+    table: Path | None = None,
+) -> None:
+    """Answers about images: exact match, and the perplexity of right answers over that of the
+    16-bit cache."""
+    source = DataSource(heldout, "test", None, "text", "image", None, "question", "answer")
+    asked = source.conversations(samples, 0)
+
+    def scores(folder: str, schemes: Iterable[str | None]) -> list[str]:
+        loaded, processor = load_model(folder), load_processor(folder)
+        found = []
+        for scheme in schemes:
+            with with_kv_cache(loaded, scheme):
+                found.append(evaluate_answers(loaded, processor, asked))
+        exact = [math.fsum(each.exact for each in one.texts) / len(one.texts) for one in found]
+        first = found[0].perplexity
+        return [
+            f"{one.perplexity / first:.3f}, {share:.0%}"
+            for one, share in zip(found, exact, strict=True)
+        ]
+
+    widths = (16, *BITS)
+    rows = [
+        [name, *scores(model, [None, *(scheme.format(bits=b, g=group) for b in BITS)])]
+        for name, scheme in tqdm(SCHEMES.items(), desc="schemes")
+    ]
+    columns = ("ratio of perplexity, exact match", *(f"{bits} bits" for bits in widths))
+    tables = [(columns, rows)]
+    show(*tables[-1])
+    if weights:
+        caches = [None, *(KCVT.format(k=b, v=b, g=group) for b in BITS)]
+        named = [("16 bits", model), *(each.split("=", 1) for each in weights)]
+        rows = [[name, *scores(folder, caches)] for name, folder in named]
+        tables.append((("weights, KCVT", *(f"{bits} bits" for bits in widths)), rows))
+        show(*tables[-1])
+    _write(table, tables, f"{len(asked)} questions, groups of {group}")
+
+
+@app.command()
+def speed(
+    model: str,
+    lengths: Annotated[list[int], typer.Option()] = [512, 2048, 8192],  # noqa: B006
+    tokens: int = 8,
+    table: Path | None = None,
+) -> None:
+    """Bytes of the cache and time of a decoded token, in turns with transformers' own caches."""
+    loaded = load_model(model)
+    caches = {
+        "16 bits": lambda: DynamicCache(config=loaded.config),
+        **{
+            f"KCVT {bits}": lambda bits=bits: CompressedCache(loaded.config, f"kcvt:bits={bits}")
+            for bits in BITS
+        },
+        **{
+            f"transformers, quanto {bits}": lambda bits=bits: QuantizedCache(
+                "quanto", loaded.config, nbits=bits
+            )
+            for bits in (4, 2)
+        },
+    }
+    rows = []
+    for length in lengths:
+        filled = {name: _filled(loaded, make(), length) for name, make in caches.items()}
+        spent = {name: [] for name in caches}
+        for _ in range(tokens):
+            for name, cache in filled.items():
+                start = time.perf_counter()
+                with torch.no_grad():
+                    loaded(torch.tensor([[5]]), past_key_values=cache)
+                spent[name].append(time.perf_counter() - start)
+        first_bytes, first = _nbytes(filled["16 bits"]), _median(spent["16 bits"])
+        for name, cache in filled.items():
+            size, seconds = _nbytes(cache), _median(spent[name])
+            sizes = f"{size / 1e6:.1f}", f"{size / first_bytes:.3f}"
+            spent_on = f"{seconds * 1e3:.0f}", f"{seconds / first:.2f}"
+            rows.append([str(length), name, *sizes, *spent_on])
+        show(SPEED, rows)
+    _write(table, [(SPEED, rows)], f"random keys and values, median of {tokens} tokens in turns")
+
+
+SPEED = ("tokens", "cache", "MB", "of 16 bits", "ms a token", "ratio")
+
+
+@torch.no_grad()
+def _perplexity(
+    model: PreTrainedModel, windows: torch.Tensor, prompt: int, scheme: str | None
+) -> float:
+    loss = 0.0
+    with with_kv_cache(model, scheme, prompt):
+        for window in windows:
+            logits = model(window[None]).logits[0, prompt - 1 : -1]
+            loss += token_scores(logits, window[prompt:])[0]
+    return math.exp(loss / (len(windows) * (windows.shape[1] - prompt)))
+
+
+@torch.no_grad()
+def _bits(model: PreTrainedModel, ids: torch.Tensor, scheme: str) -> float:
+    """Bits that a stored value takes, with scales and outliers."""
+    cache, plain = CompressedCache(model.config, scheme), DynamicCache(config=model.config)
+    for each in (cache, plain):
+        model(ids, past_key_values=each)
+    return 16 * cache.nbytes / _nbytes(plain)
+
+
+def _filled(model: PreTrainedModel, cache, length: int):
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    for index in range(config.num_hidden_layers):
+        shape = (2, 1, config.num_key_value_heads, length, config.head_dim)
+        states = torch.randn(shape, generator=generator).to(model.dtype)
+        cache.update(*states, index)
+    return cache
+
+
+def _nbytes(cache) -> int:
+    """Of keys and values, whatever stores them."""
+    if isinstance(cache, CompressedCache):
+        return cache.nbytes
+    total = 0
+    for layer in cache.layers:
+        total += layer.keys.nbytes + layer.values.nbytes
+        for codes in (getattr(layer, f"_quantized_{what}", None) for what in ("keys", "values")):
+            if codes is not None:  # optimum-quanto's
+                inner = [getattr(codes, name) for name in ("_data", "_scale", "_shift")]
+                total += sum(getattr(each, "_data", each).nbytes for each in inner)
+    return total
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _write(table: Path | None, tables: list, how: str) -> None:
+    if table is not None:
+        command = f"python benchmarks/kv_cache.py {' '.join(sys.argv[1:])}"
+        write_markdown(table, tables, f"Made by `{command}` ({how});")
+
+
+if __name__ == "__main__":
+    app()
