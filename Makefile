@@ -19,7 +19,7 @@ SMALL_VLM := $(if $(wildcard $(VLM_PARTS)/assemble.py),$(DEMO)/small-vlm/config.
 $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
-.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm \
+.PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm bench-kv \
   bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill report ablation fuzz \
   test-ranks clean
 
@@ -167,6 +167,17 @@ bench-growth: $(DEMO)/SmolLM2-135M-Instruct/config.json
 bench-kill: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill.py $(LONG) --dataset $(DATA)/calibration.jsonl \
 	  --log benchmarks/results/kill.md
+# KV caches: quality on text and on images, with compressed weights, memory and speed
+KV = $(BIN)/python benchmarks/kv_cache.py
+bench-kv: $(DEMO)/SmolLM2-135M-Instruct/config.json $(DEMO)/small-vlm/config.json
+	$(BIN)/pip install --quiet optimum-quanto
+	for recipe in uniform casp; do $(BIN)/casp run $< --recipe recipes/smollm2/$${recipe}_2.56.yaml \
+	  --dataset $(DATA)/calibration.jsonl --samples 128 --max-length 512 --output $(DEMO)/kv/$${recipe}_2.56; done
+	$(KV) text $< --heldout $(DATA)/test_public.jsonl --weights GPTQ=$(DEMO)/kv/uniform_2.56 \
+	  --weights casp+GPTQ=$(DEMO)/kv/casp_2.56 --table benchmarks/results/smollm2_kv_cache.md
+	$(KV) images $(DEMO)/small-vlm --heldout $(VLM_PARTS)/data/test_public.parquet \
+	  --table benchmarks/results/small_vlm_kv_cache.md
+	$(KV) speed $< --table benchmarks/results/kv_cache_speed.md
 test-ranks: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -m slow tests/test_ranks.py
 fuzz: $(BIN)/.ready

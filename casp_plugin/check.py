@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.quant_metadata import KVCacheScaleType
 from safetensors import SafetensorError
 from transformers import AutoProcessor, PreTrainedModel
 
@@ -22,6 +23,9 @@ from casp_plugin.sizes import read_headers, tensor_bytes
 from casp_plugin.transforms import stored_transforms
 
 __all__ = ["Finding", "check"]
+
+#: tensors that a quantizer's `kv_cache_scheme` adds
+_KV_CACHE_SCALES = tuple(f".{kind.value}" for kind in KVCacheScaleType)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ def _compare(on_disk: dict, expected: dict) -> Finding:
 
 
 def _sizes(folder: Path, on_disk: dict) -> Finding:
-    total = sum(map(tensor_bytes, on_disk.values()))
+    total = sum(
+        tensor_bytes(header)
+        for name, header in on_disk.items()
+        if not name.endswith(_KV_CACHE_SCALES)
+    )
     if not (folder / PLAN_NAME).exists():
         return Finding("bytes", None, f"{total:,} bytes of tensors; no {PLAN_NAME} to compare with")
     planned = CompressionPlan.load(folder).total_bytes

@@ -17,6 +17,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier
 from casp_plugin.check import check
+from casp_plugin.checkpoint import read_config
 from casp_plugin.files import whole_folder
 from casp_plugin.fold import fold
 from casp_plugin.loading import CaspHfQuantizer
@@ -132,6 +133,18 @@ def test_fold_refuses(compressed, tmp_path):
     fold(folder, tmp_path / "folded")
     with pytest.raises(ValueError, match="no low-rank layers"):
         fold(tmp_path / "folded", tmp_path / "twice")
+
+
+def test_a_quantizer_may_scale_the_kv_cache(tiny_llama, batches, tmp_path):
+    """Its `kv_cache_scheme` goes into the checkpoint; planned bytes are those of weights."""
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    recipe = [
+        BitAllocationModifier(average_bits=4, candidates=[2, 3, 4], group_size=32),
+        GPTQModifier(kv_cache_scheme=fp8),
+    ]
+    oneshot(model=tiny_llama, recipe=recipe, dataset=batches, output_dir=str(tmp_path))
+    assert read_config(tmp_path)["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+    assert all(finding.passed is not False for finding in check(tmp_path))
 
 
 def test_check_passes_a_sound_checkpoint(compressed):
