@@ -171,8 +171,8 @@ bench-kill: $(DEMO)/SmolLM2-135M-Instruct/config.json
 KV = $(BIN)/python benchmarks/kv_cache.py
 bench-kv: $(DEMO)/SmolLM2-135M-Instruct/config.json $(DEMO)/small-vlm/config.json
 	$(BIN)/pip install --quiet optimum-quanto
-	for recipe in uniform casp; do $(BIN)/casp run $< --recipe recipes/smollm2/$${recipe}_2.56.yaml \
-	  --dataset $(DATA)/calibration.jsonl --samples 128 --max-length 512 --output $(DEMO)/kv/$${recipe}_2.56; done
+	for recipe in uniform casp; do $(BIN)/python benchmarks/compress.py $< \
+	  recipes/smollm2/$${recipe}_2.56.yaml $(DEMO)/kv/$${recipe}_2.56 --dataset $(DATA)/calibration.jsonl; done
 	$(KV) text $< --heldout $(DATA)/test_public.jsonl --weights GPTQ=$(DEMO)/kv/uniform_2.56 \
 	  --weights casp+GPTQ=$(DEMO)/kv/casp_2.56 --table benchmarks/results/smollm2_kv_cache.md
 	$(KV) images $(DEMO)/small-vlm --heldout $(VLM_PARTS)/data/test_public.parquet \

@@ -218,12 +218,16 @@ def test_beams(change):
     [
         ("kivi", "'kivi' must be one of uniform"),
         ("kcvt:bits=5", "Input should be 2, 3, 4, 8 or 16"),
-        ("kcvt:g", "'g' must be option=number"),
-        ("kcvt:group=4", "no option group"),
-        ("kcvt:s=0.1", "no option s"),
+        ("kcvt:bits=4.5", "bits='4.5' must be a number"),
+        ("kcvt:g", "g='' must be a number"),
+        ("kcvt:g=inf", "g='inf' must be a number"),
+        ("kcvt:group=4", "no option 'group'; there are bits, k_bits"),
+        ("kcvt:s=0.1", "no option 's'"),
         ("kcvt:g=48,residual=128", "do not divide the residual of 128"),
-        ("kcvt:g=0", "at least 1"),
-        ("outlier_reduced:s=1.5", r"s must lie in \[0, 1\)"),
+        ("kcvt:g=0", "greater than or equal to 1"),
+        ("kcvt:residual=0", "greater than or equal to 1"),
+        ("outlier_reduced:s=1.5", "less than 1"),
+        ("outlier_reduced:s=nan", "than"),
         ("per_channel:k_g=N,v_g=8", "both be N"),
     ],
 )
@@ -303,6 +307,11 @@ def test_assisted_generation_is_refused():
         layer_of("kcvt:bits=4,g=8").crop(-1)
 
 
+def test_encoders_are_refused():
+    with pytest.raises(ValueError, match="not for encoder-decoder"):
+        CompressedCache(AutoConfig.for_model("t5"), "kcvt")
+
+
 def test_layers_of_another_kind_are_refused():
     config = AutoConfig.for_model("falcon_h1")
     with pytest.raises(ValueError, match="layers of type 'hybrid' cannot take it"):
@@ -324,6 +333,19 @@ def test_plain_calls_are_those_of_decoding(model, name):
     torch.testing.assert_close(padded[1:], slow, rtol=1e-4, atol=1e-4)
     assert (fast - dense).abs().max() > 1e-3
     assert torch.equal(model(ids).logits, dense)  # as before
+
+
+@torch.no_grad()
+def test_a_prompt_of_any_length_shares_its_scales(model):
+    """And what follows is read as decoding would."""
+    name = "per_channel:bits=2,g=N,residual=8"
+    ids, _ = ids_of(41)
+    cache = CompressedCache(model.config, name)
+    steps = [ids[:, :21], *ids[:, 21:].split(1, dim=1)]
+    slow = torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1)
+    with with_kv_cache(model, name, prompt=21):
+        fast = model(ids).logits
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -27,11 +27,14 @@ class CompressedCache(Cache):
 
     :param config: of the model; of a multimodal one that of its language model is taken
     :param scheme: how, or its name as ``CacheScheme.parse`` reads it
-    :raises ValueError: for layers whose cache is something else than keys and values of tokens
+    :raises ValueError: for layers whose cache is something else than keys and values of tokens,
+        and for encoder-decoder models
     """
 
     def __init__(self, config: PreTrainedConfig, scheme: CacheScheme | str):
         self.scheme = CacheScheme.parse(scheme) if isinstance(scheme, str) else scheme
+        if config.is_encoder_decoder:
+            raise ValueError(f"kv cache {self.scheme.name!r}: not for encoder-decoder models")
         types, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         window = settings.get("sliding_window")
         super().__init__(layers=[self._layer(kind, window, settings) for kind in types])

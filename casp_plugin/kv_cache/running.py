@@ -89,7 +89,8 @@ def _in_steps(
     length = next(iter(by_token.values())).shape[1]
     logits, start = [], 0
     while start < length:
-        end = start // step * step + step if start else max(step, prompt)
+        aligned = start if scheme.by_prompt else start // step * step
+        end = aligned + step if start else max(step, prompt)
         part = {name: values[:, start:end] for name, values in by_token.items()}
         if mask is not None:
             part["attention_mask"] = mask[:, :end]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = ["AXES", "CacheScheme", "TensorScheme"]
 
@@ -15,8 +15,7 @@ AXES = {
     "kcvt": ("channel", "token"),
     "ktvc": ("token", "channel"),
 }
-_NAMES = f"one of {', '.join(AXES)}"
-_OPTIONS = "bits, k_bits, v_bits, g, k_g, v_g, residual" + ", and s of outlier_reduced"
+_OPTIONS = ("bits", "k_bits", "v_bits", "g", "k_g", "v_g", "residual")
 
 
 class TensorScheme(BaseModel):
@@ -34,8 +33,8 @@ class TensorScheme(BaseModel):
 
     bits: Literal[2, 3, 4, 8, 16]
     axis: Literal["tensor", "channel", "token"]
-    group: int | None = None
-    outliers: float = 0.0
+    group: int | None = Field(None, ge=1)
+    outliers: float = Field(0.0, ge=0, lt=1)
 
 
 class CacheScheme(BaseModel):
@@ -56,18 +55,14 @@ class CacheScheme(BaseModel):
     name: str
     keys: TensorScheme
     values: TensorScheme
-    residual: int
+    residual: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _groups_fit(self) -> "CacheScheme":
-        if self.residual < 1:
-            raise ValueError(f"residual must be at least 1, got {self.residual}")
         tensors = [each for each in (self.keys, self.values) if each.axis != "token"]
         if len({each.group is None for each in tensors}) > 1:
             raise ValueError("k_g and v_g must both be N, or neither")
         for what, tensor in (("k", self.keys), ("v", self.values)):
-            if tensor.group is not None and tensor.group < 1:
-                raise ValueError(f"{what}_g must be at least 1, got {tensor.group}")
             grouped = tensor.axis != "token" and tensor.group is not None
             if grouped and self.residual % tensor.group:
                 raise ValueError(
@@ -95,47 +90,52 @@ class CacheScheme(BaseModel):
         :raises ValueError: if the text says something else
         """
         name, _, rest = text.partition(":")
-        where = f"kv cache {text!r}"
-        if name not in AXES:
-            raise ValueError(f"{where}: {name!r} must be {_NAMES}")
-        options = {}
-        for pair in rest.split(",") if rest else ():
-            key, _, value = pair.partition("=")
-            try:
-                options[key] = None if value == "N" and key.endswith("g") else float(value)
-            except ValueError:
-                raise ValueError(f"{where}: {pair!r} must be option=number; {_OPTIONS}") from None
+        known = (*_OPTIONS, *(["s"] if name == "outlier_reduced" else []))
         try:
-            return cls._of(name, text, options)
+            if name not in AXES:
+                raise ValueError(f"{name!r} must be one of {', '.join(AXES)}")
+            options = {}
+            for pair in rest.split(",") if rest else ():
+                option, _, value = pair.partition("=")
+                if option not in known:
+                    raise ValueError(f"no option {option!r}; there are {', '.join(known)}")
+                options[option] = _read(option, value)
+            if name == "outlier_reduced":
+                options.setdefault("s", 0.01)
+            return cls(name=text, **_filled(AXES[name], **options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = " ".join((f"kv cache {text!r}:", *map(str, first["loc"])))
+            raise ValueError(f"{where} {first['msg'].removeprefix('Value error, ')}") from None
         except ValueError as error:
-            found = getattr(error, "errors", None)
-            why = found()[0]["msg"].removeprefix("Value error, ") if found else error
-            raise ValueError(f"{where}: {why}") from None
+            raise ValueError(f"kv cache {text!r}: {error}") from None
 
-    @classmethod
-    def _of(cls, name: str, text: str, options: dict[str, float | None]) -> "CacheScheme":
-        whole = {key: value if value is None else int(value) for key, value in options.items()}
-        share = options.pop("s", 0.01) if name == "outlier_reduced" else 0.0
-        if not 0 <= share < 1:
-            raise ValueError(f"s must lie in [0, 1), got {share}")
-        bits = whole.get("bits", 4)
-        group = whole.get("g", None if AXES[name][0] == "tensor" else 128)
-        tensors = [
-            {
-                "axis": axis,
-                "bits": whole.get(f"{which}_bits", bits),
-                "group": whole.get(f"{which}_g", group),
-                "outliers": share,
-            }
-            for which, axis in zip("kv", AXES[name], strict=True)
-        ]
-        unknown = (
-            options.keys()
-            - {"bits", "g", "residual"}
-            - {f"{t}_{o}" for t in "kv" for o in ("bits", "g")}
-        )
-        if unknown:
-            raise ValueError(f"no option {', '.join(sorted(unknown))}; there are {_OPTIONS}")
-        by_token = [each["group"] for each in tensors if each["axis"] != "token"]
-        residual = whole.get("residual", max([each or 128 for each in by_token], default=128))
-        return cls(name=text, keys=tensors[0], values=tensors[1], residual=residual)
+
+def _read(option: str, value: str) -> int | float | None:
+    if value == "N" and option.endswith("g"):
+        return None
+    try:
+        return float(value) if option == "s" else int(value)
+    except ValueError:
+        raise ValueError(f"{option}={value!r} must be a number") from None
+
+
+def _filled(axes: tuple[str, str], bits: int = 4, s: float = 0.0, **options) -> dict:
+    """What a scheme is made of, where options leave it open.
+
+    :param axes: of keys, and of values
+    """
+    by_tensor = axes[0] == "tensor"
+    group = options.get("g", None if by_tensor else 128)
+    tensors = [
+        {
+            "axis": axis,
+            "bits": options.get(f"{which}_bits", bits),
+            "group": options.get(f"{which}_g", group),
+            "outliers": s,
+        }
+        for which, axis in zip("kv", axes, strict=True)
+    ]
+    tokens = [each["group"] or 128 for each in tensors if each["axis"] != "token"]
+    residual = options.get("residual", max(tokens, default=128))
+    return {"keys": tensors[0], "values": tensors[1], "residual": residual}
