@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ import torch
 import typer
 from common import show, write_markdown
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from casp_plugin.cli.data import DataSource, load_processor
 from casp_plugin.evaluation.answers import evaluate_answers
@@ -62,32 +62,37 @@ def text(
     ids = AutoTokenizer.from_pretrained(model)("\n\n".join(texts), return_tensors="pt").input_ids
     places = ids[0, : windows * length].view(windows, length)
     loaded = load_model(model)
-    dense = _perplexity(loaded, places, prompt, None)
 
-    def ratio(scheme: str) -> float:
-        return _perplexity(loaded, places, prompt, scheme) / dense
+    def perplexity(of: PreTrainedModel, make: Callable[[], Cache] | str) -> float:
+        if isinstance(make, str):
+            scheme = make
+            make = lambda: CompressedCache(of.config, scheme)  # noqa: E731
+        return _perplexity(of, places, prompt, group, make)
 
-    by_scheme = []
+    dense = perplexity(loaded, lambda: DynamicCache(config=loaded.config))
+    rows = []
     for name, scheme in tqdm(SCHEMES.items(), desc="schemes"):
-        found = [f"{ratio(scheme.format(bits=bits, g=group)):.3f}" for bits in BITS]
-        taken = _bits(loaded, places[:1], scheme.format(bits=4, g=group))
-        by_scheme.append([name, *found, f"{taken:.2f}"])
-    tables = [(("ratio of perplexity", *(f"{bits} bits" for bits in BITS), "4 takes"), by_scheme)]
+        named = [scheme.format(bits=bits, g=group) for bits in BITS]
+        found = [f"{perplexity(loaded, each) / dense:.3f}" for each in named]
+        rows.append([name, *found, f"{_bits(loaded, places[:1], named[1]):.2f}"])
+    found = {bits: perplexity(loaded, _quanto(loaded, bits)) / dense for bits in (4, 2)}
+    rows.append(
+        ["transformers, quanto", *(f"{found[b]:.3f}" if b in found else "" for b in BITS), ""]
+    )
+    tables = [(("ratio of perplexity", *(f"{bits} bits" for bits in BITS), "4 bits take"), rows)]
     show(*tables[-1])
     widths = (16, 4, 3, 2)
-    by_bits = [
-        [f"keys {k}", *(f"{ratio(KCVT.format(k=k, v=v, g=group)):.3f}" for v in widths)]
-        for k in tqdm(widths, desc="bits of keys")
-    ]
-    tables.append((("KCVT", *(f"values {v}" for v in widths)), by_bits))
+    rows = []
+    for k in tqdm(widths, desc="bits of keys"):
+        named = [KCVT.format(k=k, v=v, g=group) for v in widths]
+        rows.append([f"keys {k}", *(f"{perplexity(loaded, each) / dense:.3f}" for each in named)])
+    tables.append((("KCVT", *(f"values {v}" for v in widths)), rows))
     show(*tables[-1])
     rows = []
     for name, folder in [("16 bits", model), *(each.split("=", 1) for each in weights or ())]:
         other = load_model(folder)
-        found = [
-            _perplexity(other, places, prompt, KCVT.format(k=bits, v=bits, g=group))
-            for bits in tqdm(widths, desc=name)
-        ]
+        named = [KCVT.format(k=bits, v=bits, g=group) for bits in widths]
+        found = [perplexity(other, each) for each in tqdm(named, desc=name)]
         rows.append([name, *(f"{each:.2f} ({each / found[0]:.3f})" for each in found)])
     if weights:
         columns = ("weights: perplexity (ratio to 16-bit cache)", *(f"KCVT {v}" for v in widths))
@@ -155,12 +160,7 @@ def speed(
             f"KCVT {bits}": lambda bits=bits: CompressedCache(loaded.config, f"kcvt:bits={bits}")
             for bits in BITS
         },
-        **{
-            f"transformers, quanto {bits}": lambda bits=bits: QuantizedCache(
-                "quanto", loaded.config, nbits=bits
-            )
-            for bits in (4, 2)
-        },
+        **{f"transformers, quanto {bits}": _quanto(loaded, bits) for bits in (4, 2)},
     }
     rows = []
     for length in lengths:
@@ -187,13 +187,15 @@ SPEED = ("tokens", "cache", "MB", "of 16 bits", "ms a token", "ratio")
 
 @torch.no_grad()
 def _perplexity(
-    model: PreTrainedModel, windows: torch.Tensor, prompt: int, scheme: str | None
+    model: PreTrainedModel, windows: torch.Tensor, prompt: int, step: int, make: Callable[[], Cache]
 ) -> float:
+    """Of the tokens after the prompt, that are read some at a time, each time from the cache."""
     loss = 0.0
-    with with_kv_cache(model, scheme, prompt):
-        for window in windows:
-            logits = model(window[None]).logits[0, prompt - 1 : -1]
-            loss += token_scores(logits, window[prompt:])[0]
+    for window in windows:
+        cache, logits = make(), []
+        for tokens in (window[:prompt], *window[prompt:].split(step)):
+            logits.append(model(tokens[None], past_key_values=cache).logits[0])
+        loss += token_scores(torch.cat(logits)[prompt - 1 : -1], window[prompt:])[0]
     return math.exp(loss / (len(windows) * (windows.shape[1] - prompt)))
 
 
@@ -204,6 +206,10 @@ def _bits(model: PreTrainedModel, ids: torch.Tensor, scheme: str) -> float:
     for each in (cache, plain):
         model(ids, past_key_values=each)
     return 16 * cache.nbytes / _nbytes(plain)
+
+
+def _quanto(model: PreTrainedModel, bits: int) -> Callable[[], Cache]:
+    return lambda: QuantizedCache("quanto", model.config, nbits=bits)
 
 
 def _filled(model: PreTrainedModel, cache, length: int):
