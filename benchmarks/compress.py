@@ -25,9 +25,7 @@ def main(
 
 def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     """One oneshot run; seconds in all and in the casp modifiers."""
-    import torch
     from llmcompressor import oneshot
-    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import set_seed
 
     from casp_plugin.checkpoint import copy_processor
@@ -44,8 +42,6 @@ def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
         finally:
             spent.append(time.perf_counter() - start)
 
-    if not torch.accelerator.is_available():  # AWQ pins host memory all the same
-        IntermediatesCache.pin_memory = lambda *args, **kwargs: None
     processor, batches = calibration(model, dataset, samples, max_length, seed)
     set_seed(seed)
     CaspModifier.on_initialize = timed

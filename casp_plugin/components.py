@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["COMPONENTS", "LANGUAGE", "component_of", "find_components"]
+__all__ = ["COMPONENTS", "LANGUAGE", "component_of", "find_components", "outside_language"]
 
 LANGUAGE = "language"
 #: part of a module's path that begins a component, the first that matches names it; whatever
@@ -46,3 +46,11 @@ def find_components(
     for name in names:
         found.setdefault(component_of(name, patterns), []).append(name)
     return found
+
+
+def outside_language(
+    names: Iterable[str], patterns: Mapping[str, Iterable[str]] | None = None
+) -> list[str]:
+    """Outermost ones of some modules that are not of the language model."""
+    outside = dict.fromkeys(name for name in names if component_of(name, patterns) != LANGUAGE)
+    return [name for name in outside if name.rpartition(".")[0] not in outside]

@@ -41,16 +41,17 @@ class Point(BaseModel):
         return self.evaluation.measurements[0]
 
 
-def begin(folder: Path, facts: dict, recipes: Sequence[Path]) -> None:
+def begin(folder: Path, facts: dict, recipes: Sequence[Path] = (), kind: str = "sweep") -> None:
     """Note how the points of a folder are made, so that a stopped sweep goes on with it.
 
     :param facts: all that they depend on but recipes and budgets, as JSON values
     :param recipes: files; copied into the folder
+    :param kind: what errors call it
     :raises ValueError: if the folder holds something else, or points made otherwise
     """
     path, copies = folder / FACTS_NAME, folder / RECIPES_NAME
     if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output {folder} is neither empty nor the folder of a sweep")
+        raise ValueError(f"--output {folder} is neither empty nor the folder of a {kind}")
     before = json.loads(path.read_text()) if path.exists() else facts
     changed = [f"{name} was {before[name]!r}" for name in facts if before[name] != facts[name]]
     for recipe in recipes:
@@ -59,7 +60,7 @@ def begin(folder: Path, facts: dict, recipes: Sequence[Path]) -> None:
             changed.append(f"{recipe.name} was another recipe")
     if changed:
         raise ValueError(
-            f"--output {folder} holds a sweep made otherwise ({'; '.join(changed)}): give it "
+            f"--output {folder} holds a {kind} made otherwise ({'; '.join(changed)}): give it "
             "another folder, or the same settings"
         )
     write_whole(path, json.dumps(facts, indent=1) + "\n")

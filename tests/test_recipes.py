@@ -7,7 +7,6 @@ import torch
 import yaml
 from conftest import save_tiny_model
 from llmcompressor import oneshot
-from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -29,10 +28,7 @@ def wide_llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", OF_TEXT, ids=lambda path: path.stem)
-def test_recipe(path, wide_llama, batches, tmp_path, monkeypatch):
-    if "AWQ" in path.read_text() and not torch.accelerator.is_available():
-        # llm-compressor 0.14 pins host memory here whether or not there is a device
-        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)
+def test_recipe(path, wide_llama, batches, tmp_path):
     recipe = path.read_text().replace("iters: 200", "iters: 2")
     model = oneshot(
         model=wide_llama, recipe=recipe, dataset=batches, output_dir=str(tmp_path / "out")

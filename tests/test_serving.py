@@ -26,7 +26,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import QuIPModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
 from openai import OpenAI
 from safetensors.torch import load_file
 from transformers import (
@@ -339,10 +338,8 @@ QUANTIZERS = {
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_ranks_and_bits_chosen_at_once(serve, batches, tmp_path, quantizer, monkeypatch):
+def test_ranks_and_bits_chosen_at_once(serve, batches, tmp_path, quantizer):
     """Some layers factored, others dense; v at a width of its own in all."""
-    # for AWQ without an accelerator, see README
-    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)
     source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
     recipe = [
         LowRankQKModifier(),

@@ -10,7 +10,6 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from loguru import logger
 from torch.utils.data import DataLoader
@@ -108,9 +107,8 @@ def test_auto_round_tunes_language_models_only(tmp_path):
         compress(tmp_path / "again", "llava", quantizer, components=["language", "vision"])
 
 
-def test_awq_scales_the_language_model(tmp_path, monkeypatch):
+def test_awq_scales_the_language_model(tmp_path):
     """The vision tower has layers of the same names, and no norms of those names."""
-    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)  # see README
     awq = AWQModifier()
     model, batch = compress(tmp_path, "llava", awq, QuantizationModifier())
     before = AutoModelForImageTextToText.from_pretrained(tmp_path / "in", dtype=torch.float32)
@@ -127,8 +125,7 @@ def test_awq_scales_the_language_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_vl"])
-def test_awq_without_factors(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *args: None)  # see README
+def test_awq_without_factors(family, tmp_path):
     tiny_vlms.save_tiny_vlm(tmp_path / "in", family)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "in", dtype=torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}

@@ -1,6 +1,12 @@
-"""The ``casp`` command: plan, run, check, fold; eval, bench; sweep; report."""
+"""The ``casp`` command: plan, run, check, fold; eval, bench; sweep, sensitivity; report."""
 
-from casp_plugin.cli import compress, measure, report, sweep  # noqa: F401  their commands
+from casp_plugin.cli import (  # noqa: F401  their commands
+    compress,
+    measure,
+    report,
+    sensitivity,
+    sweep,
+)
 from casp_plugin.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -23,16 +23,16 @@ class AnswerScore(TextScore):
     """Scores of one answer. Tokens are those of the reference answer and of what ends a turn.
 
     :param task: kind of the question
-    :param answer: what the model says, greedily
+    :param answer: what the model says, greedily; None if it was not asked
     :param exact: 1 if that is the reference answer, as SQuAD compares (case, articles and
         punctuation left out), else 0
     :param f1: overlap of the words, as SQuAD counts it
     """
 
     task: str
-    answer: str
-    exact: float
-    f1: float
+    answer: str | None
+    exact: float | None
+    f1: float | None
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class AnswerScores(Scores):
         }
 
     def measurements(self, task: str) -> list[Measurement]:
-        """As those of texts, then exact match and F1."""
+        """As those of texts, then exact match and F1 if there are answers."""
         found = super().measurements(task)
+        if any(text.answer is None for text in self.texts):
+            return found
         ones = [1.0] * len(self.texts)
         for metric, totals in (
             ("exact_match", [text.exact for text in self.texts]),
@@ -90,6 +92,7 @@ def evaluate_answers(
     unless the reference, with the end of the turn, is what greedy decoding would give.
 
     :param reference: model to measure KL(reference || model) against, at the answers' tokens
+    :param max_new_tokens: of a generated answer; 0 to measure the loss alone
     :raises ValueError: if there are no questions, an answer has no tokens, or a question with its
         answer does not begin as without
     """
@@ -142,13 +145,15 @@ def _score(
         right = ended and bool(logits[i, asked].argmax(-1).cpu().equal(labels.cpu()))
         score = TextScore(len(labels), *token_scores(logits[i, asked], labels, wanted))
         rows.append((score, one.answer if right else None))
-    if any(answer is None for _, answer in rows):
+    if max_new_tokens and any(answer is None for _, answer in rows):
         made = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
         made = made[:, prompts["input_ids"].shape[1] :]
         said = processor.batch_decode(made, skip_special_tokens=True)
     for i, (one, (score, answer)) in enumerate(zip(batch, rows, strict=True)):
-        answer = said[i].strip() if answer is None else answer
-        exact = float(compute_exact(one.answer, answer))
-        f1 = float(compute_f1(one.answer, answer))
-        found = {"task": one.task, "answer": answer, "exact": exact, "f1": f1}
+        found = {"task": one.task, "answer": None, "exact": None, "f1": None}
+        if max_new_tokens:
+            answer = said[i].strip() if answer is None else answer
+            found["answer"] = answer
+            found["exact"] = float(compute_exact(one.answer, answer))
+            found["f1"] = float(compute_f1(one.answer, answer))
         yield AnswerScore(**asdict(score), **found)

@@ -3,6 +3,7 @@
 from llmcompressor.modifiers import ModifierFactory
 
 from casp_plugin import tracing
+from casp_plugin.modifiers import awq
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier, estimate_recipe, plan_recipe
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
@@ -21,3 +22,4 @@ for _modifier in (LowRankQKModifier, BitAllocationModifier, AutoRoundModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)
 
 tracing.register()
+awq.register()

@@ -28,7 +28,12 @@ from torch import nn
 
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
-from casp_plugin.components import LANGUAGE, component_of, find_components
+from casp_plugin.components import (
+    LANGUAGE,
+    component_of,
+    find_components,
+    outside_language,
+)
 from casp_plugin.estimate import Data, Estimate, estimate
 from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
 from casp_plugin.machine import trim_memory
@@ -175,9 +180,7 @@ class CaspModifier(Modifier):
 
     def outside_language(self, model: nn.Module) -> list[str]:
         """Outermost modules that are not of the language model."""
-        names = [name for name, _ in model.named_modules()]
-        outside = dict.fromkeys(name for name in names if self.component_of(name) != LANGUAGE)
-        return [name for name in outside if name.rpartition(".")[0] not in outside]
+        return outside_language((name for name, _ in model.named_modules()), self._patterns)
 
     def component_of(self, name: str) -> str:
         """The component that a module lies in."""

@@ -14,24 +14,34 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
+from casp_plugin.allocation import (
+    choose,
+    closed_form_bits,
+    distance_costs,
+    pareto,
+)
 from casp_plugin.components import LANGUAGE
+from casp_plugin.coupling import Coupled
 from casp_plugin.latent import Latent
 from casp_plugin.measured import Measured
+from casp_plugin.modifiers.awq import point_awq
 from casp_plugin.modifiers.base import CaspModifier
-from casp_plugin.modifiers.factoring import install, point_awq
+from casp_plugin.modifiers.factoring import install
 from casp_plugin.modifiers.quantizer import (
     find_quantizer,
     give_schemes,
+    method_of,
     observer_of,
     rounds_to_nearest,
     tunes_layers,
 )
 from casp_plugin.modules import LowRankLinear, stored_tensors
+from casp_plugin.parts import find_parts
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, joined, stored_shapes
 from casp_plugin.ranks import shared
 from casp_plugin.schemes import weight_args
+from casp_plugin.shares import Sensitivity
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
 from casp_plugin.units import Unit, decoder_layers, find_units, matched_linears
@@ -89,8 +99,10 @@ class BitAllocationModifier(CaspModifier):
     :param importance: what an output error costs. `fisher`: the squared gradient of the loss at
         each output channel, from a backward pass over a few batches; `block_influence`:
         1 - cosine similarity of a decoder layer's input and output, as in the paper; `uniform`;
-        or a mapping from names (a unit, a decoder layer, a module, a `re:` pattern) to positive
-        numbers, 1 for units that no entry matches
+        a mapping from names (a unit, a decoder layer, a module, a `re:` pattern) to positive
+        numbers, 1 for units that no entry matches; or the path of a `sensitivity.json` that
+        `casp sensitivity` wrote: errors are as with `fisher`, but what components cost, alone and
+        two together, is in the proportions that were measured
     :param rounding: how the measured errors are made: `gptq`, one layer at a time on the second
         moments of its input, which take (columns x columns) floats for every layer; `nearest`; or
         `auto`: `gptq` unless the quantizer that follows rounds to nearest
@@ -111,7 +123,7 @@ class BitAllocationModifier(CaspModifier):
     candidates: list[int] = Field(default_factory=lambda: [2, 3, 4], min_length=1)
     group_size: int | dict[int, int] = 128
     symmetric: bool = False
-    importance: Literal["fisher", "block_influence", "uniform"] | dict[str, float] = "fisher"
+    importance: Literal["fisher", "block_influence", "uniform"] | dict[str, float] | str = "fisher"
     rounding: Literal["auto", "gptq", "nearest"] = "auto"
     solver: Literal["exact", "closed_form"] = "exact"
     granularity: Literal["unit", "layer", "matrix"] = "unit"
@@ -122,6 +134,7 @@ class BitAllocationModifier(CaspModifier):
     _latents: list[Latent] = PrivateAttr(default_factory=list)
     _rank_multiple: int = PrivateAttr(default=1)
     _waits_for: frozenset[str] = PrivateAttr(default=frozenset())
+    _study: Sensitivity | None = PrivateAttr(default=None)
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -186,13 +199,39 @@ class BitAllocationModifier(CaspModifier):
         return self
 
     @model_validator(mode="after")
+    def _reads_study(self) -> "BitAllocationModifier":
+        known = ("fisher", "block_influence", "uniform")
+        if isinstance(self.importance, str) and self.importance not in known:
+            if not self.importance.endswith(".json"):
+                raise ValueError(
+                    f"importance must be one of {', '.join(known)}, a mapping, or a .json file of "
+                    f"casp sensitivity, got {self.importance!r}"
+                )
+            self._study = Sensitivity.load(self.importance)
+            if isinstance(self.average_bits, dict):
+                raise ValueError(
+                    "importance from a study divides one budget among components: average_bits "
+                    "must be one number"
+                )
+            if self.component_weights:
+                raise ValueError(
+                    "importance from a study weighs components: leave out component_weights"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _closed_form_needs_numbers(self) -> "BitAllocationModifier":
-        if self.solver == "closed_form" and self.importance == "fisher":
+        if self.solver == "closed_form" and self._fisher:
             raise ValueError(
                 "solver closed_form needs one importance a layer: use block_influence, uniform or "
-                "a mapping; fisher goes with solver exact"
+                "a mapping; fisher and studies go with solver exact"
             )
         return self
+
+    @property
+    def _fisher(self) -> bool:
+        """Whether squared gradients weigh the errors."""
+        return self.importance == "fisher" or self._study is not None
 
     @property
     def group_sizes(self) -> list[int]:
@@ -209,7 +248,7 @@ class BitAllocationModifier(CaspModifier):
         none = frozenset()
         squares = frozenset((name, self.input_block(name, m)) for name, m in matched.items())
         by_gptq = self._by_gptq(find_quantizer(following, matched))
-        fisher, influenced = self.importance == "fisher", self.importance == "block_influence"
+        fisher, influenced = self._fisher, self.importance == "block_influence"
         return Request(
             second_moments=linears if measured and by_gptq else none,
             mean_squares=squares if measured and not by_gptq else none,
@@ -260,7 +299,7 @@ class BitAllocationModifier(CaspModifier):
         plan.other_bytes = _other_bytes(model, plan, self._transforms)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
-        self._choose(plan)
+        self._choose(plan, self._coupled(model, plan, following))
         if plan.decided and measured is not None:
             self._factor(model, plan)
             give_schemes(self, plan, self._schemes(quantizer), quantizer)
@@ -270,8 +309,9 @@ class BitAllocationModifier(CaspModifier):
     def note_facts(self, model: nn.Module, following: list[Modifier]) -> dict[str, Any]:
         quantizer = find_quantizer(following, self._matched(model))
         chosen_later = ("average_bits", "component_weights")
+        kept = {k: v for k, v in self.settings.items() if k not in chosen_later}
         return {
-            "settings": {k: v for k, v in self.settings.items() if k not in chosen_later},
+            "settings": kept | ({"importance": "fisher"} if self._study else {}),
             "quantizer": [type(quantizer).__name__, observer_of(quantizer)],
             "transforms": self._transforms and self._transforms.model_dump(mode="json"),
         }
@@ -287,7 +327,7 @@ class BitAllocationModifier(CaspModifier):
         pricing = Pricing(
             self._schemes(quantizer),
             statistics if measured else None,
-            fisher=self.importance == "fisher",
+            fisher=self._fisher,
             by_gptq=self._by_gptq(quantizer),
             input_block=self.input_block,
             rank_multiple=self._rank_multiple,
@@ -363,7 +403,7 @@ class BitAllocationModifier(CaspModifier):
         self, units: list[Unit], layers: list[str], statistics: Statistics | None
     ) -> list[float | None]:
         weights = [self.component_weights.get(self.component_of(u.modules[0]), 1.0) for u in units]
-        if self.importance in ("uniform", "fisher"):  # fisher weighs the errors themselves
+        if self._fisher or self.importance == "uniform":  # fisher weighs the errors themselves
             return weights
         if self.importance == "block_influence":
             if statistics is None:
@@ -478,7 +518,32 @@ class BitAllocationModifier(CaspModifier):
                     f"error: {', '.join(dead[:4])}"
                 )
 
-    def _choose(self, plan: CompressionPlan) -> None:
+    def _coupled(
+        self, model: nn.Module, plan: CompressionPlan, following: list[Modifier]
+    ) -> Coupled | None:
+        """How a study lets groups of units share the budget; None without one."""
+        if self._study is None:
+            return None
+        if self._study.axis == "component":
+            groups = [unit.component for unit in plan.units]
+        else:
+            names = [next(iter(unit.modules)) for unit in plan.units]
+            parts = find_parts(model, names, self._patterns)
+            outside = [name for name in names if parts[name].block is None]
+            if outside:
+                raise ValueError(
+                    f"BitAllocationModifier.importance: {self.importance} tells blocks apart, and "
+                    f"{outside[0]} lies in none: put it into ignore"
+                )
+            groups = [parts[name].block for name in names]
+        method = method_of(following)
+        try:
+            shares = self._study.of_method(method, list(dict.fromkeys(groups)))
+        except ValueError as error:
+            raise ValueError(f"BitAllocationModifier.importance: {error}") from None
+        return Coupled(groups, shares)
+
+    def _choose(self, plan: CompressionPlan, coupled: Coupled | None) -> None:
         """Pick a candidate for every unit, unless what it takes is still unknown."""
         if any(unit.importance is None for unit in plan.units):
             return
@@ -491,19 +556,23 @@ class BitAllocationModifier(CaspModifier):
             most = int(budget.average_bits * budget.weights / 8)
             if measured:
                 costs = [[u.importance * c.error for c in u.candidates] for u in units]
-                plan.pareto += [
-                    ParetoPoint(
-                        component=budget.component,
-                        average_bits=taken * 8 / budget.weights,
-                        error=cost,
-                    )
-                    for taken, cost in pareto(costs, bytes_, PARETO_POINTS)
-                ]
             else:
                 costs = _closed_form_costs(units, most)
-            slack = int(TOLERANCE * budget.weights / 8)
-            chosen = shared(choose(costs, bytes_, most, slack=slack))
-            for unit, index in zip(units, chosen, strict=True):
+            if coupled is not None:
+                frontier, chosen = coupled.solve(costs, bytes_, most, PARETO_POINTS)
+            else:
+                frontier = pareto(costs, bytes_, PARETO_POINTS) if measured else []
+                slack = int(TOLERANCE * budget.weights / 8)
+                chosen = choose(costs, bytes_, most, slack=slack)
+            plan.pareto += [
+                ParetoPoint(
+                    component=budget.component,
+                    average_bits=taken * 8 / budget.weights,
+                    error=cost,
+                )
+                for taken, cost in frontier
+            ]
+            for unit, index in zip(units, shared(chosen), strict=True):
                 unit.chosen = index
 
 

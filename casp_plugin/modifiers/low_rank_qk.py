@@ -14,9 +14,10 @@ from tqdm import tqdm
 from casp_plugin.latent import Latent, global_ranks
 from casp_plugin.lowrank import Spectrum, uniform_rank, whitened_spectrum
 from casp_plugin.measured import Measured
+from casp_plugin.modifiers.awq import point_awq
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
-from casp_plugin.modifiers.factoring import install, point_awq
+from casp_plugin.modifiers.factoring import install
 from casp_plugin.modules import named_linears
 from casp_plugin.plan import AttentionPlan, CompressionPlan, SpectrumPlan
 from casp_plugin.ranks import shared

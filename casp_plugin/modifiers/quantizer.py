@@ -8,13 +8,21 @@ from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.autoround import AutoRoundModifier as StockAutoRoundModifier
 from llmcompressor.modifiers.quantization import QuantizationMixin, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.plan import CompressionPlan
 from casp_plugin.schemes import DEFAULT_OBSERVER
 
-__all__ = ["find_quantizer", "give_schemes", "observer_of", "rounds_to_nearest", "tunes_layers"]
+__all__ = [
+    "find_quantizer",
+    "give_schemes",
+    "method_of",
+    "observer_of",
+    "rounds_to_nearest",
+    "tunes_layers",
+]
 
 
 def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> QuantizationMixin:
@@ -59,6 +67,15 @@ def tunes_layers(quantizer: QuantizationMixin) -> bool:
 def rounds_to_nearest(quantizer: QuantizationMixin) -> bool:
     """Whether it rounds every weight by itself."""
     return isinstance(quantizer, QuantizationModifier)
+
+
+def method_of(following: list[Modifier]) -> str:
+    """What ``casp sensitivity`` calls the method that some modifiers are: ``gptq``, ``awq``, or
+    ``uniform`` for all that rounds to nearest."""
+    if any(isinstance(modifier, AWQModifier) for modifier in following):
+        return "awq"
+    quantizer = next(m for m in following if isinstance(m, QuantizationMixin))
+    return "uniform" if rounds_to_nearest(quantizer) else "gptq"
 
 
 def observer_of(quantizer: QuantizationMixin) -> str:

@@ -1,0 +1,127 @@
+"""Weights as the methods of a study leave them, dequantized."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from casp_plugin.components import LANGUAGE, component_of, outside_language
+from casp_plugin.modifiers.awq import awq_mappings
+from casp_plugin.schemes import weight_args
+
+__all__ = ["changed_by", "language_mappings", "uniform"]
+
+#: norms of vision towers and what reads them: CLIP and SigLIP; BLIP-2; Qwen2-VL and its heirs
+_VISION_MAPPINGS = [
+    (r"(layer_norm|norm)1", r"(q_proj|k_proj|v_proj|qkv)"),
+    (r"(layer_norm|norm)2", r"(fc1|gate_proj|up_proj)"),
+]
+
+
+def uniform(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """A weight in ``bits`` bits with one range for the whole tensor, dequantized.
+
+    ``Q(w) = (max - min) / (2^k - 1) * round((2^k - 1) (w - min) / (max - min)) + min``
+    (arXiv 2601.15287, appendix A.1).
+
+    :param weight: of any shape
+    :param bits: k
+    :return: as ``weight``
+    """
+    wide = weight.float()
+    low, high = wide.aminmax()
+    if low == high:
+        return weight.clone()
+    step = (high - low) / (2**bits - 1)
+    return (((wide - low) / step).round() * step + low).to(weight.dtype)
+
+
+def changed_by(
+    method: str,
+    model: PreTrainedModel,
+    names: Sequence[str],
+    bits: int,
+    group_size: int,
+    batches: Iterable[dict],
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """What llm-compressor's GPTQ or AWQ makes of some layers of a model.
+
+    :param method: ``gptq`` or ``awq``
+    :param model: which is spoilt by this
+    :param names: of the layers, all of one component
+    :param batches: calibration data
+    :return: all tensors of the model that differ afterwards, the layers' weights dequantized
+    :raises ValueError: if AWQ does not know the model
+    """
+    with disable_onloading():
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    set_seed(seed)
+    oneshot(model=model, recipe=_recipe(method, model, names, bits, group_size), dataset=batches)
+    for name in names:
+        layer = model.get_submodule(name)
+        rounded = fake_quantize(
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_zero_point,
+            layer.quantization_scheme.weights,
+        )
+        layer.weight.data.copy_(rounded)
+    after = model.state_dict()
+    return {
+        name: after[name].cpu().clone()
+        for name, old in before.items()
+        if not torch.equal(after[name], old.to(after[name].device))
+    }
+
+
+def _recipe(
+    method: str, model: nn.Module, names: Sequence[str], bits: int, group_size: int
+) -> list[Modifier]:
+    scheme = QuantizationScheme(targets=list(names), weights=weight_args(bits, group_size))
+    groups = {"config_groups": {"group_0": scheme}}
+    if method == "gptq":
+        return [GPTQModifier(**groups)]
+    components = {component_of(name) for name in names}
+    speaks = LANGUAGE in components
+    mappings = language_mappings(model) if speaks else _vision_mappings(model, names)
+    scaled = [AWQModifier(mappings=mappings)] if mappings else []
+    return [*scaled, QuantizationModifier(**groups)]
+
+
+def language_mappings(model: nn.Module) -> list[AWQMapping]:
+    """What AWQ scales in a language model, or in that of a multimodal model.
+
+    :raises ValueError: if llm-compressor does not know
+    """
+    return awq_mappings(model, outside_language(name for name, _ in model.named_modules()))
+
+
+def _vision_mappings(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]:
+    """Norms of a vision tower's blocks that ``_VISION_MAPPINGS`` knows, with what reads them."""
+    readers: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(r"(.*[.]\d+)[.]", name)
+        for norm, leaf in _VISION_MAPPINGS if block else ():
+            if re.fullmatch(leaf, name.rpartition(".")[2]):
+                for child, _ in model.get_submodule(block[1]).named_children():
+                    if re.fullmatch(norm, child):
+                        readers.setdefault(f"{block[1]}.{child}", []).append(name)
+    return [
+        AWQMapping(_exactly(norm), [_exactly(name) for name in found])
+        for norm, found in readers.items()
+    ]
+
+
+def _exactly(name: str) -> str:
+    return f"re:^{re.escape(name)}$"

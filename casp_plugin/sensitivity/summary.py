@@ -1,0 +1,151 @@
+"""What a study found, in files: analyses, tables, pictures, shares for bit allocation."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from loguru import logger
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from casp_plugin.drawing.sensitivity import draw_importances, draw_quality
+from casp_plugin.files import write_whole
+from casp_plugin.parts import AXES, Part, levels
+from casp_plugin.records import save_records
+from casp_plugin.sensitivity.analysis import Analysis, analyse, losses_together
+from casp_plugin.shares import Sensitivity, Shares, shares_of
+
+__all__ = ["ANALYSES_NAME", "SHARES_NAME", "analyse_all", "summarise"]
+
+ANALYSES_NAME, SHARES_NAME, TABLES_NAME = "analysis.json", "sensitivity.json", "sensitivity.md"
+
+
+def analyse_all(points: pd.DataFrame, parts: Sequence[Part], metric: str) -> list[Analysis]:
+    """Every axis that tells parts apart, for every method and task. What cannot be told is left
+    out, with a warning.
+
+    :param points: rows of a study
+    :param parts: of its layers
+    """
+    wanted = []
+    for axis in AXES:
+        found = levels(parts, axis)
+        for method in dict.fromkeys(points.method[points.method != "original"]):
+            varied = [level for level in found if points[f"bits_{level}"].nunique() > 1]
+            if len(varied) > 1:
+                wanted += [(method, task, axis, varied) for task in tasks_of(points, metric)]
+    made = []
+    for method, task, axis, varied in tqdm(wanted, desc="Forests", leave=False):
+        try:
+            made.append(analyse(points, method, task, metric, axis, varied))
+        except ValueError as error:
+            logger.warning(f"{axis}s: {error}; left out")
+    return made
+
+
+def tasks_of(points: pd.DataFrame, metric: str) -> list[str]:
+    """Tasks that were scored by a metric.
+
+    :raises ValueError: if there are none
+    """
+    scored = [column for column in points.columns if "/" in column]
+    found = [c.removesuffix(f"/{metric}") for c in scored if c.endswith(f"/{metric}")]
+    if not found:
+        known = dict.fromkeys(column.rpartition("/")[2] for column in scored)
+        raise ValueError(f"--metric {metric!r}: this data is scored by {', '.join(known)}")
+    return found
+
+
+def summarise(
+    folder: Path,
+    model: str,
+    points: pd.DataFrame,
+    analyses: Sequence[Analysis],
+    metric: str,
+    note: str,
+) -> dict[str, Table]:
+    """Write what was found beside the points.
+
+    :param note: model, data and versions, below the tables
+    :return: the tables, by title
+    """
+    tables = {}
+    for axis in AXES:
+        if chosen := [one for one in analyses if one.axis == axis]:
+            tables[f"Importance of {axis}s, %"] = _importance_table(chosen)
+    tasks = tasks_of(points, metric)
+    for method in dict.fromkeys(one.method for one in analyses):
+        for task in tasks:
+            found = losses_together(points, method, task, metric)
+            if len(found):
+                tables[f"Losses of two components, {method}, {task}"] = _together_table(found)
+    if analyses:
+        save_records(analyses, folder / ANALYSES_NAME)
+    text = Console(file=io.StringIO(), width=1000)
+    for title, table in tables.items():
+        text.print(f"{title}:\n", table)
+    write_whole(folder / TABLES_NAME, f"{text.file.getvalue().strip()}\n\n{note}\n")
+    _picture(folder / "quality.png", lambda: draw_quality(points, tasks, metric))
+    for axis in dict.fromkeys(one.axis for one in analyses):
+        chosen = [one for one in analyses if one.axis == axis]
+        name = f"importance_{axis.replace(' ', '_')}.png"
+        _picture(folder / name, lambda chosen=chosen: draw_importances(chosen))
+    if shares := _shares(analyses):
+        axis, methods = shares
+        found = Sensitivity(model=model, axis=axis, methods=methods)
+        write_whole(folder / SHARES_NAME, found.model_dump_json(indent=1) + "\n")
+    return tables
+
+
+def _shares(analyses: Sequence[Analysis]) -> tuple[str, dict[str, Shares]] | None:
+    """Shares of components, of thirds of the blocks where there is one component."""
+    for axis in ("component", "block group"):
+        chosen = [one for one in analyses if one.axis == axis]
+        methods = {}
+        for method in dict.fromkeys(one.method for one in chosen):
+            found = [one for one in chosen if one.method == method]
+            parts = [{p: each.consensus for p, each in one.parts.items()} for one in found]
+            methods[method] = shares_of(parts, [one.pairs for one in found])
+        if methods:
+            return axis, methods
+    return None
+
+
+def _importance_table(analyses: Sequence[Analysis]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    columns = ("forest [95 %]", "permutation", "SHAP", "consensus", "models", "R2")
+    for column in ("method", "task", "part", *columns):
+        table.add_column(column, justify="right" if column in columns else "left")
+    for one in analyses:
+        for part, each in one.parts.items():
+            table.add_row(
+                one.method,
+                one.task,
+                part,
+                f"{100 * each.forest:.1f} \\[{100 * each.low:.1f}, {100 * each.high:.1f}]",
+                *(f"{100 * v:.1f}" for v in (each.permutation, each.shap, each.consensus)),
+                str(one.points),
+                f"{one.fit:.2f}",
+            )
+        for pair, share in one.pairs.items():
+            table.add_row(one.method, one.task, pair, "", "", f"{100 * share:.1f}", "", "", "")
+    return table
+
+
+def _together_table(losses: pd.DataFrame) -> Table:
+    table = Table(box=box.MARKDOWN)
+    for column in losses.columns:
+        table.add_column(column, justify="left" if column == "pair" else "right")
+    for row in losses.itertuples():
+        numbers = (row.alone, row.together, row.ratio)
+        table.add_row(str(row.bits), row.pair, *(f"{number:.3g}" for number in numbers))
+    return table
+
+
+def _picture(path: Path, draw: Callable) -> None:
+    picture = io.BytesIO()
+    draw().savefig(picture, dpi=120)
+    write_whole(path, picture.getvalue())
