@@ -20,7 +20,7 @@ $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
 .PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm bench-kv \
-  bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill report ablation fuzz \
+  bench-sensitivity bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill report ablation fuzz \
   test-ranks clean
 
 $(BIN)/.ready: pyproject.toml
@@ -126,6 +126,20 @@ bench-sparsity: $(DEMO)/small-vlm/config.json
 # one model at many sizes; tables, pictures and the card of one of them. Pictures of the page take
 # chromium
 SWEEP := $(DEMO)/sweep
+STUDY := $(DEMO)/sensitivity
+bench-sensitivity: $(DEMO)/small-vlm/config.json
+	$(BIN)/python benchmarks/sensitivity.py questions $(VLM_PARTS)/data/test_public.parquet $(STUDY)
+	$(BIN)/casp sensitivity $(<D) --dataset $(VLM_PARTS)/data/calib.parquet --samples 256 \
+	  --heldout $(STUDY)/study.parquet --heldout-split train --task-column task --group-size 64 \
+	  --max-points 180 --output $(STUDY)/study
+	cp $(STUDY)/study/sensitivity.md benchmarks/results/small_vlm_sensitivity.md
+	for name in quality importance_component; do \
+	  cp $(STUDY)/study/$$name.png benchmarks/results/small_vlm_$$name.png; done
+	$(BIN)/python benchmarks/sensitivity.py allocate $(<D) recipes/small_vlm/casp_all_2.28.yaml \
+	  recipes/small_vlm/casp_all_2.56.yaml --study $(STUDY)/study/sensitivity.json \
+	  --dataset $(VLM_PARTS)/data/calib.parquet --heldout $(STUDY)/heldout.parquet \
+	  --table benchmarks/results/small_vlm_allocation.md
+
 bench-sweep: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/casp sweep $(<D) --recipe recipes/smollm2/casp_2.28.yaml \
 	  $(foreach b,2.28 2.56 3.30,--recipe recipes/smollm2/uniform_$(b).yaml) \

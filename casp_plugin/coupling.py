@@ -56,7 +56,9 @@ def frontier_of(costs: Sequence[Sequence[float]], bytes_: Sequence[Sequence[int]
         least = np.minimum.accumulate(totals[order])
         order = order[np.r_[True, least[1:] < least[:-1]]]
         if len(order) > MOST_POINTS:
-            order = order[np.r_[True, np.diff(sizes[order] // grain) > 0]]
+            last = np.r_[np.diff(sizes[order] // grain) > 0, True]  # with the same grain
+            last[0] = True
+            order = order[last]
         steps.append(np.divmod(order, len(byte_row)))
         taken, spent = sizes[order], totals[order]
     return Frontier(taken, spent, steps)

@@ -283,12 +283,19 @@ def _write(folder, name, content):
     (Path(folder) / name).write_text(json.dumps(content, indent=1))
 
 
-def save_tiny_vlm(folder, family):
-    """A random model of a family in float32, saved with its processor; returns the path."""
+def save_tiny_vlm(folder, family, blocks=None):
+    """A random model of a family in float32, saved with its processor; returns the path.
+
+    :param blocks: of each component, instead of two
+    """
     parts = FAMILIES[family]
     torch.manual_seed(0)
     text = {**TEXT, **parts["config"]["text_config"]}
-    config = AutoConfig.for_model(family, **{**TOKENS, **parts["config"], "text_config": text})
+    configs = {**TOKENS, **parts["config"], "text_config": text}
+    for name, part in configs.items() if blocks else ():
+        if name.endswith("_config"):
+            configs[name] = part | {"num_hidden_layers": blocks}
+    config = AutoConfig.for_model(family, **configs)
     model = AutoModelForImageTextToText.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" not in name:

@@ -25,6 +25,7 @@ from casp_plugin.cli.options import (
 
 #: metrics that need models to answer
 ANSWERED = ("exact_match", "f1")
+METRICS = ("perplexity", *ANSWERED)
 
 
 @app.command()
@@ -99,6 +100,8 @@ def sensitivity(
     from casp_plugin.sensitivity.summary import analyse_all, summarise
     from casp_plugin.sweep import begin
 
+    if metric not in METRICS:
+        raise ValueError(f"--metric {metric!r} must be one of {', '.join(METRICS)}")
     bare = skeleton(model)
     layers = find_layers(bare, ignore or ["re:(.*[.])?lm_head$"])
     wanted = methods.split(",")

@@ -1,0 +1,122 @@
+"""What ``casp sensitivity`` is run on here, and whether its answer makes better models.
+
+    python benchmarks/sensitivity.py questions DATA FOLDER
+    python benchmarks/sensitivity.py allocate MODEL RECIPE ... --study S --dataset D --heldout H
+
+``questions`` parts the questions of the small vision-language model: study.parquet for the study,
+heldout.parquet for what is made by its answer; both tell captions from other questions.
+``allocate`` compresses by each recipe as it is and with ``importance`` from the study, at the same
+bytes.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from common import show, write_markdown
+from compress import compress
+from datasets import Dataset, concatenate_datasets
+
+from casp_plugin.cli.data import load_processor
+from casp_plugin.evaluation.answers import AnswerScores, evaluate_answers
+from casp_plugin.evaluation.results import compare
+from casp_plugin.image_text import load_conversations
+from casp_plugin.models import bytes_on_disk, load_model
+from casp_plugin.plan import CompressionPlan
+
+app = typer.Typer(add_completion=False)
+CAPTION, OTHERS = "caption", "vqa"
+
+
+@app.command()
+def questions(data: str, folder: Path, captions: int = 24, others: int = 4) -> None:
+    """Write study.parquet and heldout.parquet.
+
+    The study gets so many captions, and so many questions of each other kind.
+    """
+    rows = Dataset.from_parquet(data)
+    parts: dict[str, list[Dataset]] = {"study": [], "heldout": []}
+    for task in sorted(set(rows["task"]) - {"countsame"}):  # which the model never learned
+        inside = rows.filter(lambda row, task=task: row["task"] == task).shuffle(seed=0)
+        taken = captions if task == CAPTION else others
+        called = [CAPTION if task == CAPTION else OTHERS] * len(inside)
+        inside = inside.remove_columns("task").add_column("task", called)
+        parts["study"].append(inside.select(range(taken)))
+        parts["heldout"].append(inside.select(range(taken, len(inside))))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in parts.items():
+        together = concatenate_datasets(found)
+        together.to_parquet(folder / f"{name}.parquet")
+        print(f"{folder / name}.parquet: {len(together)} questions")
+
+
+@app.command()
+def allocate(
+    model: str,
+    recipes: list[Path],
+    study: Annotated[Path, typer.Option(help="sensitivity.json")],
+    dataset: Annotated[str, typer.Option(help="What to calibrate on.")],
+    heldout: Annotated[str, typer.Option(help="What to score on; column task tells tasks apart.")],
+    samples: int = 256,
+    seed: int = 0,
+    table: Path | None = None,
+) -> None:
+    """Bytes, bits of components and scores, with the default importance and with the study's."""
+    asked = load_conversations(heldout, 10**6, task_column="task")
+    processor = load_processor(model)
+    rows = []
+    for recipe in recipes:
+        before = None
+        for importance in ("fisher", str(study)):
+            with tempfile.TemporaryDirectory() as folder:
+                chosen, out = Path(folder) / recipe.name, Path(folder) / "out"
+                text = recipe.read_text()
+                field = f"    BitAllocationModifier:\n      importance: {importance}\n"
+                chosen.write_text(text.replace("    BitAllocationModifier:\n", field))
+                compress(model, chosen, dataset, samples, 512, seed, out)
+                scores = evaluate_answers(load_model(str(out)), processor, asked).by_task
+                plan, taken = CompressionPlan.load(out), bytes_on_disk(out)
+            name = "fisher" if before is None else "study"
+            rows.append([recipe.stem, name, f"{taken:,}", _bits(plan), *_cells(scores, before)])
+            before = before or scores
+            show(COLUMNS, rows)
+    if table is not None:
+        note = f"{len(asked)} questions; ratios and differences to fisher with 95 % intervals"
+        write_markdown(table, [(COLUMNS, rows)], note)
+
+
+TASKS = (CAPTION, OTHERS)
+COLUMNS = (
+    *("recipe", "importance", "bytes", "average bits"),
+    *(f"{task}: {metric}" for task in TASKS for metric in ("perplexity", "exact match")),
+)
+
+
+def _bits(plan: CompressionPlan) -> str:
+    """Average bits of each component."""
+    found = {}
+    for unit in plan.units:
+        spent, weights = found.get(unit.component, (0, 0))
+        found[unit.component] = (spent + unit.choice.bytes * 8, weights + unit.weights)
+    return ", ".join(f"{name} {spent / weights:.2f}" for name, (spent, weights) in found.items())
+
+
+def _cells(scores: dict[str, AnswerScores], before: dict[str, AnswerScores] | None) -> list[str]:
+    cells = []
+    for task in TASKS:
+        measured = {one.metric: one for one in scores[task].measurements(task)}
+        for metric, spec in (("perplexity", ".3f"), ("exact_match", ".1%")):
+            cell = f"{measured[metric].value:{spec}}"
+            if before is not None:
+                old = {one.metric: one for one in before[task].measurements(task)}[metric]
+                found = compare(measured[metric], old)
+                sign = "" if found.ratio else "+"
+                numbers = (f"{v:{sign}{spec}}" for v in (found.change, found.low, found.high))
+                cell += " ({} [{}, {}])".format(*numbers)
+            cells.append(cell)
+    return cells
+
+
+if __name__ == "__main__":
+    app()
