@@ -129,7 +129,7 @@ SWEEP := $(DEMO)/sweep
 STUDY := $(DEMO)/sensitivity
 bench-sensitivity: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/sensitivity.py questions $(VLM_PARTS)/data/test_public.parquet $(STUDY)
-	$(BIN)/casp sensitivity $(<D) --dataset $(VLM_PARTS)/data/calib.parquet --samples 256 \
+	$(BIN)/casp sensitivity $(<D) --dataset $(VLM_PARTS)/data/calib.parquet --samples 32 \
 	  --heldout $(STUDY)/study.parquet --heldout-split train --task-column task --group-size 64 \
 	  --max-points 180 --output $(STUDY)/study
 	cp $(STUDY)/study/sensitivity.md benchmarks/results/small_vlm_sensitivity.md
