@@ -13,30 +13,28 @@ __all__ = ["draw_importances", "draw_quality"]
 
 def draw_quality(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Figure:
     """Every model of a study, quality against bits a weight: tasks side by side, a row for each
-    method; coloured by the components that are quantized, with the Pareto front.
+    method; coloured by the components that are quantized, or by the thirds of the blocks where
+    there is one component, with the Pareto front.
 
     :param points: rows of a study, the original among them
     """
-    methods = list(dict.fromkeys(points.method[points.method != "original"]))
+    made = points[points.method != "original"]
+    methods = list(dict.fromkeys(made.method))
     figure = Figure(figsize=(5 * len(tasks), 3.6 * len(methods)), layout="constrained")
     grid = figure.subplots(len(methods), len(tasks), squeeze=False, sharex=True)
-    components = sorted(set(points.component[points.method != "original"]), key=len)
-    colours = {name: f"C{i}" for i, name in enumerate(components)}
+    axis = "component" if made.component.nunique() > 1 else "block"
+    shown = sorted(set(made[axis]), key=lambda name: (name.count("+"), name))
     lower = lower_is_better(metric)
     for task, column in zip(tasks, grid.T, strict=True):
         values = points[f"{task}/{metric}"]
         for method, axes in zip(methods, column, strict=True):
             inside = points.method == method
-            for component in components:
-                chosen = inside & (points.component == component)
-                if chosen.any():
-                    axes.scatter(
-                        points.bits_per_weight[chosen],
-                        values[chosen],
-                        s=12,
-                        color=colours[component],
-                        label=component,
-                    )
+            for index, name in enumerate(shown):
+                chosen = inside & (points[axis] == name)
+                bits = points.bits_per_weight[chosen]
+                axes.scatter(bits, values[chosen], s=12, color=f"C{index}", label=name)
+            before = values[points.method == "original"].item()
+            axes.axhline(before, linestyle="--", color="gray", linewidth=0.8, label="original")
             rows = points[inside | (points.method == "original")]
             front = rows.iloc[
                 pareto_front(
@@ -85,5 +83,5 @@ def draw_importances(analyses: Sequence[Analysis]) -> Figure:
         axes.vlines(at, *zip(*spans, strict=True), color="black", linewidth=0.8)
     axes.set_xticks(places, names, rotation=20, ha="right")
     axes.set_ylabel(f"consensus importance of\n{analyses[0].axis}s, %")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
