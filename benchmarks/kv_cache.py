@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, Qu
 from casp_plugin.cli.data import DataSource, load_processor
 from casp_plugin.evaluation.answers import evaluate_answers
 from casp_plugin.evaluation.text import token_scores
-from casp_plugin.kv_cache import CompressedCache, with_kv_cache
+from casp_plugin.kv_cache import CompressedCache
 from casp_plugin.models import load_model
 
 app = typer.Typer(add_completion=False)
@@ -63,11 +64,13 @@ def text(
     places = ids[0, : windows * length].view(windows, length)
     loaded = load_model(model)
 
-    def perplexity(of: PreTrainedModel, make: Callable[[], Cache] | str) -> float:
+    def perplexity(
+        of: PreTrainedModel, make: Callable[[], Cache] | str, steps: tuple[int, ...] = (group,)
+    ) -> float:
         if isinstance(make, str):
             scheme = make
             make = lambda: CompressedCache(of.config, scheme)  # noqa: E731
-        return _perplexity(of, places, prompt, group, make)
+        return _perplexity(of, places, prompt, steps, make)
 
     dense = perplexity(loaded, lambda: DynamicCache(config=loaded.config))
     rows = []
@@ -75,7 +78,8 @@ def text(
         named = [scheme.format(bits=bits, g=group) for bits in BITS]
         found = [f"{perplexity(loaded, each) / dense:.3f}" for each in named]
         rows.append([name, *found, f"{_bits(loaded, places[:1], named[1]):.2f}"])
-    found = {bits: perplexity(loaded, _quanto(loaded, bits)) / dense for bits in (4, 2)}
+    # 127 tokens wait there, the next one has them stored: so it goes token by token too
+    found = {bits: perplexity(loaded, _quanto(loaded, bits), (127, 1)) / dense for bits in (4, 2)}
     rows.append(
         ["transformers, quanto", *(f"{found[b]:.3f}" if b in found else "" for b in BITS), ""]
     )
@@ -115,32 +119,27 @@ def images(
     source = DataSource(heldout, "test", None, "text", "image", None, "question", "answer")
     asked = source.conversations(samples, 0)
 
-    def scores(folder: str, schemes: Iterable[str | None]) -> list[str]:
-        loaded, processor = load_model(folder), load_processor(folder)
-        found = []
-        for scheme in schemes:
-            with with_kv_cache(loaded, scheme):
-                found.append(evaluate_answers(loaded, processor, asked))
-        exact = [math.fsum(each.exact for each in one.texts) / len(one.texts) for one in found]
-        first = found[0].perplexity
-        return [
-            f"{one.perplexity / first:.3f}, {share:.0%}"
-            for one, share in zip(found, exact, strict=True)
-        ]
+    processor = load_processor(model)
 
-    widths = (16, *BITS)
-    rows = [
-        [name, *scores(model, [None, *(scheme.format(bits=b, g=group) for b in BITS)])]
-        for name, scheme in tqdm(SCHEMES.items(), desc="schemes")
-    ]
-    columns = ("ratio of perplexity, exact match", *(f"{bits} bits" for bits in widths))
+    def scores(loaded: PreTrainedModel, schemes: Iterable[str]) -> list[str]:
+        dense = evaluate_answers(loaded, processor, asked)
+        found = [evaluate_answers(loaded, processor, asked, kv_cache=each) for each in schemes]
+        return [f"{one.perplexity / dense.perplexity:.3f}, {one.exact_match:.0%}" for one in found]
+
+    loaded = load_model(model)
+    schemes = [each.format(bits=bits, g=group) for each in SCHEMES.values() for bits in BITS]
+    found = iter(scores(loaded, tqdm(["kcvt:bits=16", *schemes], desc="caches")))
+    rows = [["16 bits", next(found)]]
+    rows[0] += [""] * (len(BITS) - 1)
+    rows += [[name, *(next(found) for _ in BITS)] for name in SCHEMES]
+    columns = ("ratio of perplexity, exact match", *(f"{bits} bits" for bits in BITS))
     tables = [(columns, rows)]
     show(*tables[-1])
     if weights:
-        caches = [None, *(KCVT.format(k=b, v=b, g=group) for b in BITS)]
-        named = [("16 bits", model), *(each.split("=", 1) for each in weights)]
-        rows = [[name, *scores(folder, caches)] for name, folder in named]
-        tables.append((("weights, KCVT", *(f"{bits} bits" for bits in widths)), rows))
+        caches = [KCVT.format(k=bits, v=bits, g=group) for bits in (16, *BITS)]
+        named = [each.split("=", 1) for each in weights]
+        rows = [[name, *scores(load_model(folder), caches)] for name, folder in named]
+        tables.append((("weights, KCVT", *(f"{bits} bits" for bits in (16, *BITS))), rows))
         show(*tables[-1])
     _write(table, tables, f"{len(asked)} questions, groups of {group}")
 
@@ -187,14 +186,26 @@ SPEED = ("tokens", "cache", "MB", "of 16 bits", "ms a token", "ratio")
 
 @torch.no_grad()
 def _perplexity(
-    model: PreTrainedModel, windows: torch.Tensor, prompt: int, step: int, make: Callable[[], Cache]
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    prompt: int,
+    steps: tuple[int, ...],
+    make: Callable[[], Cache],
 ) -> float:
-    """Of the tokens after the prompt, that are read some at a time, each time from the cache."""
-    loss = 0.0
+    """Of the tokens after the prompt, each read from what the cache stores of those before.
+
+    :param steps: tokens of a call after the prompt, in turns
+    """
+    loss, length = 0.0, windows.shape[1]
+    cuts = [0, prompt]
+    for step in cycle(steps):
+        if cuts[-1] == length:
+            break
+        cuts.append(min(cuts[-1] + step, length))
     for window in windows:
         cache, logits = make(), []
-        for tokens in (window[:prompt], *window[prompt:].split(step)):
-            logits.append(model(tokens[None], past_key_values=cache).logits[0])
+        for start, end in pairwise(cuts):
+            logits.append(model(window[None, start:end], past_key_values=cache).logits[0])
         loss += token_scores(torch.cat(logits)[prompt - 1 : -1], window[prompt:])[0]
     return math.exp(loss / (len(windows) * (windows.shape[1] - prompt)))
 

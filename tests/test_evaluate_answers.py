@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casp_plugin.evaluation.answers import AnswerScore, AnswerScores, evaluate_answers
 from casp_plugin.image_text import Conversation
+from casp_plugin.kv_cache import CompressedCache
 from casp_plugin.processing import processed
 
 QUESTIONS = [
@@ -112,3 +113,28 @@ def test_means():
 def test_no_questions(llava):
     with pytest.raises(ValueError, match="no questions"):
         evaluate_answers(*llava, [])
+
+
+@torch.no_grad()
+def test_answers_from_a_compressed_cache(llava):
+    """Image and question at once, then token by token, for the loss and for what is said."""
+    model, processor = llava
+    plain = evaluate_answers(model, processor, QUESTIONS, max_new_tokens=4)
+    same = evaluate_answers(model, processor, QUESTIONS, max_new_tokens=4, kv_cache="kcvt:bits=16")
+    for one, other in zip(same.texts, plain.texts, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert (one.tokens, one.answer) == (other.tokens, other.answer)
+    scheme = "kcvt:bits=2,g=4"
+    found = evaluate_answers(model, processor, QUESTIONS, model, max_new_tokens=4, kv_cache=scheme)
+    for one, score in zip(QUESTIONS, found.texts, strict=True):
+        prompt = processed([one], processor, answered=False)
+        labels = processed([one], processor)["input_ids"][0, prompt["input_ids"].shape[1] :]
+        cache = CompressedCache(model.config, scheme)
+        logits = [model(**prompt, past_key_values=cache).logits[0, -1]]
+        for label in labels[:-1]:
+            logits.append(model(input_ids=label.view(1, 1), past_key_values=cache).logits[0, -1])
+        scores = torch.stack(logits).log_softmax(-1)
+        loss = -sum(row[label] for row, label in zip(scores, labels, strict=True))
+        assert score.loss == pytest.approx(loss.item(), rel=1e-4)
+        assert (score.divergence > 1e-9) == (len(labels) > 1)  # the first is read with the prompt
+    assert found.perplexity != pytest.approx(plain.perplexity, rel=1e-3)

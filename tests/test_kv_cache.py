@@ -211,6 +211,9 @@ def test_beams(change):
     other.update(keys[order], values[order])
     for ours, theirs in zip(layer._read(), other._read(), strict=True):
         assert torch.equal(ours, theirs)
+    layer.batch_repeat_interleave(2)
+    for ours, theirs in zip(layer._read(), other._read(), strict=True):
+        assert torch.equal(ours, theirs.repeat_interleave(2, dim=0))
 
 
 @pytest.mark.parametrize(
@@ -336,16 +339,28 @@ def test_plain_calls_are_those_of_decoding(model, name):
 
 
 @torch.no_grad()
-def test_a_prompt_of_any_length_shares_its_scales(model):
+def test_the_first_step_shares_its_scales(model):
     """And what follows is read as decoding would."""
     name = "per_channel:bits=2,g=N,residual=8"
     ids, _ = ids_of(41)
     cache = CompressedCache(model.config, name)
-    steps = [ids[:, :21], *ids[:, 21:].split(1, dim=1)]
+    steps = [ids[:, :8], *ids[:, 8:].split(1, dim=1)]
     slow = torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1)
-    with with_kv_cache(model, name, prompt=21):
+    with with_kv_cache(model, name):
         fast = model(ids).logits
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_of_plain_calls(model):
+    ids, mask = ids_of(24, 15)
+    right = torch.stack([row.roll(int(seen.sum())) for row, seen in zip(ids, mask, strict=True)])
+    with with_kv_cache(model, "kcvt:bits=2,g=8"):
+        alone = model(ids[1:, -15:]).logits
+        batch = model(right, attention_mask=mask.flip(1)).logits
+        torch.testing.assert_close(batch[1:, :15], alone, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="padding on the right only"):
+            model(ids, attention_mask=mask)
 
 
 @torch.no_grad()
@@ -358,26 +373,65 @@ def test_generate_inside(model):
         assert math.isfinite(model(ids).logits.sum())
 
 
-def test_labels_are_refused(model):
+@pytest.mark.parametrize(
+    "more", [{"labels": torch.ones(1, 10).long()}, {"logits_to_keep": 1}, {"return_dict": False}]
+)
+def test_other_inputs_of_plain_calls_are_refused(model, more):
     ids, _ = ids_of(10)
-    with with_kv_cache(model, "kcvt"), pytest.raises(ValueError, match="labels cannot be given"):
-        model(ids, labels=ids)
+    message = f"reads tokens alone, not {next(iter(more))}; generate takes them"
+    with with_kv_cache(model, "kcvt"), pytest.raises(ValueError, match=message):
+        model(ids, **more)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [each for each in tiny_vlms.FAMILIES if each != "paligemma"])
+def test_what_says_nothing_is_taken(model):
+    ids, mask = ids_of(20)
+    with with_kv_cache(model, "kcvt:bits=2,g=8"):
+        expected = model(ids).logits
+        found = model(ids, past_key_values=None, use_cache=False, logits_to_keep=0, labels=None)
+        assert torch.equal(found.logits, expected)
+        by_cache = generated(model, ids, mask, None, past_key_values=None)
+        with pytest.raises(ValueError, match="asked to use no cache"):
+            generated(model, ids, mask, None, use_cache=False)
+    cache = CompressedCache(model.config, "kcvt:bits=2,g=8")
+    assert torch.equal(by_cache, generated(model, ids, mask, cache))
+
+
+def test_groups_that_do_not_fit_a_head_are_refused_at_once():
+    config = AutoConfig.for_model("llama", hidden_size=80, num_attention_heads=4, head_dim=20)
+    CompressedCache(config, "kcvt:bits=2,g=10")
+    CompressedCache(config, "kcvt:k_bits=2,v_bits=16,g=16")
+    with pytest.raises(ValueError, match="groups of 16 channels do not divide the 20 of a head"):
+        CompressedCache(config, "kcvt:bits=2,g=16")
+
+
+def test_images_that_are_attended_to_apart_are_refused():
+    with pytest.raises(ValueError, match="attend to images apart"):
+        CompressedCache(AutoConfig.for_model("mllama"), "kcvt")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
 def test_prompts_with_images(tmp_path, family):
-    """Read up to the last token of an image at once, then as decoding would. (PaliGemma takes all
-    that a plain call brings for one prompt, whose tokens see those after them.)"""
     tiny_vlms.save_tiny_vlm(tmp_path, family)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.tensor([[*tiny_vlms.image_prompt(family, expanded=True), *range(20, 50)]])
-    score = tiny_vlms.scorer(model, tiny_vlms.image_inputs(tmp_path, family))
-    dense = score(ids)
-    with with_kv_cache(model, "kcvt:bits=16,g=8"):
-        same = score(ids)
+    inputs = {"attention_mask": torch.ones_like(ids), **tiny_vlms.image_inputs(tmp_path, family)}
+    inputs.pop("num_crops", None)  # of calls alone
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def logits(cache):
+        chosen = {"past_key_values": CompressedCache(model.config, cache)} if cache else {}
+        return torch.cat(model.generate(input_ids=ids, **inputs, **settings, **chosen).logits)
+
+    dense, same, rounded = map(logits, (None, "kcvt:bits=16,g=8", "kcvt:bits=2,g=8"))
     torch.testing.assert_close(same, dense, rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(rounded).all()
+    assert torch.allclose(rounded[0], dense[0], rtol=1e-3, atol=1e-3)  # the prompt sees itself
+    assert not torch.allclose(rounded[1], dense[1], atol=1e-3)
     with with_kv_cache(model, "kcvt:bits=2,g=8"):
-        found = score(ids)
-    assert torch.isfinite(found).all()
-    assert not torch.allclose(found[:, -8:], dense[:, -8:], atol=1e-3)
+        assert torch.equal(logits(None), rounded)
+        if "pixel_values" in inputs:
+            with pytest.raises(ValueError, match=r"not .*pixel_values.*; generate takes them"):
+                model(input_ids=ids, **inputs)

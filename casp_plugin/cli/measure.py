@@ -108,10 +108,14 @@ def evaluate(
     from casp_plugin.models import load_model
     from casp_plugin.records import load_records, save_records
 
-    for name in (*models, *([reference] if reference else [])):
-        config = AutoConfig.from_pretrained(name)  # now, not after hours, as all that follows
-        if kv_cache and name != reference:
+    for name in models:  # now, not after hours, as all that follows
+        config = AutoConfig.from_pretrained(name)
+        if kv_cache:
             CompressedCache(config, kv_cache)
+    if reference:
+        AutoConfig.from_pretrained(reference)
+    if kv_cache and tasks and "vllm" in backend:
+        raise ValueError(f"--kv-cache is for models of transformers, not --backend {backend}")
     compared = load_records(results.Evaluation, baseline, "casp eval") if baseline else []
     wanted = tasks.split(",") if tasks else []
     if wanted:
@@ -169,8 +173,7 @@ def score(model, source, reference, task_column, join, seed, kv_cache, samples, 
             scores = evaluate_text(loaded, tokenizer, texts, max_length, reference, stride, join)
         return scores.measurements(name)
     asked = source.conversations(samples, seed, task_column=task_column)
-    with with_kv_cache(loaded, kv_cache):
-        scores = evaluate_answers(loaded, processor, asked, reference)
+    scores = evaluate_answers(loaded, processor, asked, reference, kv_cache=kv_cache)
     found = scores.measurements(name)
     for task, each in scores.by_task.items() if task_column else ():
         found += each.measurements(f"{name}: {task}")

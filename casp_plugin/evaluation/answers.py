@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import LogitsProcessor, PreTrainedModel, ProcessorMixin
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from casp_plugin.evaluation.results import Measurement
 from casp_plugin.evaluation.text import Scores, TextScore, token_scores
 from casp_plugin.image_text import Conversation
+from casp_plugin.kv_cache import CompressedCache
 from casp_plugin.processing import processed
 
 __all__ = ["AnswerScore", "AnswerScores", "evaluate_answers"]
@@ -85,14 +86,18 @@ def evaluate_answers(
     reference: PreTrainedModel | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 32,
+    kv_cache: str | None = None,
 ) -> AnswerScores:
     """Score a model on questions with one known answer each.
 
     The loss is that of the reference answer, given images and question. An answer is generated
-    unless the reference, with the end of the turn, is what greedy decoding would give.
+    unless the reference, with the end of the turn, is what greedy decoding would give. With
+    ``kv_cache`` both are read by ``generate`` from what the cache stores: images and question at
+    once, then token by token, one question at a time and without padding.
 
     :param reference: model to measure KL(reference || model) against, at the answers' tokens
     :param max_new_tokens: of a generated answer; 0 to measure the loss alone
+    :param kv_cache: how keys and values are stored, as ``CompressedCache`` takes it
     :raises ValueError: if there are no questions, an answer has no tokens, or a question with its
         answer does not begin as without
     """
@@ -102,10 +107,11 @@ def evaluate_answers(
     # alike lengths side by side, so that little is padded
     order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].question))
     found: dict[int, AnswerScore] = {}
+    batch_size = batch_size if kv_cache is None else 1
     for start in tqdm(range(0, len(order), batch_size), desc="Answering"):
         indices = order[start : start + batch_size]
         batch = [conversations[index] for index in indices]
-        scores = _score(model, processor, batch, reference, max_new_tokens)
+        scores = _score(model, processor, batch, reference, max_new_tokens, kv_cache)
         found.update(zip(indices, scores, strict=True))
     asked = repr([(one.task, one.question, one.answer) for one in conversations])
     documents = hashlib.sha256(asked.encode()).hexdigest()[:16]
@@ -118,12 +124,13 @@ def _score(
     batch: list[Conversation],
     reference: PreTrainedModel | None,
     max_new_tokens: int,
+    kv_cache: str | None,
 ) -> Iterator[AnswerScore]:
     whole = processed(batch, processor, padding=True, padding_side="right").to(model.device)
     prompts = processed(batch, processor, answered=False, padding=True, padding_side="left")
     prompts = prompts.to(model.device)
     lengths = prompts["attention_mask"].sum(1).tolist()
-    logits = model(**whole).logits
+    logits = None if kv_cache else model(**whole).logits
     expected = None if reference is None else reference(**whole.to(reference.device)).logits
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -141,12 +148,14 @@ def _score(
             raise ValueError(f"the answer {one.answer!r} to {one.question[:80]!r} has no tokens")
         asked = slice(length - 1, end - 1)
         wanted = None if expected is None else expected[i, asked]
+        found = _dictated(model, prompts, labels, kv_cache) if kv_cache else logits[i, asked]
         ended = labels[-1].item() in ends  # else greedy decoding would go on
-        right = ended and bool(logits[i, asked].argmax(-1).cpu().equal(labels.cpu()))
-        score = TextScore(len(labels), *token_scores(logits[i, asked], labels, wanted))
+        right = ended and bool(found.argmax(-1).cpu().equal(labels.cpu()))
+        score = TextScore(len(labels), *token_scores(found, labels, wanted))
         rows.append((score, one.answer if right else None))
     if max_new_tokens and any(answer is None for _, answer in rows):
-        made = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
+        cache = {"past_key_values": CompressedCache(model.config, kv_cache)} if kv_cache else {}
+        made = model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False, **cache)
         made = made[:, prompts["input_ids"].shape[1] :]
         said = processor.batch_decode(made, skip_special_tokens=True)
     for i, (one, (score, answer)) in enumerate(zip(batch, rows, strict=True)):
@@ -157,3 +166,35 @@ def _score(
             found["exact"] = float(compute_exact(one.answer, answer))
             found["f1"] = float(compute_f1(one.answer, answer))
         yield AnswerScore(**asdict(score), **found)
+
+
+class _Dictation(LogitsProcessor):
+    """Lets a model say one token after the other of those that it is given.
+
+    :param labels: shape (tokens,)
+    """
+
+    def __init__(self, labels: torch.Tensor):
+        self.left = iter(labels.tolist())
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = torch.full_like(scores, -torch.inf)
+        said[:, next(self.left)] = 0
+        return said
+
+
+def _dictated(
+    model: PreTrainedModel, prompt: dict[str, torch.Tensor], labels: torch.Tensor, kv_cache: str
+) -> torch.Tensor:
+    """Logits of an answer as decoding reads it from a compressed cache; (tokens, vocabulary)."""
+    made = model.generate(
+        **prompt,
+        past_key_values=CompressedCache(model.config, kv_cache),
+        logits_processor=[_Dictation(labels)],
+        max_new_tokens=len(labels),
+        eos_token_id=None,  # what comes after it is scored too
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.cat(made.logits)

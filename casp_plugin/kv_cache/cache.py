@@ -35,9 +35,23 @@ class CompressedCache(Cache):
         self.scheme = CacheScheme.parse(scheme) if isinstance(scheme, str) else scheme
         if config.is_encoder_decoder:
             raise ValueError(f"kv cache {self.scheme.name!r}: not for encoder-decoder models")
-        types, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        if getattr(text, "cross_attention_layers", None):
+            raise ValueError(
+                f"kv cache {self.scheme.name!r}: not for models that attend to images apart "
+                f"({text.model_type})"
+            )
+        self._check_channels(text)
+        types, settings = get_layer_types_and_kwargs(text)
         window = settings.get("sliding_window")
         super().__init__(layers=[self._layer(kind, window, settings) for kind in types])
+
+    def _check_channels(self, config: PreTrainedConfig) -> None:
+        channels = getattr(config, "head_dim", None)
+        if channels and not hasattr(config, "kv_lora_rank"):  # whose keys have other widths
+            for tensor in (self.scheme.keys, self.scheme.values):
+                if tensor.bits < 16:
+                    tensor.check_channels(channels)
 
     def _layer(self, kind: str, window: int | None, settings: dict):
         if kind == "full_attention":
@@ -134,15 +148,6 @@ class CompressedLayer(DynamicLayer):
             f"kv cache {self.scheme.name!r} cannot give tokens back, as assisted generation asks: "
             "their groups are rounded by then"
         )
-
-    def offload(self) -> None:
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        self._change(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:

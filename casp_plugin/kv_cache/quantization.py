@@ -6,7 +6,7 @@ between min and max, at b bits::
     delta = (max - min) / (2^b - 1),   code = round((a - min) / delta),   a' = min + code * delta
 
 min and delta are stored in 16 bits, rounded so that the range still holds every value: the error
-stays within delta / 2.
+stays within delta / 2, of values within those of float16.
 """
 
 from collections.abc import Callable
@@ -169,12 +169,8 @@ def _grouped(values: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
     """Values as (sequences, groups, values of a group)."""
     tokens, channels = values.shape[2:]
     if scheme.axis == "token":
-        size = min(scheme.group or channels, channels)
-        if channels % size:
-            raise ValueError(
-                f"kv cache: groups of {size} channels do not divide the {channels} of a head"
-            )
-        return values.reshape(len(values), -1, size)
+        scheme.check_channels(channels)
+        return values.reshape(len(values), -1, min(scheme.group or channels, channels))
     # tokens of a group last: (sequences, heads, groups, tokens, channels)
     parts = values.unflatten(2, (-1, scheme.group or tokens))
     if scheme.axis == "channel":

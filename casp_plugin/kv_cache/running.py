@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from casp_plugin.hooks import image_mask
 from casp_plugin.kv_cache.cache import CompressedCache
 from casp_plugin.kv_cache.schemes import CacheScheme
 
@@ -20,28 +19,24 @@ _BY_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids"
 
 
 @contextmanager
-def with_kv_cache(
-    model: PreTrainedModel, scheme: CacheScheme | str | None, prompt: int = 0
-) -> Iterator[None]:
+def with_kv_cache(model: PreTrainedModel, scheme: CacheScheme | str | None) -> Iterator[None]:
     """Let the model keep its keys and values compressed, in ``generate`` and in plain calls.
 
     A plain call, as that of a perplexity or of a likelihood in lm-eval, reads its tokens as
     decoding would: in steps of the scheme's residual, each of which sees those before it as the
     cache stores them. Tokens wait there as long as a step is, so the scores are those of reading
-    token by token. A prompt with images is read up to the last of them in one go.
+    token by token. (Where scales are of a whole prompt, that is the first step.)
 
     :param model: whose calls and ``generate`` change in here
     :param scheme: as ``CompressedCache`` takes it; None changes nothing
-    :param prompt: tokens that a plain call reads in one go at least, before it goes on in steps
-    :raises ValueError: where the model cannot go on from a cache; in a plain call with labels or
-        positions
+    :raises ValueError: in a plain call with images, with padding on the left, or with anything
+        else than tokens
     """
     if scheme is None:
         yield
         return
     scheme = CacheScheme.parse(scheme) if isinstance(scheme, str) else scheme
-    reader = _reader(model, scheme)
-    forward, generate = reader.forward, model.generate
+    forward, generate = model.forward, model.generate
 
     @wraps(forward)
     def reading(*args, **inputs):
@@ -49,57 +44,57 @@ def with_kv_cache(
         inputs |= inputs.pop("kwargs", {})
         if inputs.get("past_key_values") is not None:
             return forward(**inputs)
-        return _in_steps(reader, forward, scheme, prompt, inputs)
+        return _in_steps(model, forward, scheme, inputs)
 
     @wraps(generate)
     def generating(*args, **settings):
-        settings.setdefault("past_key_values", CompressedCache(model.config, scheme))
+        if settings.get("use_cache") is False:
+            raise ValueError(f"kv cache {scheme.name!r}: generate was asked to use no cache")
+        if settings.get("past_key_values") is None:
+            settings["past_key_values"] = CompressedCache(model.config, scheme)
         return generate(*args, **settings)
 
-    with _replaced(reader, "forward", reading), _replaced(model, "generate", generating):
+    with _replaced(model, "forward", reading), _replaced(model, "generate", generating):
         yield
-
-
-def _reader(model: PreTrainedModel, scheme: CacheScheme) -> PreTrainedModel:
-    """What reads tokens with a cache: the model, or its language model (BLIP-2)."""
-    for reader in (model, getattr(model, "language_model", None)):
-        if reader is not None and "past_key_values" in inspect.signature(reader.forward).parameters:
-            return reader
-    raise ValueError(f"kv cache {scheme.name!r}: {type(model).__name__} takes no past_key_values")
 
 
 def _in_steps(
     model: PreTrainedModel,
     forward: Callable[..., ModelOutput],
     scheme: CacheScheme,
-    prompt: int,
     inputs: dict[str, torch.Tensor],
 ) -> ModelOutput:
     """A call without a cache: logits of all tokens."""
-    for name in ("labels", "position_ids"):
-        if inputs.get(name) is not None:
-            raise ValueError(f"kv cache {scheme.name!r}: {name} cannot be given in a plain call")
-    images = image_mask(inputs, model)
-    if images is not None:
-        prompt = max(prompt, int(images.any(0).nonzero().max()) + 1)
     by_token = {n: inputs.pop(n) for n in _BY_TOKEN if inputs.get(n) is not None}
     mask = inputs.pop("attention_mask", None)
     inputs.pop("use_cache", None)
+    rest = [name for name, value in inputs.items() if not _default(name, value)]
+    if rest:
+        raise ValueError(
+            f"kv cache {scheme.name!r}: a plain call reads tokens alone, not {', '.join(rest)}; "
+            "generate takes them"
+        )
+    # tokens never see padding that comes after them
+    if mask is not None and (mask.ndim != 2 or bool((mask.diff(dim=1) > 0).any())):
+        raise ValueError(f"kv cache {scheme.name!r}: a plain call takes padding on the right only")
+    for module in model.modules():  # of the images of a call before
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
     cache, step = CompressedCache(model.config, scheme), scheme.residual
-    length = next(iter(by_token.values())).shape[1]
-    logits, start = [], 0
-    while start < length:
-        aligned = start if scheme.by_prompt else start // step * step
-        end = aligned + step if start else max(step, prompt)
-        part = {name: values[:, start:end] for name, values in by_token.items()}
-        if mask is not None:
-            part["attention_mask"] = mask[:, :end]
-        out = forward(**part, **inputs, past_key_values=cache, use_cache=True)
+    logits = []
+    for start in range(0, next(iter(by_token.values())).shape[1], step):
+        part = {name: values[:, start : start + step] for name, values in by_token.items()}
+        out = forward(**part, past_key_values=cache, use_cache=True)
         logits.append(out.logits)
-        inputs = {}  # images are seen now
-        start = end
     out.logits = torch.cat(logits, dim=1)
     return out
+
+
+def _default(name: str, value) -> bool:
+    """Whether an input of a call says what it would mean without it."""
+    if name == "return_dict":
+        return value is not False
+    return value is None or (isinstance(value, int) and not value)
 
 
 @contextmanager

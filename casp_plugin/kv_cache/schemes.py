@@ -36,13 +36,25 @@ class TensorScheme(BaseModel):
     group: int | None = Field(None, ge=1)
     outliers: float = Field(0.0, ge=0, lt=1)
 
+    def check_channels(self, channels: int) -> None:
+        """
+        :param channels: of a head
+        :raises ValueError: if groups of channels do not divide them
+        """
+        size = min(self.group or channels, channels)
+        if self.axis == "token" and channels % size:
+            raise ValueError(
+                f"kv cache: groups of {size} channels do not divide the {channels} of a head"
+            )
+
 
 class CacheScheme(BaseModel):
     """How a cache stores keys and values.
 
-    Tokens wait in the model's own type until ``residual`` of them are there, as in KIVI (arXiv
-    2402.02750). Where a scale is of a whole sequence (``g=N``, and ``uniform``, ``outlier_reduced``
-    unless told), that is the prompt; later tokens make groups of ``residual``.
+    Tokens wait in the model's own type until ``residual`` of them are there, as keys do in KIVI
+    (arXiv 2402.02750); of values KIVI leaves the last ``residual`` so at any time. Where a scale is
+    of a whole sequence (``g=N``, and ``uniform``, ``outlier_reduced`` unless told), that is the
+    prompt; later tokens make groups of ``residual``.
 
     :param name: what the user called it
     :param keys: of the keys
