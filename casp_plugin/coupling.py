@@ -5,7 +5,8 @@ With ``e_g`` the cost of a group over its largest one, what is minimised is ::
     sum_g a_g e_g + sum_{g<h} b_gh e_g e_h        (a, b >= 0, summing to 1)
 
 It grows with every e_g, so that its least value lies where each group stands on its own frontier of
-cost against bytes: all combinations of points of these are looked at.
+cost against bytes: combinations of points of these are looked at, then each group is solved exactly
+at its share of the bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from casp_plugin.allocation import BudgetError, reachable_bytes
+from casp_plugin.allocation import BudgetError, choose, reachable_bytes
 from casp_plugin.shares import Shares
 
 __all__ = ["Coupled", "Frontier", "choose_coupled", "frontier_of"]
 
-#: points of a frontier at most; of longer ones some are left out, evenly over their bytes
-MOST_POINTS = 2**11
+#: points of a frontier at most, and combinations that are looked at; of longer ones some are left
+#: out, evenly over their bytes
+MOST_POINTS, MOST_COMBINATIONS = 2**14, 2**22
 
 
 class Frontier:
@@ -84,8 +86,9 @@ def choose_coupled(
     least = sum(int(each.bytes[0]) for each in frontiers.values())
     if budget < least:
         raise BudgetError(f"budget of {budget} bytes is below the least reachable {least}")
-    # groups but the largest in all combinations; it takes what they leave
-    grids = np.meshgrid(*(np.arange(len(frontiers[g].bytes)) for g in small), indexing="ij")
+    # groups but the largest in combinations; it takes what they leave
+    most = int(MOST_COMBINATIONS ** (1 / max(len(small), 1)))
+    grids = np.meshgrid(*(_spread(len(frontiers[g].bytes), most) for g in small), indexing="ij")
     points = {group: grid.ravel() for group, grid in zip(small, grids, strict=True)}
     left = budget - sum((frontiers[g].bytes[points[g]] for g in small), np.zeros(1, np.int64))
     fits = left >= sizes[0]
@@ -98,6 +101,11 @@ def choose_coupled(
         value = value + share * errors[one] * errors[other]
     best = int(value.argmin())
     return {group: int(points[group][best]) for group in frontiers}, float(value[best])
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """Indices, as many as there may be, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 def _relative(frontier: Frontier) -> np.ndarray:
@@ -149,7 +157,23 @@ class Coupled:
             taken = sum(int(frontiers[group].bytes[point]) for group, point in found.items())
             curve.append((taken, value))
         found, _ = best(budget)
+        slope = self._slopes({g: _relative(frontiers[g])[point] for g, point in found.items()})
+        left = budget - sum(int(frontiers[group].bytes[point]) for group, point in found.items())
         chosen = {}
-        for group, inside in members.items():
-            chosen |= dict(zip(inside, frontiers[group].choice(found[group]), strict=True))
+        for group in sorted(members, key=slope.get, reverse=True):  # who gains most takes the rest
+            inside = members[group]
+            own_costs, own_bytes = [costs[i] for i in inside], [bytes_[i] for i in inside]
+            share = int(frontiers[group].bytes[found[group]]) + left
+            picked = choose(own_costs, own_bytes, share, slack=share)
+            left = share - sum(row[i] for row, i in zip(own_bytes, picked, strict=True))
+            chosen |= dict(zip(inside, picked, strict=True))
         return curve, [chosen[index] for index in range(len(costs))]
+
+    def _slopes(self, errors: Mapping[str, float]) -> dict[str, float]:
+        """How fast the value falls with the error of each group."""
+        slopes = {group: self.shares.parts[group] for group in errors}
+        for pair, share in self.shares.pairs.items():
+            one, other = pair.split(" x ")
+            slopes[one] += share * errors[other]
+            slopes[other] += share * errors[one]
+        return slopes

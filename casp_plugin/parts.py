@@ -46,7 +46,7 @@ def find_parts(
     stacks = {
         name: len(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) >= len(BLOCKS)
+        if isinstance(module, nn.ModuleList)
     }
     return {name: _part(name, stacks, component_of(name, patterns)) for name in names}
 
@@ -68,6 +68,8 @@ def _part(name: str, stacks: Mapping[str, int], component: str) -> Part:
         stack = ".".join(path[:cut])
         if stack in stacks and path[cut].isdecimal():
             count, index = stacks[stack], int(path[cut])
+            if count < len(BLOCKS):
+                break
             third = 0 if index < count // 3 else 1 if index < 2 * count // 3 else 2
             inside = ".".join(path[cut + 1 :])
             attends = re.search(r"attn|attention", inside, re.IGNORECASE)

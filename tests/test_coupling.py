@@ -87,13 +87,38 @@ def test_a_frontier_holds_what_nothing_beats():
 
 
 def test_long_frontiers_are_thinned(monkeypatch):
-    _, costs, bytes_, _ = drawn(2, (6, 1, 1))
+    """And what that costs inside a group is made good by the knapsack."""
+    groups, costs, bytes_, shares = drawn(2, (6, 2, 1))
     whole = frontier_of(costs, bytes_)
     monkeypatch.setattr(coupling, "MOST_POINTS", 8)
     thin = frontier_of(costs, bytes_)
     assert len(thin.bytes) <= 10 < len(whole.bytes)
     assert thin.bytes[0] == whole.bytes[0]
     assert thin.costs[-1] == pytest.approx(whole.costs[-1])
+    budget = sum(map(min, bytes_)) + 25
+    _, chosen = Coupled(groups, shares).solve(costs, bytes_, budget, points=2)
+    best = brute_force(groups, costs, bytes_, shares, budget)
+    assert value(groups, costs, shares, chosen) <= 1.02 * best
+
+
+def test_four_groups_fit_in_memory():
+    rng = np.random.default_rng(0)
+    groups = [group for group in "abcd" for _ in range(40)]
+    costs = np.sort(rng.random((160, 3)))[:, ::-1].tolist()
+    bytes_ = (rng.integers(1000, 9000, (160, 1)) * np.array([2, 3, 4])).tolist()
+    shares = Shares(parts=dict.fromkeys("abcd", 0.2), pairs={"a x b": 0.1, "c x d": 0.1})
+    budget = sum(min(row) + max(row) for row in bytes_) // 2
+    _, chosen = Coupled(groups, shares).solve(costs, bytes_, budget, points=2)
+    taken = sum(row[i] for row, i in zip(bytes_, chosen, strict=True))
+    assert 0.999 * budget < taken <= budget
+
+
+def test_what_is_granted_is_spent():
+    """On a group without a share too."""
+    groups, costs, bytes_, _ = drawn(3, (3, 2, 1))
+    shares = Shares(parts={"a": 1.0, "b": 0.0, "c": 0.0}, pairs={})
+    _, chosen = Coupled(groups, shares).solve(costs, bytes_, sum(map(max, bytes_)), points=2)
+    assert chosen == [2] * 6
 
 
 def test_a_group_without_errors_takes_nothing():

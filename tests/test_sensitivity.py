@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 import tiny_vlms
 import torch
+from compressed_tensors.offload.cache import CPUCache
 from conftest import save_texts, save_tiny_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -31,6 +33,7 @@ from casp_plugin.sensitivity.analysis import analyse, losses_together, pareto_fr
 from casp_plugin.sensitivity.grid import Configuration, Layer, features, grid, space_filling
 from casp_plugin.sensitivity.rounding import changed_by, uniform
 from casp_plugin.sensitivity.study import Calibration, Judged, Study, find_layers, points_of
+from casp_plugin.sensitivity.summary import analyse_all
 from casp_plugin.shares import Sensitivity, Shares, shares_of
 
 HEAD = ["re:(.*[.])?lm_head$"]
@@ -101,8 +104,9 @@ def test_short_stacks_and_experts_have_no_thirds():
         Part("language", "end", "feed-forward"),
         Part("language", "front", "attention"),
     ]
-    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)})
-    assert find_parts(model, ["layers.1"]) == {"layers.1": Part("language", None, None)}
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer] * 2)})
+    for name in ("layers.1.attention", "layers.1.experts.3"):
+        assert find_parts(model, [name]) == {name: Part("language", None, None)}
 
 
 def test_sizes_of_the_grids():
@@ -167,10 +171,11 @@ def test_bits_a_weight():
 
 def test_an_order_that_fills_the_space():
     points = np.random.default_rng(0).random((40, 3)) * [1, 100, 0]
-    order = space_filling(points)
+    order = space_filling(points, [7, 3])
     assert sorted(order) == list(range(40))
+    assert order[:2] == [7, 3]
     scaled = points[:, :2] / np.ptp(points[:, :2], axis=0)
-    for place in range(1, 40):
+    for place in range(2, 40):
         taken, left = order[:place], order[place:]
         gaps = [min(np.linalg.norm(scaled[i] - scaled[j]) for j in taken) for i in left]
         assert gaps[0] == pytest.approx(max(gaps))
@@ -183,6 +188,8 @@ def test_more_points_add_to_fewer():
     assert some == everything[:50]
     assert sum(one.method == "gptq" for one in some) == 25
     assert len(everything) == 588 + 42
+    first = [one for one in everything if one.method == "uniform"][:28]  # whole components
+    assert {(len(one.block), len(one.kind)) for one in first} == {(3, 2)}
 
 
 # Weights.
@@ -226,11 +233,24 @@ def test_quantizers_change_what_they_were_given(llama, batches, method):
         torch.testing.assert_close(model(**batch).logits, expected, atol=0.02, rtol=0.02)
 
 
-def test_weights_are_those_that_gptq_would_store(llama, batches):
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_are_those_that_a_checkpoint_holds(llama, batches, method, monkeypatch):
+    """Where weights come from an accelerator as copies, too."""
+    onload = CPUCache.onload
+    monkeypatch.setattr(CPUCache, "onload", lambda *args: onload(*args).clone())
     name = "model.layers.0.mlp.down_proj"
-    [weight] = changed(llama, batches, "gptq", 2, [name]).values()
+    weight = changed(llama, batches, method, 2, [name])[f"{name}.weight"]
     for row in weight.view(-1, 32):
         assert len(row.unique()) <= 4
+
+
+def test_cells_that_change_one_tensor(tmp_path):
+    for cell in ("attention", "feed-forward"):
+        save_file({"norm": torch.zeros(2), cell: torch.zeros(2)}, tmp_path / cell)
+    files = {cell: tmp_path / cell for cell in ("attention", "feed-forward")}
+    with pytest.raises(ValueError, match="norm is changed for attention and for feed-forward"):
+        study._check_apart("awq", files)
+    study._check_apart("awq", {"attention": tmp_path / "attention"})
 
 
 # Studies.
@@ -269,7 +289,7 @@ def whole(llama, texts, tmp_path_factory):
 
 def test_scores_are_those_of_the_changed_models(llama, texts, whole):
     _, rows, batches = whole
-    assert list(rows.method) == ["original", "gptq", "gptq", "uniform", "uniform"]
+    assert list(rows.method) == ["original", "uniform", "uniform", "gptq", "gptq"]
     what = judged(llama, texts)
 
     def perplexity(change):
@@ -376,24 +396,45 @@ def test_pairs_that_only_count_together():
 
 
 def test_what_cannot_be_told():
-    with pytest.raises(ValueError, match="uniform: 5 models are too few"):
+    with pytest.raises(ValueError, match="uniform, t: 5 models are too few"):
         told(frame(lambda a, b, c: a, models=5))
-    with pytest.raises(ValueError, match="t/perplexity is the same for all models, or not finite"):
+    with pytest.raises(ValueError, match="uniform, t: perplexity is the same for all models"):
         told(frame(lambda a, b, c: 1.0))
-    with pytest.raises(ValueError, match="or not finite"):
-        told(frame(lambda a, b, c: math.inf))
+    points = frame(lambda a, b, c: 4 * a + b)
+    points.loc[3, "t/perplexity"] = math.inf
+    points.loc[5, "t/perplexity"] = math.nan
+    assert told(points).points == 78  # the others tell all the same
+
+
+def test_axes_that_a_method_does_not_vary():
+    """GPTQ quantizes whole components: thirds of the blocks go up and down together."""
+    layers = layers_of("vision", "language")
+    rows = []
+    for one in points_of(["uniform", "gptq"], layers, torch.bfloat16, 32, 60):
+        found = features(one, layers, torch.bfloat16, 32)
+        rows.append(one.row() | found | {"t/perplexity": 1 + 8 / found["bits_per_weight"]})
+    parts = [layer.part for layer in layers.values()]
+    found = analyse_all(pd.DataFrame(rows), parts, "perplexity")
+    assert [(one.method, one.axis) for one in found] == [
+        ("uniform", "component"),
+        ("gptq", "component"),
+        ("uniform", "block group"),
+        ("uniform", "layer type"),
+    ]
 
 
 def test_losses_add_up_or_not():
     rows = [
-        ("original", 16, "", 16.0, 2.0),
-        ("gptq", 2, "vision", 5.0, 4.0),
-        ("gptq", 2, "language", 4.0, 8.0),
-        ("gptq", 2, "vision+language", 2.0, 64.0),
-        ("gptq", 2, "vision+language", 3.0, 1e9),  # some of its layers only
-        ("gptq", 3, "vision+language", 3.0, 4.0),
+        ("original", 16, "", "", "", 2.0),
+        ("gptq", 2, "vision", "front+end", "attention", 4.0),
+        ("gptq", 2, "language", "front+end", "attention", 8.0),
+        ("gptq", 2, "vision+language", "end", "attention", 1e9),  # some of its layers only
+        ("gptq", 2, "vision+language", "front+end", "attention", 64.0),
+        ("gptq", 3, "vision+language", "front+end", "attention", 4.0),
+        ("gptq", 3, "vision", "front+end", "attention", 4.0),
+        ("gptq", 3, "language", "front", "attention", 4.0),
     ]
-    columns = ["method", "bits", "component", "bits_per_weight", "t/perplexity"]
+    columns = ["method", "bits", "component", "block", "kind", "t/perplexity"]
     points = pd.DataFrame(rows, columns=columns)
     [found] = losses_together(points, "gptq", "t", "perplexity").to_dict("records")
     assert found["pair"] == "vision+language"
@@ -538,12 +579,15 @@ def test_studies_of_something_else(llama, batches, tmp_path):
     path = written(tmp_path, {"front": 0.5, "end": 0.5}, axis="block group")
     with pytest.raises(ValueError, match=r"importance: the study of m has .*, not \['middle'\]"):
         planned(llama, batches, path)
-    path = written(tmp_path, {"language": 1.0}, method="awq")
+    path = written(tmp_path, dict.fromkeys(BLOCKS, 1 / 3), axis="block group", method="awq")
     with pytest.raises(ValueError, match="has awq, not gptq"):
         planned(llama, batches, path)
     path = written(tmp_path, dict.fromkeys(BLOCKS, 1 / 3), axis="block group")
     with pytest.raises(ValueError, match="lm_head lies in none: put it into ignore"):
         planned(llama, batches, path, ignore=[])
+    path = written(tmp_path, {"language": 0.5, "vision": 0.5})
+    with pytest.raises(ValueError, match="tells components apart, and all layers are of one"):
+        planned(llama, batches, path)
 
 
 # The command.
@@ -575,12 +619,12 @@ def test_the_command_on_a_model_that_sees(tmp_path, monkeypatch):
     data = ("--dataset", tmp_path / "data.parquet", "--heldout", tmp_path / "data.parquet")
     arguments = (
         *("sensitivity", tmp_path / "in", "--output", tmp_path / "out", *data),
-        *("--task-column", "task", "--methods", "uniform", "--max-points", 14),
+        *("--task-column", "task", "--methods", "uniform", "--max-points", 40),
         *("--group-size", 32, "--heldout-split", "train"),
     )
     casp(*arguments, "--metric", "f1")
     points = pd.read_parquet(tmp_path / "out" / "points.parquet")
-    assert len(points) == 15
+    assert len(points) == 41
     for task in ("caption", "vqa"):
         for metric in ("perplexity", "f1", "exact_match"):
             assert f"{task}/{metric}" in points
@@ -618,7 +662,7 @@ def test_the_command_on_a_language_model(llama, texts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--methods", "uniform,rtn"), "'rtn' must be one of uniform, gptq, awq"),
+        (("--methods", "uniform, rtn"), "'rtn' must be one of uniform, gptq, awq"),
         (("--methods", "gptq", "--group-size", "48"), "does not divide the 64 columns of"),
         (("--metric", "f1", "--group-size", "32"), "needs questions about images"),
         (("--metric", "acc", "--methods", "uniform"), "'acc' must be one of perplexity, exact"),

@@ -104,7 +104,7 @@ def sensitivity(
         raise ValueError(f"--metric {metric!r} must be one of {', '.join(METRICS)}")
     bare = skeleton(model)
     layers = find_layers(bare, ignore or ["re:(.*[.])?lm_head$"])
-    wanted = methods.split(",")
+    wanted = list(dict.fromkeys(method.strip() for method in methods.split(",")))
     for method in wanted:
         check_method(method, bare, layers, group_size)
     configurations = points_of(wanted, layers, bare.dtype, group_size, max_points)

@@ -59,7 +59,7 @@ class Measurement(BaseModel):
         low, high = mean_interval(np.array(totals, float), np.array(weights, float))
         value = math.fsum(totals) / math.fsum(weights)
         if exponential:
-            value, low, high = math.exp(value), math.exp(low), math.exp(high)
+            value, low, high = map(_exp, (value, low, high))
         known = not math.isnan(low)
         return cls(
             value=value,
@@ -70,6 +70,14 @@ class Measurement(BaseModel):
             exponential=exponential,
             **fields,
         )
+
+
+def _exp(value: float) -> float:
+    """Infinite where a float cannot hold it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 class Evaluation(BaseModel):

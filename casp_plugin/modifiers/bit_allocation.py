@@ -101,8 +101,9 @@ class BitAllocationModifier(CaspModifier):
         1 - cosine similarity of a decoder layer's input and output, as in the paper; `uniform`;
         a mapping from names (a unit, a decoder layer, a module, a `re:` pattern) to positive
         numbers, 1 for units that no entry matches; or the path of a `sensitivity.json` that
-        `casp sensitivity` wrote: errors are as with `fisher`, but what components cost, alone and
-        two together, is in the proportions that were measured
+        `casp sensitivity` wrote: errors are as with `fisher`, but what components cost at the
+        fewest bits, alone and two together, is in the proportions of their importance there, by
+        the method that follows (`gptq` for GPTQ and AutoRound, `awq`, else `uniform`)
     :param rounding: how the measured errors are made: `gptq`, one layer at a time on the second
         moments of its input, which take (columns x columns) floats for every layer; `nearest`; or
         `auto`: `gptq` unless the quantizer that follows rounds to nearest
@@ -536,6 +537,11 @@ class BitAllocationModifier(CaspModifier):
                     f"{outside[0]} lies in none: put it into ignore"
                 )
             groups = [parts[name].block for name in names]
+        if len(set(groups)) == 1:
+            raise ValueError(
+                f"BitAllocationModifier.importance: {self.importance} tells {self._study.axis}s "
+                f"apart, and all layers are of one, {groups[0]}: list more in components"
+            )
         method = method_of(following)
         try:
             shares = self._study.of_method(method, list(dict.fromkeys(groups)))

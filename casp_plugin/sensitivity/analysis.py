@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import shap
+from loguru import logger
 from pydantic import BaseModel, ConfigDict
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import permutation_importance
@@ -74,7 +75,7 @@ class Analysis(BaseModel):
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric of ``casp eval`` is an error."""
-    return metric in ("perplexity", "kl")
+    return metric == "perplexity"
 
 
 def analyse(
@@ -88,17 +89,21 @@ def analyse(
     :raises ValueError: if the models are too few, or all alike
     """
     rows = points[points.method == method]
+    finite = np.isfinite(rows[f"{task}/{metric}"])
+    if not finite.all():
+        logger.warning(f"{method}: {(~finite).sum()} models without a finite {task}/{metric}")
+    rows = rows[finite]
     if len(rows) < LEAST_POINTS:
         raise ValueError(
-            f"{method}: {len(rows)} models are too few to tell parts apart; at least "
+            f"{method}, {task}: {len(rows)} models are too few to tell parts apart; at least "
             f"{LEAST_POINTS} are needed"
         )
     bits = rows[[f"bits_{part}" for part in parts]].to_numpy(float)
     quality = rows[f"{task}/{metric}"].to_numpy(float)
     if metric == "perplexity":
         quality = np.log(quality)
-    if not np.isfinite(quality).all() or np.ptp(quality) == 0:
-        raise ValueError(f"{method}: {task}/{metric} is the same for all models, or not finite")
+    if np.ptp(quality) == 0:
+        raise ValueError(f"{method}, {task}: {metric} is the same for all models")
     forest = _forest(bits, quality, oob_score=True)
     spread = np.array(
         [
@@ -149,7 +154,8 @@ def analyse(
 def losses_together(points: pd.DataFrame, method: str, task: str, metric: str) -> pd.DataFrame:
     """What two components lose alone and together, at each bit width: whether losses add up.
 
-    :param points: rows of a study with columns ``component``, ``bits`` and ``{task}/{metric}``
+    :param points: rows of a study with columns ``component``, ``block``, ``kind``, ``bits`` and
+        ``{task}/{metric}``
     :return: columns ``bits``, ``pair``, ``alone`` (the sum of both alone), ``together`` (both
         quantized, a third component not) and ``ratio``; losses are differences from the original,
         of perplexities in logarithms
@@ -158,8 +164,10 @@ def losses_together(points: pd.DataFrame, method: str, task: str, metric: str) -
     values = np.log(points[column]) if metric == "perplexity" else points[column]
     values = values if lower_is_better(metric) else -values
     rows = points.assign(loss=values - values[points.method == "original"].iloc[0])
-    rows = rows[rows.method == method].sort_values("bits_per_weight")
-    whole = rows.groupby(["bits", "component"]).first().loss  # all layers of the components
+    rows = rows[rows.method == method]
+    for column in ("block", "kind"):  # all layers of the components
+        rows = rows[rows[column] == max(rows[column], key=len, default="")]
+    whole = rows.set_index(["bits", "component"]).loss
     found = []
     for (bits, pair), together in whole.items():
         members = pair.split("+")

@@ -68,7 +68,7 @@ def grid(method: str, layers: Mapping[str, Layer]) -> list[Configuration]:
 
     ``uniform``: every width for every subset of components, of block groups and of layer types;
     others: for every subset of components, or as ``uniform`` where there is but one. Subsets that
-    quantize the same layers count once.
+    quantize the same layers count once, by the largest of their names.
 
     :param layers: all layers, by name
     """
@@ -84,7 +84,7 @@ def grid(method: str, layers: Mapping[str, Layer]) -> list[Configuration]:
                     one = Configuration(method, bits, component, block, kind)
                     taken = frozenset(name for name, each in layers.items() if one.takes(each.part))
                     if taken:
-                        found.setdefault((bits, taken), one)
+                        found[bits, taken] = one
     return list(found.values())
 
 
@@ -122,20 +122,21 @@ def features(
     return found
 
 
-def space_filling(points: np.ndarray) -> list[int]:
-    """An order in which every beginning covers the points well: the first is the one farthest from
-    the middle, each next one the farthest from all before it (Gonzalez' k-center).
+def space_filling(points: np.ndarray, first: Sequence[int]) -> list[int]:
+    """An order in which every beginning covers the points well: each one is the farthest from all
+    before it (Gonzalez' k-center).
 
     :param points: (points, dimensions); each dimension counts by its own range
+    :param first: those that come first, at least one
     """
     spread = np.ptp(points, axis=0)
     scaled = (points - points.min(axis=0)) / np.where(spread > 0, spread, 1)
-    order = [int(np.linalg.norm(scaled - scaled.mean(axis=0), axis=1).argmax())]
     nearest = np.full(len(scaled), np.inf)
+    order: list[int] = []
     while len(order) < len(scaled):
+        order.append(first[len(order)] if len(order) < len(first) else int(nearest.argmax()))
         nearest = np.minimum(nearest, np.linalg.norm(scaled - scaled[order[-1]], axis=1))
-        nearest[order[-1]] = -1
-        order.append(int(nearest.argmax()))
+        nearest[order] = -1
     return order
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
-from compressed_tensors.offload import disable_onloading
+from compressed_tensors.offload import disable_onloading, remove_dispatch
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from llmcompressor import oneshot
@@ -19,7 +19,7 @@ from casp_plugin.components import LANGUAGE, component_of, outside_language
 from casp_plugin.modifiers.awq import awq_mappings
 from casp_plugin.schemes import weight_args
 
-__all__ = ["changed_by", "language_mappings", "uniform"]
+__all__ = ["changed_by", "mappings_of", "uniform"]
 
 #: norms of vision towers and what reads them: CLIP and SigLIP; BLIP-2; Qwen2-VL and its heirs
 _VISION_MAPPINGS = [
@@ -68,6 +68,7 @@ def changed_by(
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     set_seed(seed)
     oneshot(model=model, recipe=_recipe(method, model, names, bits, group_size), dataset=batches)
+    remove_dispatch(model)  # else what is written below goes into copies on the accelerator
     for name in names:
         layer = model.get_submodule(name)
         rounded = fake_quantize(
@@ -92,19 +93,20 @@ def _recipe(
     groups = {"config_groups": {"group_0": scheme}}
     if method == "gptq":
         return [GPTQModifier(**groups)]
-    components = {component_of(name) for name in names}
-    speaks = LANGUAGE in components
-    mappings = language_mappings(model) if speaks else _vision_mappings(model, names)
+    mappings = mappings_of(model, names)
     scaled = [AWQModifier(mappings=mappings)] if mappings else []
     return [*scaled, QuantizationModifier(**groups)]
 
 
-def language_mappings(model: nn.Module) -> list[AWQMapping]:
-    """What AWQ scales in a language model, or in that of a multimodal model.
+def mappings_of(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]:
+    """What AWQ scales for some layers; empty where nothing is known, so that it rounds to nearest.
 
-    :raises ValueError: if llm-compressor does not know
+    :param names: of the layers, all of one component
+    :raises ValueError: if llm-compressor does not know the language model
     """
-    return awq_mappings(model, outside_language(name for name, _ in model.named_modules()))
+    if component_of(names[0]) == LANGUAGE:
+        return awq_mappings(model, outside_language(name for name, _ in model.named_modules()))
+    return _vision_mappings(model, names)
 
 
 def _vision_mappings(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]:

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from loguru import logger
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -34,7 +36,7 @@ from casp_plugin.sensitivity.grid import (
     grid,
     space_filling,
 )
-from casp_plugin.sensitivity.rounding import changed_by, language_mappings, uniform
+from casp_plugin.sensitivity.rounding import changed_by, mappings_of, uniform
 from casp_plugin.units import matched_linears
 
 __all__ = [
@@ -143,7 +145,8 @@ class Study:
         done = {_key(row) for row in rows}
         original = Configuration("original", self.dtype.itemsize * 8, (), (), ())
         wanted = [one for one in (original, *configurations) if _key(one.row()) not in done]
-        wanted.sort(key=lambda one: (one.method != "original", one.method, one.bits))
+        methods = list(dict.fromkeys(one.method for one in wanted))
+        wanted.sort(key=lambda one: (methods.index(one.method), one.bits))  # what shares weights
         progress = tqdm(total=len(wanted), desc="Models scored", smoothing=0)
         with self._scoring() as score, progress:
             for (method, bits), group in groupby(wanted, key=lambda one: (one.method, one.bits)):
@@ -204,6 +207,7 @@ class Study:
             if not path.exists():
                 with whole_file(path) as partly:
                     save_file(self._changed(method, bits, cell), partly)
+        _check_apart(method, files)
         yield files
         shutil.rmtree(folder)
 
@@ -248,11 +252,7 @@ class _Scorer:
                 self.tensors[name].copy_(self.original[name])
 
 
-def find_layers(
-    model: nn.Module,
-    ignore: Sequence[str],
-    patterns: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Layer]:
+def find_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, Layer]:
     """Linear layers that a study may quantize; experts become linear layers.
 
     :param model: on the meta device, or with weights
@@ -261,7 +261,7 @@ def find_layers(
     """
     linearize_experts(model)
     linears = matched_linears(model, ["Linear"], list(ignore), "--ignore")
-    parts = find_parts(model, linears, patterns)
+    parts = find_parts(model, linears)
     return {name: Layer(parts[name], tuple(each.weight.shape)) for name, each in linears.items()}
 
 
@@ -283,9 +283,11 @@ def check_method(
                 f"--group-size {group_size} does not divide the {columns} columns of {name}: give "
                 "another, or leave the layer out by --ignore"
             )
-    if method == "awq":
+    for component in levels((layer.part for layer in layers.values()), "component"):
+        names = [name for name, each in layers.items() if each.part.component == component]
         try:
-            language_mappings(model)
+            if method == "awq" and not mappings_of(model, names):
+                logger.warning(f"AWQ finds nothing to scale in {component}: rounded to nearest")
         except ValueError as error:
             raise ValueError(f"--methods awq: {error}") from None
 
@@ -297,8 +299,8 @@ def points_of(
     group_size: int,
     most: int | None = None,
 ) -> list[Configuration]:
-    """The models of a study. With fewer than all, those that cover the grids best, as many of each
-    method as it has; a larger number adds to those of a smaller one.
+    """The models of a study. With fewer than all, whole components and then those that cover the
+    grids best, as many of each method as it has; a larger number adds to those of a smaller one.
 
     :param methods: some of ``METHODS``
     :param most: of all methods together; None for all
@@ -307,7 +309,9 @@ def points_of(
     for method in methods:
         found = grid(method, layers)
         made = [list(features(one, layers, dtype, group_size).values()) for one in found]
-        orders.append([found[i] for i in space_filling(np.array(made))])
+        widest = max(len(one.block) + len(one.kind) for one in found)
+        whole = [i for i, one in enumerate(found) if len(one.block) + len(one.kind) == widest]
+        orders.append([found[i] for i in space_filling(np.array(made), whole)])
     taken_in_turns = filter(None, chain.from_iterable(zip_longest(*orders)))
     return list(islice(taken_in_turns, most))
 
@@ -320,7 +324,27 @@ def processes_of(wanted: int, model_bytes: int) -> int:
     """
     one = _COPIES * model_bytes
     spare = psutil.virtual_memory().available - one  # of what makes the weights
-    return max(1, min(wanted, int(spare // one)))
+    allowed = [wanted, int(spare // one)]
+    if torch.cuda.is_available():
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+        # a model and what runs through it; on the first device another one is quantized
+        allowed.append(sum(int(each // (2 * model_bytes)) for each in free) - 1)
+    return max(1, min(allowed))
+
+
+def _check_apart(method: str, files: Mapping[str, Path]) -> None:
+    """
+    :raises ValueError: if two cells change one tensor, so that they do not go together
+    """
+    owners = {}
+    for cell, path in files.items():
+        with safe_open(path, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  not a dict
+                if owners.setdefault(name, cell) != cell:
+                    raise ValueError(
+                        f"--methods {method}: {name} is changed for {owners[name]} and for {cell}, "
+                        "which this model cannot have apart: leave the method out"
+                    )
 
 
 def _load(model: str) -> nn.Module:

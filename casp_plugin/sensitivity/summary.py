@@ -31,16 +31,15 @@ def analyse_all(points: pd.DataFrame, parts: Sequence[Part], metric: str) -> lis
     :param parts: of its layers
     """
     wanted = []
-    for axis in AXES:
+    for axis, field in AXES.items():
         found = levels(parts, axis)
-        for method in dict.fromkeys(points.method[points.method != "original"]):
-            varied = [level for level in found if points[f"bits_{level}"].nunique() > 1]
-            if len(varied) > 1:
-                wanted += [(method, task, axis, varied) for task in tasks_of(points, metric)]
+        for method, rows in points[points.method != "original"].groupby("method", sort=False):
+            if len(found) > 1 and rows[field].nunique() > 1:
+                wanted += [(method, task, axis, found) for task in tasks_of(points, metric)]
     made = []
-    for method, task, axis, varied in tqdm(wanted, desc="Forests", leave=False):
+    for method, task, axis, found in tqdm(wanted, desc="Forests", leave=False):
         try:
-            made.append(analyse(points, method, task, metric, axis, varied))
+            made.append(analyse(points, method, task, metric, axis, found))
         except ValueError as error:
             logger.warning(f"{axis}s: {error}; left out")
     return made
