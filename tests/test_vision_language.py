@@ -141,12 +141,18 @@ def test_awq_without_factors(family, tmp_path):
     assert all("language_model" in name for name in scaled)
 
 
-def test_awq_without_mappings(tmp_path):
-    """OPT's norms have names of their own: said before anything runs."""
-    with pytest.raises(
-        ValueError, match=r"AWQModifier.mappings: llm-compressor knows none for Blip2"
-    ):
-        compress(tmp_path, "blip-2", AWQModifier(), QuantizationModifier())
+def test_awq_of_opt(tmp_path):
+    """llm-compressor has no mappings for it."""
+    model, batch = compress(tmp_path, "blip-2", AWQModifier(), QuantizationModifier())
+    before = AutoModelForImageTextToText.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    layers = [f"language_model.model.decoder.layers.{i}" for i in range(2)]
+    norms = [f"{layer}.{n}_layer_norm.weight" for layer in layers for n in ("self_attn", "final")]
+    own = dict(model.named_parameters())
+    known = {n: p for n, p in before.named_parameters() if "norm" in n and n in own}
+    assert {n for n, p in known.items() if not torch.equal(p, own[n])} == set(norms)
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
 
 
 def test_language_only_is_the_default(tmp_path):

@@ -225,7 +225,7 @@ class BitAllocationModifier(CaspModifier):
         if self.solver == "closed_form" and self._fisher:
             raise ValueError(
                 "solver closed_form needs one importance a layer: use block_influence, uniform or "
-                "a mapping; fisher and studies go with solver exact"
+                "a mapping; fisher goes with solver exact, and so does a study"
             )
         return self
 
