@@ -189,16 +189,36 @@ def test_bytes_are_what_codes_and_scales_take():
     assert layer.nbytes < 0.16 * (keys.nbytes + values.nbytes)
 
 
-def test_appending_takes_no_longer_with_length():
-    """Stored codes are neither moved nor copied."""
-    keys, values = states(tokens=8)
-    layer = layer_of("kcvt:bits=2,g=8")
-    layer.update(keys, values)
-    before = [tensor.data_ptr() for tensor in layer.stored[0][0].tensors]
-    for _ in range(20):
-        layer.update(keys, values)
-    assert [tensor.data_ptr() for tensor in layer.stored[0][0].tensors] == before
-    assert len(layer.stored) == 21
+@pytest.mark.parametrize(
+    "name", [each for each in SCHEMES if not CacheScheme.parse(each).by_prompt]
+)
+def test_appending_takes_no_longer_with_length(name):
+    """Stored codes move once, when sixteen pieces become one, and say the same as before."""
+    layer = layer_of(name)
+    tokens = layer.scheme.residual
+    keys, values = states(tokens=40 * tokens)
+    whole = layer_of(name)
+    whole.update(keys, values)
+    for piece in zip(keys.split(tokens, dim=2), values.split(tokens, dim=2), strict=True):
+        layer.update(*piece)
+        if layer.cumulative_length == 16 * tokens:
+            first = layer.stored[0]
+    assert layer.stored[0] is first
+    assert [pair[0].tokens for pair in layer.stored] == [16 * tokens, 16 * tokens] + 8 * [tokens]
+    assert layer.nbytes == whole.nbytes
+    for ours, theirs in zip(layer._read(), whole._read(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_codes_that_end_inside_a_byte_stay_apart():
+    keys, values = states(tokens=40, heads=1, channels=3)
+    layer, whole = layer_of("kcvt:bits=3,g=1,residual=1"), layer_of("kcvt:bits=3,g=1,residual=1")
+    whole.update(keys, values)
+    for piece in zip(keys.split(1, dim=2), values.split(1, dim=2), strict=True):
+        layer.update(*piece)
+    assert len(layer.stored) == 40
+    for ours, theirs in zip(layer._read(), whole._read(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])

@@ -12,10 +12,14 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from casp_plugin.kv_cache.quantization import Codes, Plain, encode
+from casp_plugin.kv_cache.quantization import Codes, Plain, encode, joined
 from casp_plugin.kv_cache.schemes import CacheScheme, TensorScheme
 
 __all__ = ["CompressedCache", "CompressedLayer"]
+
+
+#: pieces of a residual that become one: fewer are read, and every token moves once
+_JOINED = 16
 
 
 class CompressedCache(Cache):
@@ -186,6 +190,12 @@ class CompressedLayer(DynamicLayer):
             pair = zip(waiting, tensors, strict=True)
             self.stored.append(tuple(encode(each, self._grouped(how, whole)) for each, how in pair))
             count -= length
+        last = self.stored[-_JOINED:]
+        alike = all(pair[0].tokens == residual for pair in last)
+        if len(last) == _JOINED and alike and not self.is_sliding:
+            pair = tuple(map(joined, zip(*last, strict=True)))
+            if None not in pair:
+                self.stored[-_JOINED:] = [pair]
 
     def _taken(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first tokens of those that wait, which are no longer theirs."""

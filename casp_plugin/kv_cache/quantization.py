@@ -9,14 +9,14 @@ min and delta are stored in 16 bits, rounded so that the range still holds every
 stays within delta / 2, of values within those of float16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from casp_plugin.kv_cache.schemes import TensorScheme
 
-__all__ = ["Codes", "Plain", "encode", "pack", "unpack"]
+__all__ = ["Codes", "Plain", "encode", "joined", "pack", "unpack"]
 
 #: fields of a byte that hold the bits of a code: its lowest ones first
 _PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
@@ -128,6 +128,37 @@ def encode(values: torch.Tensor, scheme: TensorScheme) -> Codes | Plain:
     return Codes(planes, low, delta, outliers, tuple(values.shape[1:]), scheme)
 
 
+def joined(pieces: Sequence[Codes] | Sequence[Plain]) -> Codes | Plain | None:
+    """Pieces of as many tokens each, that follow one another, as one.
+
+    None where they do not go together: scales of a whole piece, or codes that end inside a byte.
+    """
+    first = pieces[0]
+    if isinstance(first, Plain):
+        return Plain(torch.cat([each.values for each in pieces], dim=2))
+    heads, tokens, channels = first.shape
+    count = heads * tokens * channels
+    whole = first.scheme.axis != "token" and first.scheme.group is None
+    inside = any(count * width % 8 for width in _PLANES[first.scheme.bits])
+    if whole or inside or any(each.scheme != first.scheme for each in pieces):
+        return None
+
+    def together(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(parts), dim=1)
+
+    outliers = None
+    if first.outliers is not None:
+        outliers = tuple(map(together, zip(*(each.outliers for each in pieces), strict=True)))
+    return Codes(
+        tuple(map(together, zip(*(each.planes for each in pieces), strict=True))),
+        together(each.low for each in pieces),
+        together(each.delta for each in pieces),
+        outliers,
+        (heads, tokens * len(pieces), channels),
+        first.scheme,
+    )
+
+
 def pack(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
     """Codes in as many bits as they have.
 
@@ -166,15 +197,16 @@ def _shifts(width: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped(values: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
-    """Values as (sequences, groups, values of a group)."""
+    """Values as (sequences, groups, values of a group); groups of later tokens come later."""
     tokens, channels = values.shape[2:]
     if scheme.axis == "token":
         scheme.check_channels(channels)
-        return values.reshape(len(values), -1, min(scheme.group or channels, channels))
+        size = min(scheme.group or channels, channels)
+        return values.transpose(1, 2).reshape(len(values), -1, size)
     # tokens of a group last: (sequences, heads, groups, tokens, channels)
     parts = values.unflatten(2, (-1, scheme.group or tokens))
     if scheme.axis == "channel":
-        return parts.transpose(3, 4).flatten(1, 3)
+        return parts.permute(0, 2, 1, 4, 3).flatten(1, 3)
     return parts.transpose(1, 2).flatten(2).contiguous()
 
 
@@ -182,10 +214,11 @@ def _ungrouped(groups: torch.Tensor, shape: tuple, scheme: TensorScheme) -> torc
     """The inverse of :func:`_grouped`."""
     heads, tokens, channels = shape
     if scheme.axis == "token":
-        return groups.reshape(len(groups), heads, tokens, channels)
+        return groups.reshape(len(groups), tokens, heads, channels).transpose(1, 2)
     size = scheme.group or tokens
     if scheme.axis == "channel":
-        parts = groups.view(len(groups), heads, tokens // size, channels, size).transpose(3, 4)
+        parts = groups.view(len(groups), tokens // size, heads, channels, size)
+        parts = parts.permute(0, 2, 1, 4, 3)
     else:
         parts = groups.view(len(groups), tokens // size, heads, size, channels).transpose(1, 2)
     return parts.reshape(len(groups), heads, tokens, channels)
