@@ -140,7 +140,8 @@ class ParetoPoint(_Model):
 
     :param component: that the budget is for; None for all together
     :param average_bits: over the units' original weights, everything counted
-    :param error: importance x error summed over the units
+    :param error: importance x error summed over the units; by the importance of a study, over
+        that at the fewest bits
     """
 
     component: str | None = None
