@@ -20,8 +20,8 @@ $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/python $(VLM_PARTS)/assemble.py $(<D) $(@D)
 
 .PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm bench-kv \
-  bench-sensitivity bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill report ablation fuzz \
-  test-ranks clean
+  bench-sensitivity bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill \
+  report ablation fuzz test-ranks clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -123,9 +123,7 @@ bench-sparsity: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/sparsity.py $(<D) $(VLM_PARTS)/data/calib.parquet $(DATA)/calibration.jsonl \
 	  benchmarks/results/sparsity.md benchmarks/results/sparsity.png
 
-# one model at many sizes; tables, pictures and the card of one of them. Pictures of the page take
-# chromium
-SWEEP := $(DEMO)/sweep
+# which parts of the small model that sees can take fewer bits, and bits by that
 STUDY := $(DEMO)/sensitivity
 bench-sensitivity: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/sensitivity.py questions $(VLM_PARTS)/data/test_public.parquet $(STUDY)
@@ -140,6 +138,9 @@ bench-sensitivity: $(DEMO)/small-vlm/config.json
 	  --dataset $(VLM_PARTS)/data/calib.parquet --heldout $(STUDY)/heldout.parquet \
 	  --table benchmarks/results/small_vlm_allocation.md
 
+# one model at many sizes; tables, pictures and the card of one of them. Pictures of the page take
+# chromium
+SWEEP := $(DEMO)/sweep
 bench-sweep: $(DEMO)/SmolLM2-135M-Instruct/config.json
 	$(BIN)/casp sweep $(<D) --recipe recipes/smollm2/casp_2.28.yaml \
 	  $(foreach b,2.28 2.56 3.30,--recipe recipes/smollm2/uniform_$(b).yaml) \
@@ -185,13 +186,13 @@ bench-kill: $(DEMO)/SmolLM2-135M-Instruct/config.json
 KV = $(BIN)/python benchmarks/kv_cache.py
 bench-kv: $(DEMO)/SmolLM2-135M-Instruct/config.json $(DEMO)/small-vlm/config.json
 	$(BIN)/pip install --quiet optimum-quanto
-	for recipe in uniform casp; do $(BIN)/python benchmarks/compress.py $< \
+	for recipe in uniform casp; do $(BIN)/python benchmarks/compress.py $(<D) \
 	  recipes/smollm2/$${recipe}_2.56.yaml $(DEMO)/kv/$${recipe}_2.56 --dataset $(DATA)/calibration.jsonl; done
-	$(KV) text $< --heldout $(DATA)/test_public.jsonl --weights GPTQ=$(DEMO)/kv/uniform_2.56 \
+	$(KV) text $(<D) --heldout $(DATA)/test_public.jsonl --weights GPTQ=$(DEMO)/kv/uniform_2.56 \
 	  --weights casp+GPTQ=$(DEMO)/kv/casp_2.56 --table benchmarks/results/smollm2_kv_cache.md
 	$(KV) images $(DEMO)/small-vlm --heldout $(VLM_PARTS)/data/test_public.parquet \
 	  --table benchmarks/results/small_vlm_kv_cache.md
-	$(KV) speed $< --table benchmarks/results/kv_cache_speed.md
+	$(KV) speed $(<D) --table benchmarks/results/kv_cache_speed.md
 test-ranks: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -m slow tests/test_ranks.py
 fuzz: $(BIN)/.ready

@@ -23,7 +23,7 @@ from casp_plugin.evaluation.answers import AnswerScores, evaluate_answers
 from casp_plugin.evaluation.results import compare
 from casp_plugin.image_text import load_conversations
 from casp_plugin.models import bytes_on_disk, load_model
-from casp_plugin.plan import CompressionPlan
+from casp_plugin.plan import Budget, CompressionPlan
 
 app = typer.Typer(add_completion=False)
 CAPTION, OTHERS = "caption", "vqa"
@@ -96,10 +96,10 @@ COLUMNS = (
 def _bits(plan: CompressionPlan) -> str:
     """Average bits of each component."""
     found = {}
-    for unit in plan.units:
-        spent, weights = found.get(unit.component, (0, 0))
-        found[unit.component] = (spent + unit.choice.bytes * 8, weights + unit.weights)
-    return ", ".join(f"{name} {spent / weights:.2f}" for name, (spent, weights) in found.items())
+    for component in dict.fromkeys(unit.component for unit in plan.units):
+        units = [unit for unit in plan.units if unit.component == component]
+        found[component] = Budget(component, plan.average_bits, units).reached_bits
+    return ", ".join(f"{name} {bits:.2f}" for name, bits in found.items())
 
 
 def _cells(scores: dict[str, AnswerScores], before: dict[str, AnswerScores] | None) -> list[str]:

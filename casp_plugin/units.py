@@ -16,8 +16,17 @@ from torch import nn
 
 from casp_plugin.modules import LowRankLinear, named_linears
 
-__all__ = ["Unit", "decoder_layers", "find_units", "matched_linears", "reading_together"]
+__all__ = [
+    "OUTPUT_HEAD",
+    "Unit",
+    "decoder_layers",
+    "find_units",
+    "matched_linears",
+    "reading_together",
+]
 
+#: what no bits are chosen for unless told
+OUTPUT_HEAD = "re:(.*[.])?lm_head$"
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 

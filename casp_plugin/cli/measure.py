@@ -17,6 +17,7 @@ from casp_plugin.cli.options import (
     QuestionColumn,
     Seed,
     Split,
+    TaskColumn,
     VideoColumn,
     console,
 )
@@ -40,9 +41,7 @@ def evaluate(
     video_column: VideoColumn = None,
     question_column: QuestionColumn = "question",
     answer_column: AnswerColumn = "answer",
-    task_column: Annotated[
-        str | None, typer.Option(help="Column that tells kinds of questions apart.")
-    ] = None,
+    task_column: TaskColumn = None,
     split: Split = "test",
     dataset_config: ConfigName = None,
     samples: Annotated[int, typer.Option(help="Texts or questions at most.", min=1)] = 512,

@@ -39,6 +39,15 @@ Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
 ConfigName = Annotated[
     str | None, typer.Option("--dataset-config", help="Configuration of a hub dataset.")
 ]
+TaskColumn = Annotated[
+    str | None,
+    typer.Option("--task-column", help="Column that tells kinds of questions apart."),
+]
+Heldout = Annotated[str, typer.Option("--heldout", help="What to score on, in the same columns.")]
+HeldoutSplit = Annotated[str, typer.Option("--heldout-split", help="Split of it.")]
+HeldoutSamples = Annotated[
+    int, typer.Option("--heldout-samples", help="Texts or questions at most.", min=1)
+]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]

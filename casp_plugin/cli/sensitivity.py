@@ -12,6 +12,9 @@ from casp_plugin.cli.options import (
     AnswerColumn,
     Column,
     ConfigName,
+    Heldout,
+    HeldoutSamples,
+    HeldoutSplit,
     ImageColumn,
     Length,
     Model,
@@ -19,6 +22,7 @@ from casp_plugin.cli.options import (
     Samples,
     Seed,
     Split,
+    TaskColumn,
     VideoColumn,
     console,
 )
@@ -37,11 +41,9 @@ def sensitivity(
     dataset: Annotated[
         str, typer.Option("--dataset", "--data", help="What GPTQ and AWQ are calibrated on.")
     ] = "bundled",
-    heldout: Annotated[
-        str, typer.Option(help="What to score on, in the same columns.")
-    ] = "bundled-heldout",
-    heldout_split: Annotated[str, typer.Option(help="Split of it.")] = "test",
-    heldout_samples: Annotated[int, typer.Option(help="Texts or questions at most.", min=1)] = 128,
+    heldout: Heldout = "bundled-heldout",
+    heldout_split: HeldoutSplit = "test",
+    heldout_samples: HeldoutSamples = 128,
     metric: Annotated[
         str,
         typer.Option(
@@ -69,9 +71,7 @@ def sensitivity(
     video_column: VideoColumn = None,
     question_column: QuestionColumn = "question",
     answer_column: AnswerColumn = "answer",
-    task_column: Annotated[
-        str | None, typer.Option(help="Column that tells tasks apart, which are analysed apart.")
-    ] = None,
+    task_column: TaskColumn = None,
     split: Split = "train",
     dataset_config: ConfigName = None,
     samples: Samples = 128,
@@ -88,6 +88,7 @@ def sensitivity(
     sensitivity.md, pictures, and sensitivity.json for BitAllocationModifier(importance: ...).
     """
     from casp_plugin.machine import installed_versions
+    from casp_plugin.sensitivity.grid import UNIFORM
     from casp_plugin.sensitivity.study import (
         Calibration,
         Judged,
@@ -99,11 +100,12 @@ def sensitivity(
     )
     from casp_plugin.sensitivity.summary import analyse_all, summarise
     from casp_plugin.sweep import begin
+    from casp_plugin.units import OUTPUT_HEAD
 
     if metric not in METRICS:
         raise ValueError(f"--metric {metric!r} must be one of {', '.join(METRICS)}")
     bare = skeleton(model)
-    layers = find_layers(bare, ignore or ["re:(.*[.])?lm_head$"])
+    layers = find_layers(bare, ignore or [OUTPUT_HEAD])
     wanted = list(dict.fromkeys(method.strip() for method in methods.split(",")))
     for method in wanted:
         check_method(method, bare, layers, group_size)
@@ -122,7 +124,7 @@ def sensitivity(
         tokenizer = getattr(processor, "tokenizer", processor)
         data = {"texts": tuple(judged.texts(tokenizer, heldout_samples, seed)["text"])}
     batches = None
-    if set(wanted) - {"uniform"}:
+    if set(wanted) - {UNIFORM}:
         batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
     facts = {
         "model": model,

@@ -17,6 +17,9 @@ from casp_plugin.cli.options import (
     AnswerColumn,
     Column,
     ConfigName,
+    Heldout,
+    HeldoutSamples,
+    HeldoutSplit,
     ImageColumn,
     Length,
     Model,
@@ -49,11 +52,9 @@ def sweep(
     output: Annotated[
         Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")
     ],
-    heldout: Annotated[
-        str, typer.Option(help="What to score on, in the same columns.")
-    ] = "bundled-heldout",
-    heldout_split: Annotated[str, typer.Option(help="Split of it.")] = "test",
-    heldout_samples: Annotated[int, typer.Option(help="Texts or questions at most.", min=1)] = 512,
+    heldout: Heldout = "bundled-heldout",
+    heldout_split: HeldoutSplit = "test",
+    heldout_samples: HeldoutSamples = 512,
     text_column: Column = "text",
     image_column: ImageColumn = "image",
     video_column: VideoColumn = None,

@@ -14,8 +14,7 @@ from torch import nn
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modules import LowRankLinear
 
-__all__ = ["awq_mappings", "point_awq", "register"]
-
+__all__ = ["awq_mappings", "exactly", "point_awq", "register"]
 
 #: what llm-compressor has no mappings for, by the class of its layers
 _MORE = {
@@ -47,7 +46,7 @@ def awq_mappings(model: nn.Module, outside: Sequence[str]) -> list[AWQMapping]:
         return module.down if module.latent_of is None else None
 
     def exact(module: nn.Module) -> str:
-        return f"re:^{re.escape(names[module])}$"
+        return exactly(names[module])
 
     def pointed(mapping: AWQMapping) -> list[AWQMapping]:
         patterns = (mapping.smooth_layer, *mapping.balance_layers)
@@ -72,6 +71,11 @@ def awq_mappings(model: nn.Module, outside: Sequence[str]) -> list[AWQMapping]:
     more = [mapping for kind, mappings in _MORE.items() if kind in kinds for mapping in mappings]
     known = more or get_layer_mappings_from_model(model)
     return [mapping for one in known for mapping in pointed(one)]
+
+
+def exactly(name: str) -> str:
+    """A pattern of llm-compressor's that one module matches."""
+    return f"re:^{re.escape(name)}$"
 
 
 def point_awq(modifier: CaspModifier, model: nn.Module, following: list[Modifier]) -> None:

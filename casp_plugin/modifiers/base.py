@@ -28,12 +28,7 @@ from torch import nn
 
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
-from casp_plugin.components import (
-    LANGUAGE,
-    component_of,
-    find_components,
-    outside_language,
-)
+from casp_plugin.components import LANGUAGE, component_of, find_components, outside_language
 from casp_plugin.estimate import Data, Estimate, estimate
 from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
 from casp_plugin.machine import trim_memory

@@ -14,12 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.allocation import (
-    choose,
-    closed_form_bits,
-    distance_costs,
-    pareto,
-)
+from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.components import LANGUAGE
 from casp_plugin.coupling import Coupled
 from casp_plugin.latent import Latent
@@ -44,7 +39,7 @@ from casp_plugin.schemes import weight_args
 from casp_plugin.shares import Sensitivity
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
-from casp_plugin.units import Unit, decoder_layers, find_units, matched_linears
+from casp_plugin.units import OUTPUT_HEAD, Unit, decoder_layers, find_units, matched_linears
 
 __all__ = ["BitAllocationModifier"]
 
@@ -130,7 +125,7 @@ class BitAllocationModifier(CaspModifier):
     granularity: Literal["unit", "layer", "matrix"] = "unit"
     share_layers: int = Field(default=1, ge=1)
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: list[str] = Field(default_factory=lambda: ["re:(.*[.])?lm_head$"])
+    ignore: list[str] = Field(default_factory=lambda: [OUTPUT_HEAD])
 
     _latents: list[Latent] = PrivateAttr(default_factory=list)
     _rank_multiple: int = PrivateAttr(default=1)

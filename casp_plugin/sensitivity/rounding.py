@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from casp_plugin.components import LANGUAGE, component_of, outside_language
-from casp_plugin.modifiers.awq import awq_mappings
+from casp_plugin.modifiers.awq import awq_mappings, exactly
 from casp_plugin.schemes import weight_args
 
 __all__ = ["changed_by", "mappings_of", "uniform"]
@@ -120,10 +120,6 @@ def _vision_mappings(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]
                     if re.fullmatch(norm, child):
                         readers.setdefault(f"{block[1]}.{child}", []).append(name)
     return [
-        AWQMapping(_exactly(norm), [_exactly(name) for name in found])
+        AWQMapping(exactly(norm), [exactly(name) for name in found])
         for norm, found in readers.items()
     ]
-
-
-def _exactly(name: str) -> str:
-    return f"re:^{re.escape(name)}$"

@@ -138,7 +138,8 @@ class Study:
     def run(self, configurations: Sequence[Configuration]) -> pd.DataFrame:
         """Score the models that are not there yet, the original first.
 
-        :return: all rows of the folder; columns as in :func:`points_of`
+        :return: all rows of the folder: columns of ``Configuration.row``, of ``features`` and of
+            ``Judged.scores``
         """
         path = self.folder / POINTS_NAME
         rows = pd.read_parquet(path).to_dict("records") if path.exists() else []

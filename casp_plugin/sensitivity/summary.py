@@ -18,7 +18,7 @@ from casp_plugin.records import save_records
 from casp_plugin.sensitivity.analysis import Analysis, analyse, losses_together
 from casp_plugin.shares import Sensitivity, Shares, shares_of
 
-__all__ = ["ANALYSES_NAME", "SHARES_NAME", "analyse_all", "summarise"]
+__all__ = ["analyse_all", "summarise"]
 
 ANALYSES_NAME, SHARES_NAME, TABLES_NAME = "analysis.json", "sensitivity.json", "sensitivity.md"
 
@@ -35,7 +35,7 @@ def analyse_all(points: pd.DataFrame, parts: Sequence[Part], metric: str) -> lis
         found = levels(parts, axis)
         for method, rows in points[points.method != "original"].groupby("method", sort=False):
             if len(found) > 1 and rows[field].nunique() > 1:
-                wanted += [(method, task, axis, found) for task in tasks_of(points, metric)]
+                wanted += [(method, task, axis, found) for task in _tasks_of(points, metric)]
     made = []
     for method, task, axis, found in tqdm(wanted, desc="Forests", leave=False):
         try:
@@ -45,17 +45,9 @@ def analyse_all(points: pd.DataFrame, parts: Sequence[Part], metric: str) -> lis
     return made
 
 
-def tasks_of(points: pd.DataFrame, metric: str) -> list[str]:
-    """Tasks that were scored by a metric.
-
-    :raises ValueError: if there are none
-    """
-    scored = [column for column in points.columns if "/" in column]
-    found = [c.removesuffix(f"/{metric}") for c in scored if c.endswith(f"/{metric}")]
-    if not found:
-        known = dict.fromkeys(column.rpartition("/")[2] for column in scored)
-        raise ValueError(f"--metric {metric!r}: this data is scored by {', '.join(known)}")
-    return found
+def _tasks_of(points: pd.DataFrame, metric: str) -> list[str]:
+    """Tasks that were scored by a metric."""
+    return [c.removesuffix(f"/{metric}") for c in points.columns if c.endswith(f"/{metric}")]
 
 
 def summarise(
@@ -75,7 +67,7 @@ def summarise(
     for axis in AXES:
         if chosen := [one for one in analyses if one.axis == axis]:
             tables[f"Importance of {axis}s, %"] = _importance_table(chosen)
-    tasks = tasks_of(points, metric)
+    tasks = _tasks_of(points, metric)
     for method in dict.fromkeys(one.method for one in analyses):
         for task in tasks:
             found = losses_together(points, method, task, metric)
