@@ -365,7 +365,8 @@ def frame(loss, levels_=("a", "b", "c"), models=80, method="uniform"):
     bits = rng.choice([2.0, 4, 6, 8, 16], (models, len(levels_)))
     columns = {f"bits_{level}": bits[:, i] for i, level in enumerate(levels_)}
     worse = [loss(*row) for row in 4 * 2.0**-bits]
-    return pd.DataFrame({"method": method, **columns, "t/perplexity": np.exp(worse)})
+    rest = {"block": "", "kind": "", **columns, "t/perplexity": np.exp(worse)}
+    return pd.DataFrame({"method": method, **rest})
 
 
 def told(points, parts=("a", "b", "c")):
@@ -423,6 +424,24 @@ def test_axes_that_a_method_does_not_vary():
     ]
 
 
+def test_a_connector_that_is_always_whole_does_not_tell_for_others():
+    """Its bits are the width of all that is quantized, which those of others, averages, hide."""
+    layers = layers_of("vision", "language") | {
+        "connector": Layer(Part("connector", None, None), (64, 64))
+    }
+    rows = []
+    for one in points_of(["uniform"], layers, torch.bfloat16, 32, 150):
+        worst = any(one.takes(layer.part) for n, layer in layers.items() if "language" in n)
+        found = features(one, layers, torch.bfloat16, 32)
+        rows.append(one.row() | found | {"t/perplexity": math.exp(8 / one.bits if worst else 0)})
+    parts = [layer.part for layer in layers.values()]
+    found = {one.axis: one for one in analyse_all(pd.DataFrame(rows), parts, "perplexity")}
+    assert found["component"].points == 28
+    assert found["component"].parts["connector"].consensus < 0.05
+    assert found["component"].parts["language"].consensus > 0.9
+    assert found["layer type"].points == 150  # thirds and types are told by all models
+
+
 def test_losses_add_up_or_not():
     rows = [
         ("original", 16, "", "", "", 2.0),
@@ -441,6 +460,8 @@ def test_losses_add_up_or_not():
     assert found["alone"] == pytest.approx(math.log(2) + math.log(4))
     assert found["together"] == pytest.approx(math.log(32))
     assert found["ratio"] == pytest.approx(5 / 3)
+    hardly = points.assign(**{"t/perplexity": points["t/perplexity"] ** 0.01})
+    assert losses_together(hardly, "gptq", "t", "perplexity").ratio.isna().all()
     points = points.rename(columns={"t/perplexity": "t/f1"})
     assert losses_together(points, "gptq", "t", "f1").alone.item() == -2 - 6
 

@@ -27,6 +27,8 @@ RESAMPLES = 100
 REPEATS = 50
 #: below this many models nothing is told
 LEAST_POINTS = 12
+#: below this loss a ratio of losses is noise
+LEAST_LOSS = 0.05
 
 
 class Importance(BaseModel):
@@ -84,11 +86,19 @@ def analyse(
     """Importance of parts from the models of one method: three estimates and their mean
     (arXiv 2601.15287, section 4).
 
-    :param points: rows of a study with columns ``bits_{part}`` and ``{task}/{metric}``
+    Components are told by models in which they are quantized as a whole or not at all. Where only
+    some of their layers are, a component without blocks (the connector) is still whole: its bits
+    would tell the width of the other components' layers, which an average hides, and pass for its
+    own importance.
+
+    :param points: rows of a study with columns ``bits_{part}`` and ``{task}/{metric}``, and
+        ``block`` and ``kind`` for components
     :param parts: at least two
     :raises ValueError: if the models are too few, or all alike
     """
     rows = points[points.method == method]
+    if axis == "component":
+        rows = _whole(rows)
     finite = np.isfinite(rows[f"{task}/{metric}"])
     if not finite.all():
         logger.warning(f"{method}: {(~finite).sum()} models without a finite {task}/{metric}")
@@ -157,23 +167,21 @@ def losses_together(points: pd.DataFrame, method: str, task: str, metric: str) -
     :param points: rows of a study with columns ``component``, ``block``, ``kind``, ``bits`` and
         ``{task}/{metric}``
     :return: columns ``bits``, ``pair``, ``alone`` (the sum of both alone), ``together`` (both
-        quantized, a third component not) and ``ratio``; losses are differences from the original,
-        of perplexities in logarithms
+        quantized, a third component not) and ``ratio``, nan where the sum is below
+        ``LEAST_LOSS``; losses are differences from the original, of perplexities in logarithms
     """
     column = f"{task}/{metric}"
     values = np.log(points[column]) if metric == "perplexity" else points[column]
     values = values if lower_is_better(metric) else -values
     rows = points.assign(loss=values - values[points.method == "original"].iloc[0])
-    rows = rows[rows.method == method]
-    for column in ("block", "kind"):  # all layers of the components
-        rows = rows[rows[column] == max(rows[column], key=len, default="")]
-    whole = rows.set_index(["bits", "component"]).loss
+    whole = _whole(rows[rows.method == method]).set_index(["bits", "component"]).loss
     found = []
     for (bits, pair), together in whole.items():
         members = pair.split("+")
         if len(members) == 2 and all((bits, each) in whole for each in members):
             alone = sum(whole[bits, each] for each in members)
-            found.append((bits, pair, alone, together, together / alone))
+            ratio = together / alone if alone >= LEAST_LOSS else np.nan
+            found.append((bits, pair, alone, together, ratio))
     return pd.DataFrame(found, columns=["bits", "pair", "alone", "together", "ratio"])
 
 
@@ -189,6 +197,13 @@ def pareto_front(bits: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarr
     best = np.minimum.accumulate(errors[order])
     first = np.r_[True, best[1:] < best[:-1]]
     return order[first]
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Models in which all layers of a component are quantized, or none."""
+    for column in ("block", "kind"):
+        rows = rows[rows[column] == max(rows[column], key=len, default="")]
+    return rows
 
 
 def _forest(bits: np.ndarray, quality: np.ndarray, seed: int = 0, **more) -> RandomForestRegressor:

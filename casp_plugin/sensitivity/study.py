@@ -138,8 +138,8 @@ class Study:
     def run(self, configurations: Sequence[Configuration]) -> pd.DataFrame:
         """Score the models that are not there yet, the original first.
 
-        :return: all rows of the folder: columns of ``Configuration.row``, of ``features`` and of
-            ``Judged.scores``
+        :return: all rows of the folder, by method: columns of ``Configuration.row``, of
+            ``features`` and of ``Judged.scores``
         """
         path = self.folder / POINTS_NAME
         rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
@@ -160,6 +160,8 @@ class Study:
                         with whole_file(path) as partly:
                             pd.DataFrame(rows).to_parquet(partly, index=False)
                         progress.update()
+        order = ["original", *METHODS]
+        rows.sort(key=lambda row: order.index(row["method"]))
         return pd.DataFrame(rows)
 
     def _row(self, one: Configuration) -> dict:

@@ -1,6 +1,7 @@
 """What a study found, in files: analyses, tables, pictures, shares for bit allocation."""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def _together_table(losses: pd.DataFrame) -> Table:
     for column in losses.columns:
         table.add_column(column, justify="left" if column == "pair" else "right")
     for row in losses.itertuples():
-        numbers = (row.alone, row.together, row.ratio)
-        table.add_row(str(row.bits), row.pair, *(f"{number:.3g}" for number in numbers))
+        ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+        table.add_row(str(row.bits), row.pair, f"{row.alone:.3f}", f"{row.together:.3f}", ratio)
     return table
 
 
