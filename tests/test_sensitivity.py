@@ -29,8 +29,20 @@ from casp_plugin.models import bare_model, load_model
 from casp_plugin.parts import AXES, Part, find_parts, levels
 from casp_plugin.schemes import stored_bytes, weight_args
 from casp_plugin.sensitivity import study
-from casp_plugin.sensitivity.analysis import analyse, losses_together, pareto_front
-from casp_plugin.sensitivity.grid import Configuration, Layer, features, grid, space_filling
+from casp_plugin.sensitivity.analysis import (
+    analyse,
+    best_models,
+    losses_together,
+    pareto_front,
+)
+from casp_plugin.sensitivity.grid import (
+    Configuration,
+    Layer,
+    features,
+    grid,
+    space_filling,
+    weights_of,
+)
 from casp_plugin.sensitivity.rounding import changed_by, uniform
 from casp_plugin.sensitivity.study import Calibration, Judged, Study, find_layers, points_of
 from casp_plugin.sensitivity.summary import analyse_all
@@ -370,7 +382,7 @@ def frame(loss, levels_=("a", "b", "c"), models=80, method="uniform"):
 
 
 def told(points, parts=("a", "b", "c")):
-    return analyse(points, "uniform", "t", "perplexity", "component", list(parts))
+    return analyse(points, "uniform", "t", "perplexity", "component", dict.fromkeys(parts, 1 / 3))
 
 
 def test_importance_is_that_of_what_counts():
@@ -414,8 +426,7 @@ def test_axes_that_a_method_does_not_vary():
     for one in points_of(["uniform", "gptq"], layers, torch.bfloat16, 32, 60):
         found = features(one, layers, torch.bfloat16, 32)
         rows.append(one.row() | found | {"t/perplexity": 1 + 8 / found["bits_per_weight"]})
-    parts = [layer.part for layer in layers.values()]
-    found = analyse_all(pd.DataFrame(rows), parts, "perplexity")
+    found = analyse_all(pd.DataFrame(rows), layers, "perplexity")
     assert [(one.method, one.axis) for one in found] == [
         ("uniform", "component"),
         ("gptq", "component"),
@@ -434,8 +445,12 @@ def test_a_connector_that_is_always_whole_does_not_tell_for_others():
         worst = any(one.takes(layer.part) for n, layer in layers.items() if "language" in n)
         found = features(one, layers, torch.bfloat16, 32)
         rows.append(one.row() | found | {"t/perplexity": math.exp(8 / one.bits if worst else 0)})
-    parts = [layer.part for layer in layers.values()]
-    found = {one.axis: one for one in analyse_all(pd.DataFrame(rows), parts, "perplexity")}
+    found = {one.axis: one for one in analyse_all(pd.DataFrame(rows), layers, "perplexity")}
+    shapes = [layer.shape for layer in layers.values()]
+    shares = weights_of(layers, "component")
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["connector"] == pytest.approx(64 * 64 / sum(o * i for o, i in shapes))
+    assert found["component"].parts["connector"].weights == shares["connector"]
     assert found["component"].points == 28
     assert found["component"].parts["connector"].consensus < 0.05
     assert found["component"].parts["language"].consensus > 0.9
@@ -479,6 +494,13 @@ def test_pareto_front(lower):
         )
         same = (bits[front] == bits[i]) & (errors[front] == errors[i])
         assert same.any() != beaten.any()
+
+
+def test_best_models_are_of_one_method_and_the_original():
+    rows = [("original", 16.0, 0.9), ("gptq", 4.0, 0.5), ("gptq", 8.0, 0.5), ("awq", 4.0, 0.8)]
+    points = pd.DataFrame(rows, columns=["method", "bits_per_weight", "t/f1"])
+    found = best_models(points, "gptq", "t", "f1")
+    assert found.to_records(index=False).tolist() == [rows[1], rows[0]]
 
 
 # Bit allocation by a study.
@@ -663,6 +685,8 @@ def test_the_command_on_a_model_that_sees(tmp_path, monkeypatch):
         assert (tmp_path / "again" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     text = (tmp_path / "again" / "sensitivity.md").read_text()
     assert "| uniform | caption | vision" in text
+    assert "Models that no other beats in bits a weight and in perplexity" in text
+    assert "| original | vqa" in text
     analyses = json.loads((tmp_path / "again" / "analysis.json").read_text())
     assert {one["task"] for one in analyses} == {"caption", "vqa"}
 

@@ -152,8 +152,7 @@ def sensitivity(
         allowed,
     )
     points = study.run(configurations)
-    parts = [layer.part for layer in layers.values()]
-    analyses = analyse_all(points, parts, metric)
+    analyses = analyse_all(points, layers, metric)
     versions = ", ".join(f"{name} {each}" for name, each in installed_versions().items())
     note = (
         f"{model}, {len(points)} models, calibrated on {dataset} ({samples} x {max_length} tokens "

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from casp_plugin.sensitivity.analysis import Analysis, lower_is_better, pareto_front
+from casp_plugin.sensitivity.analysis import Analysis, best_models
 
 __all__ = ["draw_importances", "draw_quality"]
 
@@ -24,7 +24,6 @@ def draw_quality(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Fig
     grid = figure.subplots(len(methods), len(tasks), squeeze=False, sharex=True)
     axis = "component" if made.component.nunique() > 1 else "block"
     shown = sorted(set(made[axis]), key=lambda name: (name.count("+"), name))
-    lower = lower_is_better(metric)
     for task, column in zip(tasks, grid.T, strict=True):
         values = points[f"{task}/{metric}"]
         for method, axes in zip(methods, column, strict=True):
@@ -35,14 +34,7 @@ def draw_quality(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Fig
                 axes.scatter(bits, values[chosen], s=12, color=f"C{index}", label=name)
             before = values[points.method == "original"].item()
             axes.axhline(before, linestyle="--", color="gray", linewidth=0.8, label="original")
-            rows = points[inside | (points.method == "original")]
-            front = rows.iloc[
-                pareto_front(
-                    rows.bits_per_weight.to_numpy(),
-                    rows[f"{task}/{metric}"].to_numpy(),
-                    lower,
-                )
-            ]
+            front = best_models(points, method, task, metric)
             axes.step(
                 front.bits_per_weight,
                 front[f"{task}/{metric}"],
@@ -51,7 +43,7 @@ def draw_quality(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Fig
                 linewidth=0.8,
                 label="Pareto front",
             )
-            if lower and values.min() > 0 and values.max() > 10 * values.min():
+            if metric == "perplexity" and values.max() > 10 * values.min():
                 axes.set_yscale("log")
             axes.set_title(f"{task}, {method}", fontsize=10)
             axes.set_ylabel(metric)

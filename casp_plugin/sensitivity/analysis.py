@@ -1,6 +1,6 @@
 """What the scores of a study tell about the parts of the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ __all__ = [
     "Analysis",
     "Importance",
     "analyse",
+    "best_models",
     "losses_together",
-    "lower_is_better",
     "pareto_front",
 ]
 
@@ -34,6 +34,7 @@ LEAST_LOSS = 0.05
 class Importance(BaseModel):
     """How much the bits of one part tell about the quality; shares of 1 among the parts.
 
+    :param weights: share of all weights that it holds
     :param forest: decrease of variance in the trees of a random forest
     :param low: lower end of its 95 % interval over resampled models
     :param high: upper end
@@ -44,6 +45,7 @@ class Importance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    weights: float
     forest: float
     low: float
     high: float
@@ -75,13 +77,13 @@ class Analysis(BaseModel):
     pairs: dict[str, float]
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric of ``casp eval`` is an error."""
-    return metric == "perplexity"
-
-
 def analyse(
-    points: pd.DataFrame, method: str, task: str, metric: str, axis: str, parts: Sequence[str]
+    points: pd.DataFrame,
+    method: str,
+    task: str,
+    metric: str,
+    axis: str,
+    weights: Mapping[str, float],
 ) -> Analysis:
     """Importance of parts from the models of one method: three estimates and their mean
     (arXiv 2601.15287, section 4).
@@ -93,7 +95,7 @@ def analyse(
 
     :param points: rows of a study with columns ``bits_{part}`` and ``{task}/{metric}``, and
         ``block`` and ``kind`` for components
-    :param parts: at least two
+    :param weights: share of all weights that each part holds; at least two parts
     :raises ValueError: if the models are too few, or all alike
     """
     rows = points[points.method == method]
@@ -108,7 +110,7 @@ def analyse(
             f"{method}, {task}: {len(rows)} models are too few to tell parts apart; at least "
             f"{LEAST_POINTS} are needed"
         )
-    bits = rows[[f"bits_{part}" for part in parts]].to_numpy(float)
+    bits = rows[[f"bits_{part}" for part in weights]].to_numpy(float)
     quality = rows[f"{task}/{metric}"].to_numpy(float)
     if metric == "perplexity":
         quality = np.log(quality)
@@ -143,6 +145,7 @@ def analyse(
         fit=float(forest.oob_score_),
         parts={
             part: Importance(
+                weights=share,
                 forest=three[0, i],
                 low=low[i],
                 high=high[i],
@@ -150,12 +153,12 @@ def analyse(
                 shap=three[2, i],
                 consensus=three[:, i].mean(),
             )
-            for i, part in enumerate(parts)
+            for i, (part, share) in enumerate(weights.items())
         },
         pairs={
             f"{one} x {other}": float((together[i, j] + together[j, i]) / together.sum())
-            for i, one in enumerate(parts)
-            for j, other in enumerate(parts)
+            for i, one in enumerate(weights)
+            for j, other in enumerate(weights)
             if i < j
         },
     )
@@ -172,7 +175,7 @@ def losses_together(points: pd.DataFrame, method: str, task: str, metric: str) -
     """
     column = f"{task}/{metric}"
     values = np.log(points[column]) if metric == "perplexity" else points[column]
-    values = values if lower_is_better(metric) else -values
+    values = values if _lower_is_better(metric) else -values
     rows = points.assign(loss=values - values[points.method == "original"].iloc[0])
     whole = _whole(rows[rows.method == method]).set_index(["bits", "component"]).loss
     found = []
@@ -183,6 +186,16 @@ def losses_together(points: pd.DataFrame, method: str, task: str, metric: str) -
             ratio = together / alone if alone >= LEAST_LOSS else np.nan
             found.append((bits, pair, alone, together, ratio))
     return pd.DataFrame(found, columns=["bits", "pair", "alone", "together", "ratio"])
+
+
+def best_models(points: pd.DataFrame, method: str, task: str, metric: str) -> pd.DataFrame:
+    """Rows of one method, and the original, that no other beats in bits a weight and in quality;
+    by rising bits."""
+    rows = points[points.method.isin(("original", method))]
+    quality = rows[f"{task}/{metric}"].to_numpy()
+    return rows.iloc[
+        pareto_front(rows.bits_per_weight.to_numpy(), quality, _lower_is_better(metric))
+    ]
 
 
 def pareto_front(bits: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarray:
@@ -197,6 +210,10 @@ def pareto_front(bits: np.ndarray, quality: np.ndarray, lower: bool) -> np.ndarr
     best = np.minimum.accumulate(errors[order])
     first = np.r_[True, best[1:] < best[:-1]]
     return order[first]
+
+
+def _lower_is_better(metric: str) -> bool:
+    return metric == "perplexity"
 
 
 def _whole(rows: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,16 @@ import torch
 from casp_plugin.parts import AXES, Part, levels
 from casp_plugin.schemes import stored_bytes, weight_args
 
-__all__ = ["METHODS", "UNIFORM", "Configuration", "Layer", "features", "grid", "space_filling"]
+__all__ = [
+    "METHODS",
+    "UNIFORM",
+    "Configuration",
+    "Layer",
+    "features",
+    "grid",
+    "space_filling",
+    "weights_of",
+]
 
 UNIFORM = "uniform"
 #: bit widths of each method (arXiv 2601.15287, sections 3 and 4)
@@ -119,6 +128,20 @@ def features(
         for level in levels(parts, axis):
             inside = [n for n, each in layers.items() if getattr(each.part, field) == level]
             found[f"bits_{level}"] = average(inside)
+    return found
+
+
+def weights_of(layers: Mapping[str, Layer], axis: str) -> dict[str, float]:
+    """Share of all weights that each level of an axis holds.
+
+    :param axis: one of ``AXES``
+    """
+    whole = sum(map(_weights, layers.values()))
+    found = dict.fromkeys(levels((layer.part for layer in layers.values()), axis), 0.0)
+    for layer in layers.values():
+        level = getattr(layer.part, AXES[axis])
+        if level is not None:
+            found[level] += _weights(layer) / whole
     return found
 
 

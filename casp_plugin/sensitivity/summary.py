@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from casp_plugin.drawing.sensitivity import draw_importances, draw_quality
 from casp_plugin.files import write_whole
-from casp_plugin.parts import AXES, Part, levels
+from casp_plugin.parts import AXES
 from casp_plugin.records import save_records
-from casp_plugin.sensitivity.analysis import Analysis, analyse, losses_together
+from casp_plugin.sensitivity.analysis import Analysis, analyse, best_models, losses_together
+from casp_plugin.sensitivity.grid import Layer, weights_of
 from casp_plugin.shares import Sensitivity, Shares, shares_of
 
 __all__ = ["analyse_all", "summarise"]
@@ -24,16 +25,16 @@ __all__ = ["analyse_all", "summarise"]
 ANALYSES_NAME, SHARES_NAME, TABLES_NAME = "analysis.json", "sensitivity.json", "sensitivity.md"
 
 
-def analyse_all(points: pd.DataFrame, parts: Sequence[Part], metric: str) -> list[Analysis]:
+def analyse_all(points: pd.DataFrame, layers: Mapping[str, Layer], metric: str) -> list[Analysis]:
     """Every axis that tells parts apart, for every method and task. What cannot be told is left
     out, with a warning.
 
     :param points: rows of a study
-    :param parts: of its layers
+    :param layers: of the model, by name
     """
     wanted = []
     for axis, field in AXES.items():
-        found = levels(parts, axis)
+        found = weights_of(layers, axis)
         for method, rows in points[points.method != "original"].groupby("method", sort=False):
             if len(found) > 1 and rows[field].nunique() > 1:
                 wanted += [(method, task, axis, found) for task in _tasks_of(points, metric)]
@@ -69,6 +70,9 @@ def summarise(
         if chosen := [one for one in analyses if one.axis == axis]:
             tables[f"Importance of {axis}s, %"] = _importance_table(chosen)
     tasks = _tasks_of(points, metric)
+    tables[f"Models that no other beats in bits a weight and in {metric}"] = _front_table(
+        points, tasks, metric
+    )
     for method in dict.fromkeys(one.method for one in analyses):
         for task in tasks:
             found = losses_together(points, method, task, metric)
@@ -108,7 +112,7 @@ def _shares(analyses: Sequence[Analysis]) -> tuple[str, dict[str, Shares]] | Non
 
 def _importance_table(analyses: Sequence[Analysis]) -> Table:
     table = Table(box=box.MARKDOWN)
-    columns = ("forest [95 %]", "permutation", "SHAP", "consensus", "models", "R2")
+    columns = ("weights", "forest [95 %]", "permutation", "SHAP", "consensus", "models", "R2")
     for column in ("method", "task", "part", *columns):
         table.add_column(column, justify="right" if column in columns else "left")
     for one in analyses:
@@ -117,13 +121,29 @@ def _importance_table(analyses: Sequence[Analysis]) -> Table:
                 one.method,
                 one.task,
                 part,
+                f"{100 * each.weights:.1f}",
                 f"{100 * each.forest:.1f} \\[{100 * each.low:.1f}, {100 * each.high:.1f}]",
                 *(f"{100 * v:.1f}" for v in (each.permutation, each.shap, each.consensus)),
                 str(one.points),
                 f"{one.fit:.2f}",
             )
         for pair, share in one.pairs.items():
-            table.add_row(one.method, one.task, pair, "", "", f"{100 * share:.1f}", "", "", "")
+            shapley = f"{100 * share:.1f}"
+            table.add_row(one.method, one.task, pair, "", "", "", shapley, "", "", "")
+    return table
+
+
+def _front_table(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Table:
+    table = Table(box=box.MARKDOWN)
+    for column in ("method", "task", "bits a weight", metric, "bits", "of"):
+        table.add_column(column, justify="left" if column in ("method", "task", "of") else "right")
+    for method in dict.fromkeys(points.method):
+        for task in tasks:
+            for _, row in best_models(points, method, task, metric).iterrows():
+                if row.method == method:
+                    parts = ", ".join(filter(None, (row[field] for field in AXES.values())))
+                    numbers = (f"{row.bits_per_weight:.2f}", f"{row[f'{task}/{metric}']:.4g}")
+                    table.add_row(method, task, *numbers, str(row.bits), parts)
     return table
 
 
