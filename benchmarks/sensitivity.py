@@ -9,7 +9,9 @@ heldout.parquet for what is made by its answer; both tell captions from other qu
 bytes.
 """
 
+import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +84,12 @@ def allocate(
             before = before or scores
             show(COLUMNS, rows)
     if table is not None:
-        note = f"{len(asked)} questions; ratios and differences to fisher with 95 % intervals"
+        counts = Counter(one.task for one in asked)
+        questions = ", ".join(f"{counts[task]} {task}" for task in TASKS)
+        note = (
+            f"Made by `python benchmarks/sensitivity.py {' '.join(sys.argv[1:])}` ({questions} "
+            f"questions; ratios and differences to fisher with 95 % intervals; seed {seed});"
+        )
         write_markdown(table, [(COLUMNS, rows)], note)
 
 
