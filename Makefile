@@ -125,12 +125,14 @@ bench-sparsity: $(DEMO)/small-vlm/config.json
 
 # which parts of the small model that sees can take fewer bits, and bits by that
 STUDY := $(DEMO)/sensitivity
+STUDY_RUN = $(BIN)/casp sensitivity $(<D) --dataset $(VLM_PARTS)/data/calib.parquet --samples 32 \
+  --heldout $(STUDY)/study.parquet --heldout-split train --task-column task --group-size 64
 bench-sensitivity: $(DEMO)/small-vlm/config.json
 	$(BIN)/python benchmarks/sensitivity.py questions $(VLM_PARTS)/data/test_public.parquet $(STUDY)
-	$(BIN)/casp sensitivity $(<D) --dataset $(VLM_PARTS)/data/calib.parquet --samples 32 \
-	  --heldout $(STUDY)/study.parquet --heldout-split train --task-column task --group-size 64 \
-	  --max-points 180 --output $(STUDY)/study
+	$(STUDY_RUN) --max-points 180 --output $(STUDY)/study
+	$(STUDY_RUN) --methods gptq --max-points 42 --metric f1 --output $(STUDY)/study_f1
 	cp $(STUDY)/study/sensitivity.md benchmarks/results/small_vlm_sensitivity.md
+	cp $(STUDY)/study_f1/sensitivity.md benchmarks/results/small_vlm_sensitivity_f1.md
 	for name in quality importance_component; do \
 	  cp $(STUDY)/study/$$name.png benchmarks/results/small_vlm_$$name.png; done
 	$(BIN)/python benchmarks/sensitivity.py allocate $(<D) recipes/small_vlm/casp_all_2.28.yaml \
