@@ -59,7 +59,8 @@ def load_conversations(
     task_column: str | None = None,
     video_column: str | None = None,
 ) -> list[Conversation]:
-    """Questions about images, shuffled. Rows with an image that cannot be read are left out.
+    """Questions about images, shuffled. Rows with an image that cannot be read, or with neither
+    question nor answer, are left out, with a warning that counts them.
 
     :param source: a .jsonl, .json, .parquet or .csv file, in which paths of images are relative to
         it; a folder made by ``save_to_disk``; a folder of images beside a ``metadata.jsonl`` or
@@ -94,9 +95,12 @@ def load_conversations(
             f"dataset {source!r} has no column {missing[0]!r}; its columns are {data.column_names}"
         )
     data = _undecoded(data.select_columns(columns), seen).shuffle(seed=seed)
-    found, broken = [], []
+    found, broken, empty = [], [], 0
     for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
         words = [_words(row[column], column, source) for column in (question_column, answer_column)]
+        if not any(map(str.strip, words)):
+            empty += 1
+            continue
         task = str(row[task_column]) if task_column else ""
         try:
             images = tuple(_file(image, folder) for image in _listed(row[seen]))
@@ -111,8 +115,13 @@ def load_conversations(
     if broken:
         rows = len(broken) + len(found)
         tell_broken(broken, rows, f"images that cannot be read, of dataset {source!r}")
+    if empty:
+        rows = empty + len(broken) + len(found)
+        logger.warning(
+            f"{empty} of {rows} rows of dataset {source!r} left out: no question and no answer"
+        )
     if not found:
-        raise ValueError(f"dataset {source!r} holds no rows")
+        raise ValueError(f"dataset {source!r} holds no rows with a question or an answer")
     return found
 
 

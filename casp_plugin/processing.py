@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from casp_plugin.image_text import Conversation, tell_broken
 from casp_plugin.ranks import number_of_ranks, rank
+from casp_plugin.tokens import begins_by_itself
 
 __all__ = ["conversation_loader", "image_prefix", "processed", "prompt_text"]
 
@@ -123,7 +124,9 @@ def processed(
     if answered:
         texts = [text.rstrip() for text in texts]
     begin = processor.tokenizer.bos_token
-    if begin and texts[0].startswith(begin):  # as transformers' own apply_chat_template does
+    # as transformers' own apply_chat_template does, and for beginnings of several tokens
+    told = begin and texts[0].startswith(begin)
+    if told or begins_by_itself(texts[0], processor.tokenizer):
         arguments["add_special_tokens"] = False
     made = processor(text=texts, return_tensors="pt", **arguments, **padding)
     if "suffix" not in arguments:  # labels of an answer that is not there

@@ -41,7 +41,7 @@ from transformers.models.auto.modeling_auto import (
 
 from casp_plugin import AutoRoundModifier, BitAllocationModifier, LowRankQKModifier
 from casp_plugin.bench.runs import Speed
-from casp_plugin.calibration import dataset_arguments
+from casp_plugin.calibration import calibration_loader
 from casp_plugin.fold import fold
 from casp_plugin.image_text import load_conversations
 from casp_plugin.models import load_model
@@ -499,12 +499,11 @@ def test_smollm2(serve, tmp_path, recipe):
         pytest.skip("CASP_SMOLLM2 is not set")
     folder = tmp_path / "out"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    texts = load_text("bundled", tokenizer, 8)
     oneshot(
         model=source,
         recipe=str(RECIPES / f"{recipe}.yaml"),
         output_dir=str(folder),
-        **dataset_arguments(texts, 256),
+        dataset=calibration_loader(load_text("bundled", tokenizer, 8), tokenizer, 256),
     )
     prompts = [tokenizer(text).input_ids for text in ("The old hacker sat down and", "2 + 2 =")]
     assert_same(serve(folder, prompts, 16), expected(folder, prompts, 16), tolerance=1e-3)
@@ -517,7 +516,7 @@ def test_lm_eval(vllm_python, tmp_path):
     if source is None:
         pytest.skip("CASP_SMOLLM2 is not set")
     folder = tmp_path / "out"
-    texts = load_text("bundled", AutoTokenizer.from_pretrained(source), 4)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     rounded = {"w4": scheme(4, "Linear", group_size=64)}
     oneshot(
         model=source,
@@ -526,7 +525,7 @@ def test_lm_eval(vllm_python, tmp_path):
             QuantizationModifier(config_groups=rounded, ignore=["lm_head"]),
         ],
         output_dir=str(folder),
-        **dataset_arguments(texts, 256),
+        dataset=calibration_loader(load_text("bundled", tokenizer, 4), tokenizer, 256),
     )
     code = "import casp_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     stock = [str(Path(vllm_python).parent / "lm_eval")]

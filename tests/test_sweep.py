@@ -9,9 +9,9 @@ from casp_plugin.records import load_records
 from casp_plugin.sweep import Point, begin, finished, frontier_table
 
 UNIFORM = """
-stage:
-  modifiers:
-    QuantizationModifier: {targets: [Linear], scheme: W8A16, ignore: [lm_head]}
+uniform_stage:
+  uniform_modifiers:
+    QuantizationModifier: {targets: [Linear], scheme: W8A8, ignore: [lm_head]}
 """
 METRICS = ["perplexity", "kl", "top1_agreement"]
 

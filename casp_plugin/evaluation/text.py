@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casp_plugin.evaluation.results import Measurement
+from casp_plugin.tokens import token_ids
 
 __all__ = ["Scores", "TextScore", "evaluate", "token_scores", "windows"]
 
@@ -92,6 +94,7 @@ def evaluate(
     reference: PreTrainedModel | None = None,
     stride: int | None = None,
     joined: bool = False,
+    add_special_tokens: bool = True,
 ) -> Scores:
     """Score a model on texts, each on its own.
 
@@ -111,17 +114,19 @@ def evaluate(
     :param reference: model to measure KL(reference || model) and top-1 agreement against
     :param joined: take the texts, joined by empty lines, for one, as published perplexities on
         WikiText-2 do; its windows are then the documents that intervals are over
+    :param add_special_tokens: False for chats, see ``token_ids``
     :raises ValueError: if no text has two tokens, or the stride is longer than a window
     """
     if stride is not None and not 0 < stride <= max_length:
         raise ValueError(f"stride {stride} must be from 1 to max_length {max_length}")
     if joined:
         texts, stride = ["\n\n".join(texts)], stride or max_length
-    found, digest = [], hashlib.sha256()
+    found, digest, short = [], hashlib.sha256(), 0
     for text in texts if joined else tqdm(texts, desc="Evaluating"):
-        limits = {"truncation": True, "max_length": max_length} if stride is None else {}
-        ids = tokenizer(text, return_tensors="pt", **limits).input_ids
+        limit = max_length if stride is None else None
+        ids = torch.tensor([token_ids(text, tokenizer, limit, add_special_tokens)])
         if ids.shape[1] < 2:
+            short += 1
             continue
         digest.update(repr(ids.tolist()).encode())
         places = list(windows(ids.shape[1], max_length, stride or max_length))
@@ -132,6 +137,8 @@ def evaluate(
         found += scored if joined else [_summed(scored)]
     if not found:
         raise ValueError("no text of two tokens or more to evaluate on")
+    if short:
+        logger.warning(f"{short} texts left out: of fewer than two tokens none can be predicted")
     return Scores(tuple(found), digest.hexdigest()[:16])
 
 
