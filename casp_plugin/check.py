@@ -1,28 +1,32 @@
 """Does a checkpoint hold what it should, and does it come back?"""
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-import numpy
-import torch
+import numpy as np
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_metadata import KVCacheScaleType
+from compressed_tensors.transform import TransformConfig
 from safetensors import SafetensorError
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from casp_plugin.checkpoint import read_config, read_section
-from casp_plugin.loading import bare_checkpoint
-from casp_plugin.models import is_multimodal, load_model, names_in_memory
+from casp_plugin.loading import BareCheckpoint, bare_checkpoint
+from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
-from casp_plugin.processing import image_prefix
-from casp_plugin.runtime.architectures import TESTED, refusal
+from casp_plugin.probe import Probe, difference, load_probes, probe, tolerance
+from casp_plugin.runtime.architectures import TESTED, refusal, unserved_experts
 from casp_plugin.schemes import missing_kernel
-from casp_plugin.sizes import read_headers, tensor_bytes
 from casp_plugin.transforms import stored_transforms
+from casp_plugin.weights import Header, read_headers, tensor_bytes
 
-__all__ = ["Finding", "check"]
+__all__ = ["Finding", "check", "compare_tensors", "expected_shapes", "served"]
+
+_EXPERT = re.compile(r"\.(\d+)\.(?=[^.]*\.[^.]*$)")
 
 #: tensors that a quantizer's `kv_cache_scheme` adds
 _KV_CACHE_SCALES = tuple(f".{kind.value}" for kind in KVCacheScaleType)
@@ -42,11 +46,15 @@ class Finding:
     detail: str
 
 
-def check(folder: Path | str, reload: bool = True) -> list[Finding]:
+def check(
+    folder: Path | str, reload: bool = True, trust_remote_code: bool = False
+) -> list[Finding]:
     """Look at a checkpoint folder: section, tensors, sizes, kernels, reload, vLLM.
 
     :param folder: checkpoint folder
-    :param reload: also load the model and run a few tokens through it
+    :param reload: also load the model, and hold what it says against what it said in the run that
+        made it
+    :param trust_remote_code: whether Python code that comes with the model may run
     :return: findings, in order; the checkpoint is sound if none has ``passed`` False
     :raises ValueError: if the folder is no checkpoint at all
     """
@@ -55,27 +63,77 @@ def check(folder: Path | str, reload: bool = True) -> list[Finding]:
     quantization = config.get("quantization_config")
     if not quantization:
         raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
+    last = []
     try:
+        last.append(served(config.get("architectures") or [], quantization))
         on_disk = read_headers(folder)
-        expected, found = _expected_tensors(folder, on_disk)
+        bare = bare_checkpoint(folder, trust_remote_code)
+        plan = CompressionPlan.load(folder) if (folder / PLAN_NAME).exists() else None
+        tensors = compare_tensors(on_disk, bare, plan)
+        probes = load_probes(folder)
     except (ValueError, SafetensorError, OSError) as error:
-        return [Finding("checkpoint", False, str(error))]
+        return [Finding("checkpoint", False, str(error)), *last]
     findings = [
         Finding("low-rank layers", None, f"{len(read_section(quantization).ranks)}"),
-        _compare(found, expected),
-        _sizes(folder, on_disk),
+        tensors,
+        _sizes(on_disk, plan),
         _kernels(quantization),
     ]
     if reload and all(finding.passed is not False for finding in findings):
-        findings.append(_reload(folder))
-    findings.append(_served(config.get("architectures") or [], quantization))
-    return findings
+        findings += _reload(folder, probes, trust_remote_code)
+    return findings + last
 
 
-def _expected_tensors(folder: Path, on_disk: dict) -> tuple[dict, dict]:
-    """Shapes that the config promises, and what is on disk by the names that the model has for it.
-    Both without the tensors that loading merges into one (experts)."""
-    model, transforms = bare_checkpoint(folder)
+def compare_tensors(
+    on_disk: Mapping[str, Header], bare: BareCheckpoint, plan: CompressionPlan | None
+) -> Finding:
+    """Hold the tensors of a checkpoint against what its config promises, name by name.
+
+    :param on_disk: headers by name on disk
+    :param bare: what the config promises
+    :param plan: which says what is copied unchanged; None where there is none
+    """
+    what = "tensor names and shapes"
+    expected, merged = expected_shapes(bare.model, bare.transforms), {}
+    names = bare.names_in_memory(on_disk)
+    parts = Counter(names.values())
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (shape, _) in on_disk.items():
+        in_memory = names[name]
+        if parts[in_memory] > 1 or ("experts" in in_memory and in_memory != name):
+            merged.setdefault(in_memory, {})[name] = shape
+        else:
+            found[in_memory] = shape
+    copied = {names.get(each.name, each.name) for each in plan.copied} if plan else set()
+    lost = [each.name for each in plan.copied if each.name not in on_disk] if plan else []
+    unknown = [name for name in merged if name not in expected]
+    missing = sorted(expected.keys() - found.keys() - merged.keys()) + sorted(lost)
+    surplus = sorted((found.keys() | {*unknown}) - expected.keys() - copied)
+    wrong = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
+    if missing:
+        return Finding(what, False, f"{len(missing)} missing, first {missing[0]}")
+    if surplus and (plan is not None or unknown):
+        return Finding(what, False, f"{len(surplus)} unexpected, first {surplus[0]}")
+    if wrong:
+        name = min(wrong)
+        detail = f"{len(wrong)} of the wrong shape, first {name}: {found[name]} on disk, "
+        return Finding(what, False, f"{detail}{expected[name]} expected")
+    for name, files in merged.items():
+        if why := _incomplete_experts(expected.get(name), files):
+            return Finding(what, False, f"{name}: {why}")
+    more = f", {len(copied | {*surplus})} of them copied unchanged" if copied or surplus else ""
+    return Finding(what, True, f"{len(on_disk)} tensors{more}")
+
+
+def expected_shapes(
+    model: PreTrainedModel, transforms: TransformConfig | None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a checkpoint must hold, by the names that the model has
+    for them; tied ones once.
+
+    :param model: compressed, on the meta device
+    :param transforms: rotations whose weights are stored
+    """
     tensors = model.state_dict() | stored_transforms(transforms, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, module in model.named_modules():
@@ -86,39 +144,38 @@ def _expected_tensors(folder: Path, on_disk: dict) -> tuple[dict, dict]:
             shapes[zeros] = (ceil(rows * bits / 32), groups)
     for tied in model.all_tied_weights_keys:
         shapes.pop(tied, None)
-    names = names_in_memory(list(on_disk), model)
-    merged = {name for name, parts in Counter(names.values()).items() if parts > 1}
-    for name in merged:
-        shapes.pop(name, None)
-    found = {names[name]: header for name, header in on_disk.items() if names[name] not in merged}
-    return shapes, found
+    return shapes
 
 
-def _compare(on_disk: dict, expected: dict) -> Finding:
-    what = "tensor names and shapes"
-    missing = sorted(expected.keys() - on_disk.keys())
-    surplus = sorted(on_disk.keys() - expected.keys())
-    wrong = sorted(n for n in expected.keys() & on_disk.keys() if expected[n] != on_disk[n][0])
-    if missing:
-        return Finding(what, False, f"{len(missing)} missing, first {missing[0]}")
-    if surplus:
-        return Finding(what, False, f"{len(surplus)} unexpected, first {surplus[0]}")
-    if wrong:
-        name = wrong[0]
-        detail = f"{len(wrong)} of the wrong shape, first {name}: {on_disk[name][0]} on disk, "
-        return Finding(what, False, f"{detail}{expected[name]} expected")
-    return Finding(what, True, f"{len(on_disk)} tensors")
+def _incomplete_experts(
+    stacked: tuple[int, ...] | None, files: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """What is wrong with the tensors that loading stacks into one; None for nothing.
+
+    :param stacked: shape of that, the number of experts first
+    :param files: shapes by name on disk
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in files:
+        if number := _EXPERT.search(name):
+            kind = f"{name[: number.start()]}.*.{name[number.end() :]}"
+            numbers.setdefault(kind, set()).add(int(number[1]))
+    for kind, found in numbers.items():
+        lost = sorted({*range(stacked[0])} - found)
+        if lost:
+            return f"{len(lost)} missing, first {kind.replace('*', str(lost[0]))}"
+    return None
 
 
-def _sizes(folder: Path, on_disk: dict) -> Finding:
+def _sizes(on_disk: Mapping[str, Header], plan: CompressionPlan | None) -> Finding:
     total = sum(
         tensor_bytes(header)
         for name, header in on_disk.items()
         if not name.endswith(_KV_CACHE_SCALES)
     )
-    if not (folder / PLAN_NAME).exists():
+    if plan is None:
         return Finding("bytes", None, f"{total:,} bytes of tensors; no {PLAN_NAME} to compare with")
-    planned = CompressionPlan.load(folder).total_bytes
+    planned = plan.total_bytes
     if planned is None:
         return Finding("bytes", None, f"{total:,} bytes of tensors; the plan allocates no bits")
     detail = f"{total:,} on disk, {planned:,} planned"
@@ -140,40 +197,32 @@ def _kernels(quantization: dict) -> Finding:
     return Finding("kernels on vLLM CUDA", None, f"{detail}: pip install {' '.join(extra)}")
 
 
-def _served(architectures: list[str], quantization: dict) -> Finding:
-    """Whether vLLM with this plugin runs the architecture."""
-    why = refusal(architectures, quantization)
-    if why is not None:
+def served(architectures: list[str], quantization: dict) -> Finding:
+    """Tell whether vLLM with this plugin runs the architecture."""
+    if (why := unserved_experts(architectures, quantization)) is not None:
+        return Finding("vLLM", None, f"transformers only: {why}")
+    if (why := refusal(architectures, quantization)) is not None:
         return Finding("vLLM", False, why)
     untested = ", ".join(name for name in architectures if name not in TESTED)
     known = f"not tested with {untested}" if untested else "tested with this architecture"
     return Finding("vLLM", None, f"casp-plugin beside vLLM: {known}")
 
 
-def _reload(folder: Path) -> Finding:
+def _reload(folder: Path, probes: list[Probe], trust_remote_code: bool) -> list[Finding]:
+    """Load the model and ask it what it was asked in the run."""
     try:
-        model = load_model(str(folder))
-        sample, what = _sample(folder, model)
-        with torch.no_grad():
-            finite = bool(torch.isfinite(model(**sample).logits).all())
+        model = load_model(str(folder), trust_remote_code)
+        said = {one.sample: one for one in probe(model, folder, trust_remote_code)}
     except Exception as error:  # whatever a user would meet when loading
-        return Finding("reload", False, f"{type(error).__name__}: {error}")
-    found = "finite logits" if finite else "logits hold NaN or infinity"
-    return Finding("reload", finite, f"{found} for {what}")
-
-
-def _sample(folder: Path, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], str]:
-    """A few tokens, with an image where the model takes one; and what that is in words."""
-    ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
-    words = {"input_ids": ids.to(model.device)}
-    if not is_multimodal(model.config):
-        return words, "text"
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-        image = numpy.full((224, 224, 3), 128, dtype=numpy.uint8)
-        text = [f"{image_prefix(processor)} a"]
-        made = processor(text=text, images=[[image]], return_tensors="pt")
-    except Exception as error:  # packages of its own, files that are not there
-        why = " ".join(str(error).split())[:80]
-        return words, f"text; no image: {type(error).__name__}: {why}"
-    return dict(made.to(model.device)), "an image"
+        return [Finding("reload", False, f"{type(error).__name__}: {error}")]
+    found = []
+    for sample, one in said.items():
+        finite = bool(np.isfinite(one.logits).all())
+        words = "finite logits" if finite else "logits hold NaN or infinity"
+        found.append(Finding("reload", finite, f"{words} for {sample}"))
+    for expected in probes if all(finding.passed for finding in found) else ():
+        if expected.sample in said:
+            apart, limit = difference(said[expected.sample], expected), tolerance(expected)
+            detail = f"{apart:.1e} apart for {expected.sample}, at most {limit:.0e}"
+            found.append(Finding("logits of the run", apart <= limit, detail))
+    return found or [Finding("reload", None, "loads; cannot be shown tokens alone")]

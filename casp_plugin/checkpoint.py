@@ -5,20 +5,26 @@ A checkpoint is compressed-tensors' own format. Ours is a section ``casp`` insid
 """
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from types import MethodType
 
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from casp_plugin.files import whole_folder
+from casp_plugin.models import runs_remote_code
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.probe import Probe, probe, save_probes
 from casp_plugin.ranks import is_source_process
+from casp_plugin.source import copy_files, copy_tensors, source_folder
+from casp_plugin.weights import read_headers
 
 __all__ = [
     "RECIPE_NAME",
@@ -30,6 +36,7 @@ __all__ = [
     "read_config",
     "read_section",
     "save_with_plan",
+    "unsavable_generation_config",
     "write_config",
 ]
 
@@ -39,6 +46,9 @@ SECTION = "casp"
 SECTION_FORMAT = 2
 _READABLE = (1, 2)
 RECIPE_NAME = "recipe.yaml"
+_CODES = re.compile(r"\.experts\.\d+\.\w+\.weight_\w+$")
+#: files of tokenizers and processors
+_PROCESSOR = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*")
 
 
 @dataclass(frozen=True)
@@ -136,23 +146,29 @@ def copy_processor(source: Path | str, folder: Path) -> None:
 
     :param source: the original model, a folder or Hugging Face id
     :param folder: the checkpoint
+    :raises ValueError: if the model cannot be reached
     """
-    patterns = ["*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*"]
-    if not Path(source).is_dir():
-        source = snapshot_download(source, allow_patterns=patterns)
-    for pattern in patterns:
+    found = source_folder(str(source))
+    if found is None:
+        raise ValueError(f"{source} is neither a folder nor a Hugging Face id that can be reached")
+    for pattern in _PROCESSOR:
         for path in folder.glob(pattern):
             if path.is_file():
                 path.unlink()
-        for path in Path(source).glob(pattern):
+        for path in found.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
 
 
 def save_with_plan(
-    model: PreTrainedModel, plan: CompressionPlan | None, recipe: str | None = None
+    model: PreTrainedModel,
+    plan: CompressionPlan | None,
+    recipe: str | None = None,
+    probes: list[Probe] | None = None,
+    experts: bool = False,
 ) -> None:
-    """Make ``model.save_pretrained`` write our section and the plan, and nothing half-way.
+    """Make ``model.save_pretrained`` write our section and the plan, all that the model's own
+    checkpoint holds beside what its class builds, and nothing half-way.
 
     llm-compressor rebuilds ``config.json`` from the source checkpoint on every save, so the
     section has to be added after it. The plan is kept as ``model.casp_plan``.
@@ -161,6 +177,10 @@ def save_with_plan(
     :param plan: the plan to store, None where there is none
     :param recipe: text of the recipe that made a reloaded checkpoint; llm-compressor writes
         that of a fresh one itself
+    :param probes: what that checkpoint said in the run that made it; None to ask the model when it
+        is saved
+    :param experts: whether that checkpoint has quantized experts, dense in memory: their codes are
+        copied
     """
     model.casp_plan = plan
     save = model.save_pretrained
@@ -168,13 +188,61 @@ def save_with_plan(
     @wraps(save)  # keeps llm-compressor's mark that it has wrapped the method already
     def save_pretrained(self, save_directory, *args, **kwargs):
         with whole_folder(save_directory) as partial:
-            save(str(partial), *args, **kwargs)
+            source, said = self.name_or_path, probes
+            if said is None:
+                said = probe(self, source, runs_remote_code(self))
+            with _savable_generation_config(self, partial):
+                save(str(partial), *args, **kwargs)
             if not is_source_process():
                 return
             write_section(partial, casp_section(self))
+            save_probes(said, partial)
+            if (folder := source_folder(source)) is not None:
+                _complete(partial, folder, plan, experts)
             if plan is not None:
                 plan.save(partial / PLAN_NAME)
             if recipe is not None:
                 (partial / RECIPE_NAME).write_text(recipe)
 
     model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def unsavable_generation_config(model: PreTrainedModel) -> str | None:
+    """Tell why transformers would not save the generation settings of a model; None if it would."""
+    if not model.can_generate():
+        return None
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:  # settings that contradict each other, as vicuna ships them
+        return " ".join(str(error).split())
+    return None
+
+
+@contextmanager
+def _savable_generation_config(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Generation settings that transformers saves: the model's own, or none in the folder where it
+    would refuse them; then the file of the source is copied."""
+    if unsavable_generation_config(model) is None:
+        yield
+        return
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+        (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _complete(folder: Path, source: Path, plan: CompressionPlan | None, experts: bool) -> None:
+    """Put beside a checkpoint what its source holds and `save_pretrained` leaves out."""
+    copy_files(source, folder)
+    copied = [each.name for each in plan.copied] if plan is not None else []
+    codes = [n for n in read_headers(source) if _CODES.search(n)] if experts else []
+    copy_tensors(source, copied + codes, folder)
+    layers = [name.removesuffix(".weight") for name in copied if name.endswith(".weight")]
+    if layers:  # for runtimes that build them
+        config = read_config(folder)
+        quantization = config["quantization_config"]
+        ignored = quantization.get("ignore") or []
+        quantization["ignore"] = ignored + [name for name in layers if name not in ignored]
+        write_config(folder, config)

@@ -44,10 +44,11 @@ from casp_plugin.importance import token_influence
 from casp_plugin.machine import trim_memory
 from casp_plugin.ranks import gathered
 from casp_plugin.statistics import Request, Statistics
+from casp_plugin.tracing import whole_model
 from casp_plugin.transforms import rotate
 from casp_plugin.units import decoder_layers
 
-__all__ = ["Part", "collect", "collect_derivatives", "collect_parts"]
+__all__ = ["Part", "calibrating", "collect", "collect_derivatives", "collect_parts"]
 
 #: bytes of sums that make a part: several layers of a tiny model, one of any other
 PART_BYTES = 2**23
@@ -90,7 +91,7 @@ def collect_derivatives(
     attention = AttentionDerivatives(request.attention_moments)
     maps = AttentionDensities(request.attention_maps)
     layers = decoder_layers(model)
-    with _calibrating(model):
+    with calibrating(model):
         if request.attention_maps:
             maps.collect(model, dataloader)
             trim_memory()
@@ -137,7 +138,7 @@ def collect_parts(
         )
     batches.tokens = sum(tokens)
     batches.warn()
-    graphs = list(subgraphs) or [_Whole()]
+    graphs = list(subgraphs) or [whole_model()]
     head = model.get_output_embeddings()
     asked = any(model.get_submodule(name) is head for name in request.linears)
     collector = _Collector(request, device)
@@ -146,7 +147,7 @@ def collect_parts(
         if last and index < after:
             return
         with ExitStack() as stack:
-            stack.enter_context(_calibrating(model))
+            stack.enter_context(calibrating(model))
             stack.enter_context(torch.no_grad())
             if subgraphs:  # were traced so
                 stack.enter_context(use_eager_attention(model))
@@ -166,17 +167,6 @@ def collect_parts(
         trim_memory()
         if last or max(gathered(collector.bytes)) >= PART_BYTES:
             yield Part(collector.take(batches.tokens), index + 1, last)
-
-
-class _Whole:
-    """The model as the only subgraph."""
-
-    input_names = None
-    consumed_names: frozenset[str] = frozenset()
-
-    def forward(self, model: nn.Module, **batch) -> dict:
-        model(**batch)
-        return {}
 
 
 class _Batches:
@@ -385,7 +375,7 @@ class _Collector:
 
 
 @contextmanager
-def _calibrating(model: nn.Module):
+def calibrating(model: nn.Module):
     """The model as calibration runs it."""
     with disable_cache(model), eval_context(model), disable_hf_kernels(model):
         yield

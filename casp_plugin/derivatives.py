@@ -58,17 +58,24 @@ class LossGradients:
         self.moments = {name: TokenMean() for name in moments}
         self._mask: torch.Tensor | None = None
 
-    def collect(self, model: nn.Module, dataloader: Iterable[dict], layers: list[str]) -> None:
+    def collect(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[dict],
+        layers: list[str],
+        desc: str = "Collecting gradients",
+    ) -> None:
         """
         :param model: the model, ready to be run
         :param dataloader: batches, of which the first are used
         :param layers: names of the decoder layers
+        :param desc: of the progress bar
         """
         with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
             predicted = 0
-            for batch in first_batches(dataloader, SAMPLES, "Collecting gradients", TOKENS):
+            for batch in first_batches(dataloader, SAMPLES, desc, TOKENS):
                 batch = on_device(batch, model)
                 self._mask = token_mask(batch)
                 text = _predicting_text(batch, model, self._mask)
@@ -97,10 +104,13 @@ class LossGradients:
                 if first:  # what stays lies between what goes, and would keep its pages
                     trim_memory()
 
-        def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
-            if not output.requires_grad:  # the first on its way: of text, of images, of queries
-                output.requires_grad_()
-            output.register_hook(on_gradient)
+        def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            if output.requires_grad:
+                output.register_hook(on_gradient)
+                return output
+            # the first on its way: of text, of images, of queries. What follows may change it
+            output.requires_grad_().register_hook(on_gradient)
+            return output.clone()
 
         return hook
 
@@ -155,8 +165,9 @@ class AttentionDerivatives:
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
     def _on_linear(self, name: str):
-        def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
+        def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor:
             self._outputs[name] = output
+            return output.clone()  # what follows may change it in place
 
         return hook
 
@@ -222,6 +233,11 @@ def _backward(
         logits = model(**batch).logits
     rows = logits.detach().flatten(0, -2)  # where they were, their derivative will be
     tokens = torch.arange(len(rows), device=rows.device)
+    if mask is not None and mask.numel() != len(rows):
+        raise ValueError(
+            f"{type(model).__name__} puts out logits for {len(rows)} tokens where the data has "
+            f"{mask.numel()}: its decoder reads others, which cannot be measured"
+        )
     counted = tokens if mask is None else tokens[mask.flatten()]
     for some in counted.split(CHUNK):
         chances = rows[some].float().softmax(-1)

@@ -159,7 +159,7 @@ def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Dat
     derived = data.derived_tokens
     passes = 2 * weights * data.all_tokens
     if request.gradients or request.gradient_moments:  # there, again in every layer, and back
-        passes += (6 * weights + 4 * head.weight.numel()) * derived
+        passes += (6 * weights + 4 * (head.weight.numel() if head is not None else 0)) * derived
     if request.attention_maps:
         passes += 2 * weights * derived
     if request.attention_moments:
@@ -183,12 +183,13 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     hidden, head = model.get_input_embeddings().weight.shape[1], model.get_output_embeddings()
     back = derived = 4 * _metric_entries(linears, request)
     if request.gradients or request.gradient_moments:
-        outputs = (sum(each.out_features for _, each in named_linears(layer)) for layer in layers)
-        logits = head.out_features * (data.tokens * size + 4 * 4 * CHUNK)
+        parts = layers or [model]  # nothing is run again on the way back where there are none
+        outputs = (sum(each.out_features for _, each in named_linears(part)) for part in parts)
+        logits = (head.out_features if head is not None else 0) * (data.tokens * size + 16 * CHUNK)
         back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
     largest = max(inputs, default=0)
-    part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // len(layers))
+    part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // max(len(layers), 1))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
     # eigenvectors and what a solver works in, in float64
     shapes = _factored(linears, request)

@@ -8,13 +8,15 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils.match import match_name
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.integrations.compressed_tensors import DecompressExperts
 
-__all__ = ["read_each_expert"]
+__all__ = ["STACKED", "read_each_expert", "reads_each_expert"]
 
 #: layers of an expert, as they are quantized, by the stacked weight that they are a part of
 _LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+#: the stacked weights
+STACKED = tuple(_LAYERS)
 _WEIGHT = ".weight_packed$"
 
 
@@ -30,6 +32,11 @@ def read_each_expert(converter: WeightConverter) -> WeightConverter:
         target_patterns=converter._original_target_patterns,
         operations=[_DecompressEach(operations[0].hf_quantizer), *operations[1:]],
     )
+
+
+def reads_each_expert(converter: WeightTransform) -> bool:
+    """Tell whether a converter is one of the above, which cannot be reversed."""
+    return any(isinstance(each, _DecompressEach) for each in getattr(converter, "operations", ()))
 
 
 class _DecompressEach(DecompressExperts):

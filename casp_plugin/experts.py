@@ -8,8 +8,9 @@ from llmcompressor.modeling.moe.linearize import (
     linearize_moe,
 )
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 __all__ = ["linearize_experts", "name_experts_as_on_disk"]
 
@@ -21,14 +22,29 @@ def linearize_experts(model: nn.Module) -> None:
     """Put linear layers in place of the stacked weights of experts, as oneshot does.
 
     :param model: the model; on the meta device too, where llm-compressor would miss the weights
+    :raises ValueError: if llm-compressor cannot take these experts apart
     """
-    if not next(model.parameters()).is_meta:
-        linearize_moe(model)
-        return
-    with torch.device("meta"):
+    try:
+        if not next(model.parameters()).is_meta:
+            linearize_moe(model)
+            return
         for name, experts in get_non_linearized_moes(model):
-            kind = LinearExperts2D.get_linear_experts_cls(type(experts))
-            model.set_submodule(name, kind(getattr(experts, "config", model.config)))
+            model.set_submodule(name, _bare_experts(experts, model.config))
+    except Exception as error:  # whatever it meets in a family that it was not written for
+        raise ValueError(
+            f"llm-compressor cannot make linear layers of the experts of {type(model).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _bare_experts(experts: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """Linear layers of the sizes of some experts, without weights."""
+    kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+    with torch.device("meta"):
+        if not isinstance(experts, Llama4TextExperts):
+            return kind(getattr(experts, "config", config))
+        sizes = (experts.num_experts, experts.hidden_size, experts.expert_dim)
+        return kind(*sizes, config.get_text_config())
 
 
 def name_experts_as_on_disk(model: PreTrainedModel) -> None:

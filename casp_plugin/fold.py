@@ -16,8 +16,9 @@ from safetensors import safe_open
 from casp_plugin.checkpoint import SECTION, read_config, read_section, write_config
 from casp_plugin.files import whole_folder
 from casp_plugin.loading import bare_checkpoint
-from casp_plugin.models import names_in_memory
 from casp_plugin.plan import PLAN_NAME
+from casp_plugin.probe import PROBES_NAME
+from casp_plugin.weights import INDEX, weight_files
 
 __all__ = ["fold"]
 
@@ -26,15 +27,12 @@ class _Tensors(Mapping):
     """Tensors of a checkpoint folder, read from its shards one at a time, by the names that the
     loaded model has for them; those that loading merges into one (experts) by their own."""
 
-    def __init__(self, folder: Path):
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ValueError(f"{folder} holds no safetensors file")
+    def __init__(self, folder: Path, trust_remote_code: bool):
         shards = {}
-        for path in paths:
+        for path in weight_files(folder):
             shard = safe_open(path, framework="pt")
             shards |= dict.fromkeys(shard.keys(), shard)
-        names = names_in_memory(list(shards), bare_checkpoint(folder)[0])
+        names = bare_checkpoint(folder, trust_remote_code).names_in_memory(shards)
         parts = Counter(names.values())
         #: name in memory -> name on disk
         self.on_disk = {
@@ -59,10 +57,10 @@ class _Tensors(Mapping):
 
 
 #: files that tell of the checkpoint with factors; the last two are of `casp report`
-_OF_THE_SOURCE = {"config.json", PLAN_NAME, "README.md", "report.html"}
+_OF_THE_SOURCE = {"config.json", PLAN_NAME, PROBES_NAME, INDEX, "README.md", "report.html"}
 
 
-def fold(source: Path | str, target: Path | str) -> list[str]:
+def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False) -> list[str]:
     """Write a copy of a checkpoint in which every factored layer is one dense weight again.
 
     Layers that stock vLLM fuses with a factored one (v with q, k) are stored dense too: one
@@ -71,6 +69,7 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
 
     :param source: checkpoint folder
     :param target: folder to write; must not exist
+    :param trust_remote_code: whether Python code that comes with the model may run
     :return: names of the layers that are dense now
     :raises ValueError: if there is nothing to fold, or the target exists
     """
@@ -85,7 +84,7 @@ def fold(source: Path | str, target: Path | str) -> list[str]:
             f"{source} rotates the inputs of its layers, which stock transformers does not run: "
             "serve it with this plugin"
         )
-    tensors = _Tensors(source)
+    tensors = _Tensors(source, trust_remote_code)
     schemes = _Schemes(quantization)
     dense = sorted(section.ranks.keys() | _cannot_fuse(section.ranks, tensors, schemes))
     if not dense:

@@ -7,6 +7,8 @@ checkpoints without either they do nothing else.
 
 import re
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import get_direct_state_dict
 from packaging.version import Version
-from transformers import AutoConfig, PreTrainedModel
 from transformers import CompressedTensorsConfig as _CompressedTensorsConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -34,13 +36,21 @@ from casp_plugin.checkpoint import (
     read_section,
     save_with_plan,
 )
-from casp_plugin.expert_weights import read_each_expert
-from casp_plugin.models import bare_model
+from casp_plugin.expert_weights import STACKED, read_each_expert, reads_each_expert
+from casp_plugin.models import bare_model, names_in_memory, read_model_config
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.probe import PROBES_NAME, load_probes
 from casp_plugin.transforms import check_transforms, stored_transforms
 
-__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "bare_checkpoint", "register"]
+__all__ = [
+    "BareCheckpoint",
+    "CaspHfQuantizer",
+    "CompressedTensorsConfig",
+    "bare_checkpoint",
+    "bare_from_config",
+    "register",
+]
 
 _METHOD = "compressed-tensors"
 #: the first version that packs all widths as a dense bit stream
@@ -124,28 +134,44 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
         if self.compressor.quantization_config is not None:
             super()._process_model_before_weight_loading(model, **kwargs)
-        # transformers initializes what a checkpoint may lack, in SigLIP also `weight` of compressed
-        # layers, which have none by that name
-        for module in model.modules() if self.section is not None else ():
-            if any(map(is_module_quantized, (module, *module.children()))):
-                module._is_hf_initialized = True
+        if self.section is not None:
+            _stand_in_for_weights(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        _drop_stand_ins(model)
+        # nothing turns dense experts into codes again: they are saved as they are on disk
+        known = getattr(model, "_weight_conversions", None)
+        if known is not None:
+            model._weight_conversions = [each for each in known if not reads_each_expert(each)]
         super()._process_model_after_weight_loading(model, **kwargs)
         rotate_inputs(model, self.transforms)
         if self.section is not None:
             plan, recipe = _beside(model, PLAN_NAME), _beside(model, RECIPE_NAME)
+            said = _beside(model, PROBES_NAME)
             save_with_plan(
                 model,
                 plan and CompressionPlan.load(plan),
                 recipe and recipe.read_text(),
+                load_probes(said) if said else [],
+                bool(self._quantized_experts(model)),
             )
+
+    def _quantized_experts(self, model: PreTrainedModel) -> set[str]:
+        """Stacked weights, dense in memory, of experts that are quantized on disk."""
+        config = self.compressor.quantization_config
+        groups = config.config_groups.values() if config is not None else ()
+        targets = {target for group in groups for target in group.targets}
+        layers = {target.partition(".experts.")[0] for target in targets if ".experts." in target}
+        stacked = [f"{layer}.experts.{name}" for layer in layers for name in STACKED]
+        return {name for name in stacked if name in model.state_dict()}
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
         """The compressed state, also where a forward pass has decompressed the weights."""
         if self.section is None:
             return super().get_state_dict_and_metadata(model)
         state = model.state_dict()
+        for name in self._quantized_experts(model):
+            del state[name]
         for name, module in model.named_modules():
             if (
                 is_module_quantized(module)
@@ -161,20 +187,52 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         return state, {}
 
 
-def bare_checkpoint(folder: Path | str) -> tuple[PreTrainedModel, TransformConfig | None]:
-    """The model of a checkpoint folder without its weights, on the meta device, as loading builds
-    it; and its rotations.
+@dataclass(frozen=True)
+class BareCheckpoint:
+    """The model of a checkpoint without its weights, as loading builds it.
 
-    :raises ValueError: if our section names layers that the model has not
+    :param model: on the meta device
+    :param quantizer: that would load it
     """
-    config = AutoConfig.from_pretrained(folder)
+
+    model: PreTrainedModel
+    quantizer: CaspHfQuantizer
+
+    @property
+    def transforms(self) -> TransformConfig | None:
+        """Rotations of inputs."""
+        return self.quantizer.transforms
+
+    def names_in_memory(self, names: Iterable[str]) -> dict[str, str]:
+        """Return what tensors are called once they are loaded, by their name on disk; all that
+        merges into the stacked weights of experts has one name."""
+        return names_in_memory(names, self.model, self.quantizer)
+
+
+def bare_checkpoint(folder: Path | str, trust_remote_code: bool = False) -> BareCheckpoint:
+    """Return the model of a checkpoint folder without its weights.
+
+    :param trust_remote_code: whether Python code that comes with the model may run
+    :raises ValueError: if our section names layers that the model has not, or the class that
+        ``architectures`` names is neither a causal language nor an image-text model
+    """
+    return bare_from_config(read_model_config(folder, trust_remote_code), trust_remote_code)
+
+
+def bare_from_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> BareCheckpoint:
+    """Return the model that a config with a ``quantization_config`` promises, without weights; the
+    config is used up.
+
+    :raises ValueError: as ``bare_checkpoint``
+    """
     quantization = CompressedTensorsConfig.from_dict(config.quantization_config)
     del config.quantization_config
-    model = bare_model(config)
+    model = bare_model(config, trust_remote_code)
     quantizer = CaspHfQuantizer(quantization, pre_quantized=True)
     quantizer.validate_environment()
     quantizer.preprocess_model(model)
-    return model, quantizer.transforms
+    _drop_stand_ins(model)
+    return BareCheckpoint(model, quantizer)
 
 
 def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
@@ -200,6 +258,27 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
             raise ValueError(f"{where}: rank of {name} must lie in [1, {limit}], got {rank}")
         owner = None if owner is None else model.get_submodule(owner)
         model.set_submodule(name, LowRankLinear.like(linear, rank, owner))
+
+
+def _stand_in_for_weights(model: torch.nn.Module) -> None:
+    """Let ``_init_weights`` of a family meet the ``weight`` that it asks of its layers, which
+    compressed ones lack: one that counts as loaded, outside the state."""
+    for module in filter(is_module_quantized, model.modules()):
+        if isinstance(module, torch.nn.Linear):
+            shape = module.out_features, module.in_features
+        elif isinstance(module, torch.nn.Embedding):
+            shape = module.num_embeddings, module.embedding_dim
+        else:  # attention whose keys and values are quantized
+            continue
+        if not hasattr(module, "weight"):
+            stand_in = torch.empty(shape, device="meta")
+            stand_in._is_hf_initialized = True
+            vars(module)["weight"] = stand_in
+
+
+def _drop_stand_ins(model: torch.nn.Module) -> None:
+    for module in filter(is_module_quantized, model.modules()):
+        vars(module).pop("weight", None)
 
 
 def rotate_inputs(model: torch.nn.Module, transforms: TransformConfig | None) -> None:

@@ -1,22 +1,25 @@
 """Measuring a model part by part: what is noted down of one is kept before the next one runs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from operator import or_
 
+import torch
 from llmcompressor.pipelines.sequential.helpers import Subgraph
 from loguru import logger
 from torch import nn
 
 from casp_plugin.cache import MeasurementCache
-from casp_plugin.collection import Part, collect_derivatives, collect_parts
+from casp_plugin.collection import Part, calibrating, collect_derivatives, collect_parts
+from casp_plugin.derivatives import LossGradients
+from casp_plugin.hooks import Hooks, on_device
 from casp_plugin.measured import Measured
 from casp_plugin.ranks import barrier, number_of_ranks, own_share
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.tracing import subgraphs_of
-from casp_plugin.units import reading_together
+from casp_plugin.units import decoder_layers, reading_together
 
-__all__ = ["measure", "noted"]
+__all__ = ["measure", "noted", "try_first_batch"]
 
 #: notes down what will be needed of some layers
 Note = Callable[[Statistics, Measured], None]
@@ -44,8 +47,7 @@ def measure(
     del derivatives
     whole = reduce(or_, parts, Measured(last=False))
     if not whole.last:
-        subgraphs = _subgraphs(model, dataloader)
-        for part in collect_parts(model, dataloader, request, subgraphs, whole.end):
+        for part in _parts(model, dataloader, request, whole.end):
             new = part.statistics.reached - whole.statistics.reached  # but for what runs twice
             mine = new if number_of_ranks() == 1 else _own_share(new, model)
             # read again, so that pages which were looked at are let go
@@ -54,6 +56,40 @@ def measure(
             del part  # before the next one sums up its own
     whole.statistics |= Statistics(attention_densities=densities)
     return whole
+
+
+def try_first_batch(
+    model: nn.Module, dataloader: Iterable[dict], request: Request
+) -> frozenset[str]:
+    """Run one batch through a model, and back where gradients are wanted: what cannot be measured
+    fails now.
+
+    :return: linears of the request that were reached
+    :raises ValueError: if the model cannot be run so
+    """
+    with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
+        batch = next(iter(dataloader), None)
+    reached: set[str] = set()
+    if batch is None:
+        return frozenset()
+    with Hooks(model) as hooks, calibrating(model):
+        for name in request.linears:
+            hooks.add(name, lambda *_, name=name: reached.add(name))
+        try:
+            if request.gradients or request.gradient_moments:
+                gradients = LossGradients(request.gradients | request.gradient_moments, frozenset())
+                gradients.collect(model, [batch], decoder_layers(model), "Trying one batch")
+            else:
+                with torch.no_grad():
+                    model(**on_device(batch, model))
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # whatever its code meets
+            raise ValueError(
+                f"{type(model).__name__} cannot be measured on the first batch of the data: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
+    return frozenset(reached)
 
 
 def _noted(part: Part, derivatives: Statistics, mine: frozenset[str], note: Note) -> Measured:
@@ -82,6 +118,26 @@ def _own_share(names: frozenset[str], model: nn.Module) -> frozenset[str]:
 
     groups = own_share(map(tuple, reading_together(sorted(names))), work)
     return frozenset(name for group in groups for name in group)
+
+
+def _parts(
+    model: nn.Module, dataloader: Iterable[dict], request: Request, after: int
+) -> Iterator[Part]:
+    """Statistics part by part; of the model as a whole where that fails on the way."""
+    subgraphs = _subgraphs(model, dataloader)
+    try:
+        yield from collect_parts(model, dataloader, request, subgraphs, after)
+    except (OSError, ValueError):  # a full disk; data that is at fault
+        raise
+    except Exception as error:  # code that goes another way for some batch
+        if len(subgraphs) < 2:
+            raise
+        logger.warning(
+            f"{type(model).__name__} cannot be run part by part ({type(error).__name__}: {error}): "
+            "statistics of all layers at once. Where the quantizer fails too, calibrate as a "
+            "whole: --pipeline basic, oneshot(pipeline='basic')"
+        )
+        yield from collect_parts(model, dataloader, request)
 
 
 def _subgraphs(model: nn.Module, dataloader: Iterable[dict]) -> list[Subgraph]:

@@ -1,6 +1,7 @@
 """Models by name: their class, a copy without weights, the names of their tensors on disk."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,37 +17,109 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.quantizers import HfQuantizer
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from casp_plugin.weights import weight_files
 
 __all__ = [
+    "auto_class",
     "bare_model",
     "bytes_on_disk",
     "is_multimodal",
     "load_model",
     "names_in_memory",
+    "read_model_config",
+    "runs_remote_code",
     "skeleton",
 ]
 
+#: names of the classes that each Auto class builds, by model type; the first that fits is taken
+_AUTO_CLASSES = {
+    AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+
+
+def read_model_config(name: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the config of a folder or Hugging Face id.
+
+    :param trust_remote_code: whether Python code that comes with the model may run
+    :raises ValueError: if it cannot be read, or needs code of its own that is not trusted
+    :raises OSError: if there is no such model
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if not trust_remote_code and "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"{name} comes with Python code of its own: read it, then pass "
+                "--trust-remote-code (trust_remote_code=True)"
+            ) from None
+        raise
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Return the Auto class that builds what ``architectures`` of a config names: any other class
+    would leave tensors of the checkpoint out.
+
+    :raises ValueError: if neither class builds it
+    """
+    named, known = config.architectures or [], []
+    for kind, classes in _AUTO_CLASSES.items():
+        built = classes.get(config.model_type, ())
+        built = [built] if isinstance(built, str) else list(built)
+        if set(built) & set(named) or (built and not named):
+            return kind
+        if kind.__name__ in (getattr(config, "auto_map", None) or {}):  # code of its own
+            return kind
+        known += [each for each in built if each not in known]
+    where = config.name_or_path or "the model"
+    if not known:
+        raise ValueError(
+            f"{where} is of model type {config.model_type!r}, which transformers builds as neither "
+            "a causal language model nor an image-text model"
+        )
+    raise ValueError(
+        f"architectures of {where} is {', '.join(named)}: of model type {config.model_type!r} only "
+        f"{' and '.join(known)} can be compressed, which would leave out what else that class has"
+    )
+
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Whether a model of this config also takes images."""
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    """Tell whether a model of this config also takes images."""
+    return auto_class(config) is AutoModelForImageTextToText
 
 
-def load_model(name: str, **arguments) -> PreTrainedModel:
-    """A language or vision-language model in its own dtype, from safetensors only: files of pickle
-    run code.
+def runs_remote_code(model: PreTrainedModel) -> bool:
+    """Tell whether a model's class is Python code that came with it, which a user trusted."""
+    return type(model).__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+
+def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTrainedModel:
+    """Load a language or vision-language model in its own dtype, from safetensors only: files of
+    pickle run code.
 
     :param name: folder or Hugging Face id
+    :param trust_remote_code: whether Python code that comes with the model may run
     :param arguments: more for ``from_pretrained``
-    :raises ValueError: if a file is broken, or weights are missing or of another shape
+    :raises ValueError: if a file is broken, weights are missing or of another shape, or
+        ``architectures`` names a class that is neither
     :raises OSError: if there is no such model, or it has no safetensors
     """
-    kind = _auto_class(AutoConfig.from_pretrained(name))
+    kind = auto_class(read_model_config(name, trust_remote_code))
     arguments = {"dtype": "auto", "use_safetensors": True, **arguments}
     try:
         model, found = kind.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+            **arguments,
         )
     except SafetensorError as error:
         raise ValueError(f"{name}: a safetensors file is broken or cut off: {error}") from None
@@ -60,14 +133,21 @@ def load_model(name: str, **arguments) -> PreTrainedModel:
 
 
 def bytes_on_disk(model: str | Path) -> int | None:
-    """Bytes of a model's safetensors files; None where it is no folder that has any."""
-    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) or None
+    """Return the bytes of a model's safetensors files; None where it is no folder that has any."""
+    try:
+        return sum(path.stat().st_size for path in weight_files(model))
+    except ValueError:
+        return None
 
 
-def bare_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights, on the meta device."""
+def bare_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model without weights, on the meta device.
+
+    :raises ValueError: as ``auto_class``
+    """
+    arguments = {"dtype": config.dtype or torch.float32, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        return _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
+        return auto_class(config).from_config(config, **arguments)
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -83,13 +163,18 @@ def skeleton(model: nn.Module) -> nn.Module:
         return remove_dispatch(copy.deepcopy(model, memo))
 
 
-def names_in_memory(names: list[str], model: PreTrainedModel) -> dict[str, str]:
-    """What transformers calls tensors of a checkpoint once they are loaded, by their name there.
+def names_in_memory(
+    names: Iterable[str], model: PreTrainedModel, quantizer: HfQuantizer | None = None
+) -> dict[str, str]:
+    """Return what transformers calls tensors of a checkpoint once they are loaded, by their name
+    there. Several that loading merges (experts) have one name; what the model does not build has a
+    name that its ``state_dict`` lacks.
 
     :param names: names on disk
     :param model: a model of the checkpoint's class; the meta device will do
+    :param quantizer: that loads a quantized checkpoint
     """
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     known = model.state_dict()
@@ -99,7 +184,3 @@ def names_in_memory(names: list[str], model: PreTrainedModel) -> dict[str, str]:
         renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
         found[name] = name if renamed not in known and name in known else renamed
     return found
-
-
-def _auto_class(config: PreTrainedConfig) -> type:
-    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM

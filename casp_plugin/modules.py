@@ -1,7 +1,10 @@
 """The module that stands where a factored linear stood."""
 
+from functools import cache
+
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__ = ["LowRankLinear", "named_linears", "stored_tensors"]
 
@@ -114,16 +117,36 @@ class LowRankLinear(nn.Module):
 
 
 def named_linears(model: nn.Module) -> list[tuple[str, nn.Linear | LowRankLinear]]:
-    """Every linear layer of the model in module order; a factored layer counts as one."""
+    """Return every linear layer of the model in module order; a factored layer counts as one.
+    Subclasses that do more than a linear layer (routers that choose experts), and those whose
+    weight another module reads (the output of ``nn.MultiheadAttention``), are none."""
     found = []
     factored = ""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             factored = f"{name}."
             found.append((name, module))
-        elif isinstance(module, nn.Linear) and not (factored and name.startswith(factored)):
+        elif _is_linear(module) and not (factored and name.startswith(factored)):
             found.append((name, module))
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is called and puts out a matrix product alone."""
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    return type(module).forward is nn.Linear.forward or _puts_out_rows(type(module))
+
+
+@cache
+def _puts_out_rows(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass, made without weights, turns (tokens, in) into (tokens, out)."""
+    try:
+        module, x = kind(4, 3, device="meta"), torch.empty(2, 4, device="meta")
+        output = module(x)
+    except Exception:  # made or called in another way
+        return False
+    return torch.is_tensor(output) and output.shape == (2, 3)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ __all__ = [
     "Budget",
     "Candidate",
     "CompressionPlan",
+    "CopiedTensor",
     "LowRankPlan",
     "ParetoPoint",
     "SpectrumPlan",
@@ -135,6 +136,19 @@ class AttentionPlan(_Model):
     text: list[float] | None = None
 
 
+class CopiedTensor(_Model):
+    """A tensor of the source checkpoint that is in the output unchanged.
+
+    :param name: its name on disk
+    :param bytes: of its data
+    :param why: it is not compressed
+    """
+
+    name: str
+    bytes: int
+    why: str
+
+
 class ParetoPoint(_Model):
     """The best that the same tables allow at another budget.
 
@@ -196,7 +210,9 @@ class CompressionPlan(_Model):
     :param spectra: of what was considered; empty without statistics
     :param units: every unit that bits were chosen for
     :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
-    :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases)
+    :param copied: tensors of the source checkpoint that the model's class does not build
+    :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases, copied
+        ones)
     :param original_bytes: bytes of all tensors of the model that it was made from
     :param warnings: what a user should know before deploying
     """
@@ -213,6 +229,7 @@ class CompressionPlan(_Model):
     spectra: list[SpectrumPlan] = Field(default_factory=list)
     units: list[UnitPlan] = Field(default_factory=list)
     pareto: list[ParetoPoint] = Field(default_factory=list)
+    copied: list[CopiedTensor] = Field(default_factory=list)
     other_bytes: int | None = None
     original_bytes: int | None = None
     warnings: list[str] = Field(default_factory=list)
@@ -391,6 +408,12 @@ class CompressionPlan(_Model):
                 table.add_row(f"{name}, reachable", f"{least:.4f} to {most:.4f}")
             table.add_row("bytes of the units", _shown(self.unit_bytes, ",d"))
             table.add_row("bytes of all tensors", _shown(self.total_bytes, ",d"))
+        if self.copied:
+            size = sum(each.bytes for each in self.copied)
+            names = ", ".join(each.name for each in self.copied[:3])
+            more = ", ..." if len(self.copied) > 3 else ""
+            what = f"{len(self.copied)} tensors, {size:,} bytes ({names}{more})"
+            table.add_row("copied unchanged", f"{what}: {self.copied[0].why}")
         tokens = self.calibration_tokens
         table.add_row("calibration tokens", f"{tokens:,}" if tokens else "none: ? is unknown")
         for warning in self.warnings:

@@ -3,12 +3,30 @@
 import math
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.compressors import compress_module
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    initialize_module_for_quantization,
+)
+from torch import nn
 
-__all__ = ["DEFAULT_OBSERVER", "missing_kernel", "stored_bytes", "weight_args"]
+__all__ = [
+    "DEFAULT_OBSERVER",
+    "FORMAT",
+    "missing_kernel",
+    "quantized_bytes",
+    "stored_bytes",
+    "weight_args",
+]
 
 #: importance-weighted search for the scales; min-max destroys a model at 2 bits
 DEFAULT_OBSERVER = "imatrix_mse"
+
+#: named, since compressed-tensors infers another one for subclasses of Linear (Falcon's)
+FORMAT = CompressionFormat.pack_quantized.value
 
 _INT32_BYTES = 4
 _SHAPE_BYTES = 16  # weight_shape: two int64
@@ -44,8 +62,34 @@ def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dt
     groups = columns // args.group_size if grouped else 1
     codes = rows * math.ceil(columns * args.num_bits / 32) * _INT32_BYTES
     scales = rows * groups * dtype.itemsize
-    zeros = 0 if args.symmetric else math.ceil(rows * args.num_bits / 32) * groups * _INT32_BYTES
+    zeros = 0 if args.symmetric else _packed_zeros(rows, groups, args.num_bits)
     return codes + scales + zeros + _SHAPE_BYTES
+
+
+def quantized_bytes(module: nn.Linear | nn.Embedding, scheme: QuantizationScheme) -> int:
+    """Return the bytes that a layer's weight takes on disk under a scheme of any format; biases are
+    not counted.
+
+    :param module: the dense layer, which stays as it is
+    """
+    like = {"device": "meta", "dtype": module.weight.dtype}
+    if isinstance(module, nn.Linear):
+        bare = nn.Linear(module.in_features, module.out_features, bias=False, **like)
+    else:
+        bare = nn.Embedding(module.num_embeddings, module.embedding_dim, **like)
+    bare.quantization_scheme = scheme
+    initialize_module_for_quantization(bare)
+    zeros = getattr(bare, "weight_zero_point", None)
+    compress_module(bare)
+    stored = {name: each.nbytes for name, each in bare.state_dict().items()}
+    if "weight_zero_point" in stored and "weight_packed" in stored:  # packed along the rows
+        rows, groups = zeros.shape
+        stored["weight_zero_point"] = _packed_zeros(rows, groups, scheme.weights.num_bits)
+    return sum(stored.values())
+
+
+def _packed_zeros(rows: int, groups: int, bits: int) -> int:
+    return math.ceil(rows * bits / 32) * groups * _INT32_BYTES
 
 
 def missing_kernel(args: QuantizationArgs) -> str | None:

@@ -15,17 +15,35 @@ from typing import Any
 import torch
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.args import DatasetArguments
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import helpers, pipeline
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer, Subgraph, trace_subgraphs
 from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
+from llmcompressor.utils.helpers import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
 from torch import nn
+from torch.fx import Graph
 from torch.fx.proxy import Argument
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from casp_plugin.models import is_multimodal
+from casp_plugin.units import decoder_layers
 
-__all__ = ["check_traceable", "register", "subgraphs_of"]
+__all__ = ["check_traceable", "register", "subgraphs_of", "whole_model"]
+
+
+@dataclass
+class _Whole(Subgraph):
+    """The model as the only subgraph."""
+
+    def forward(self, model: nn.Module, **batch) -> dict:
+        model(**batch)
+        return {}
+
+    def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
+        return list(model.modules())
 
 
 @dataclass
@@ -65,27 +83,78 @@ def subgraphs_of(model: PreTrainedModel, dataloader: Iterable[dict]) -> list[Sub
     return _trace(model, sample, infer_sequential_targets(model), ignore)
 
 
+def whole_model(names: set[str] | None = None) -> Subgraph:
+    """Return the model as its only part.
+
+    :param names: arguments that batches hold; None for whatever they hold
+    """
+    return _Whole(Graph(), names, set())
+
+
 def _trace(
     model: nn.Module, sample: dict, targets: list[str], ignore: list[str], *args
 ) -> list[Subgraph]:
-    """
-    :raises ValueError: if the model cannot be traced
+    """Parts of a model; the whole of it where it has none, or where they do something else.
+
+    :raises ValueError: if a multimodal model cannot be traced
     """
     try:
         subgraphs = trace_subgraphs(model, sample, targets, ignore + _FEATURES, *args)
     except Exception as error:  # whatever its code meets when it runs without values
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced ({why}): name the method that cannot in "
-            "oneshot(tracing_ignore=[...]), or calibrate the model as a whole by "
-            "oneshot(pipeline='basic')"
-        ) from error
+        if is_multimodal(model.config):
+            raise ValueError(
+                f"{type(model).__name__} cannot be traced ({why}): name the method that cannot in "
+                "oneshot(tracing_ignore=[...]), or calibrate the model as a whole: --pipeline "
+                "basic, oneshot(pipeline='basic')"
+            ) from error
+        return _whole(model, sample, f"cannot be traced: {why}")
     held = {module for subgraph in subgraphs for module in subgraph.submodules(model)}
     wrapped = [m for m in model.modules() if is_module_quantized(m) and m not in held]
     if wrapped:
         values = {each.name: getattr(subgraphs[0], each.name) for each in fields(Subgraph)}
         subgraphs[0] = _WithWrapped(**values, wrapped=wrapped)
+    if why := _other_result(model, sample, subgraphs):
+        return _whole(model, sample, why)
     return subgraphs
+
+
+def _whole(model: nn.Module, sample: dict, why: str) -> list[Subgraph]:
+    logger.warning(f"{type(model).__name__} runs as a whole, not part by part: {why}")
+    return [whole_model({*sample})]
+
+
+def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> str | None:
+    """Why parts, run one after another as the pipeline runs them, do not do what the model does;
+    None where they do. A model may change a value that parts get copies of (Gemma 4)."""
+    layers = decoder_layers(model)
+    if not layers:
+        return None
+    found: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple | list) else output)
+
+    device = next(model.parameters()).device
+    handle = model.get_submodule(layers[-1]).register_forward_hook(keep)
+    try:
+        with calibration_forward_context(model), HooksMixin.disable_hooks():
+            waiting = IntermediatesCache.from_dataloader([sample], device)
+            model(**waiting.fetch(0))
+            for graph in subgraphs:
+                outputs = graph.forward(model, **waiting.fetch(0, graph.input_names))
+                if graph is not subgraphs[-1]:
+                    waiting.update(0, outputs)
+                    waiting.delete(0, graph.consumed_names)
+    except Exception as error:  # whatever its code meets when values were copied
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        handle.remove()
+    half = len(found) // 2
+    for whole, part in zip(found[:half], found[half:], strict=True):
+        if not torch.allclose(whole.float(), part.float(), rtol=1e-2, atol=1e-2):
+            return f"{layers[-1]} puts out something else then"
+    return None
 
 
 class _Tracer(SequentialTracer):

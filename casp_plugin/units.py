@@ -13,6 +13,8 @@ from compressed_tensors.utils import is_match
 from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from llmcompressor.utils.pytorch import infer_sequential_targets
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from casp_plugin.modules import LowRankLinear, named_linears
 
@@ -22,11 +24,13 @@ __all__ = [
     "decoder_layers",
     "find_units",
     "matched_linears",
+    "output_head",
     "reading_together",
 ]
 
 #: what no bits are chosen for unless told
 OUTPUT_HEAD = "re:(.*[.])?lm_head$"
+_ROUTER = re.compile(r"gate|router|.*_router|router_.*|shared_experts?_gate")
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
@@ -49,11 +53,15 @@ def matched_linears(
 
     Names match exactly or, with the prefix ``re:``, as a regular expression; class names
     such as ``Linear`` match too. A factored layer matches by the name of the layer it replaced.
+    Routers and gates of experts stay as they are unless a target calls them by name: a choice of
+    experts is worth more than the few bytes, and vLLM builds some in 16 bits only.
 
     :param field: the field that holds the targets, named in errors
     :raises ValueError: if a target matches nothing, or a matched layer is already quantized
     """
     linears = named_linears(model)
+    if OUTPUT_HEAD in ignore:  # whatever its family calls it
+        ignore = [*ignore, *output_head(model)]
 
     def matches(name: str, module: nn.Module, pattern: str) -> bool:
         dense = module.up if isinstance(module, LowRankLinear) else module
@@ -70,11 +78,15 @@ def matched_linears(
     found = {
         name: module
         for name, module in linears
-        if any(matches(name, module, target) for target in targets)
+        if any(
+            matches(name, module, target) and _asked_for(name, module, target) for target in targets
+        )
         and not any(matches(name, module, pattern) for pattern in ignore)
     }
     if not found:
-        raise ValueError(f"{field}: every matching layer is excluded by ignore {ignore}")
+        others = any(isinstance(module, Conv1D) for module in model.modules())
+        why = " (its matrices are Conv1D, which llm-compressor leaves alone)" if others else ""
+        raise ValueError(f"{field}: every matching layer is excluded by ignore {ignore}{why}")
     for name, module in found.items():
         parts = module.children() if isinstance(module, LowRankLinear) else [module]
         for part in parts:
@@ -84,6 +96,21 @@ def matched_linears(
                     f"{field}: {name} is already quantized; start from the full-precision model"
                 )
     return found
+
+
+def output_head(model: nn.Module) -> list[str]:
+    """Return the name of the layer that puts out logits, in a list; nothing where there is none."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [name for name, module in model.named_modules() if module is head and head is not None]
+
+
+def _asked_for(name: str, module: nn.Linear | LowRankLinear, target: str) -> bool:
+    """Whether a target that matches a linear means it: one that chooses experts, or how much of a
+    shared one counts, only by its own word. It is called so, and puts out less than it reads."""
+    words = [part for part in name.split(".") if _ROUTER.fullmatch(part)]
+    if not words or module.out_features >= module.in_features:
+        return True
+    return any(word in target for word in words)
 
 
 def decoder_layers(model: nn.Module) -> list[str]:

@@ -126,7 +126,8 @@ class TransformersEngine:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.model = load_model(model, device_map=str(device), **arguments).eval()
         if workload.images or workload.frames:
-            processor = AutoProcessor.from_pretrained(model)
+            trusted = {"trust_remote_code": arguments.get("trust_remote_code", False)}
+            processor = AutoProcessor.from_pretrained(model, **trusted)
             asked = [workload.conversation()] * workload.batch_size
             inputs = processed(asked, processor, answered=False)
             self.inputs = inputs.to(device, dtype=self.model.dtype)
@@ -153,6 +154,7 @@ class VLLMEngine:
 
         from casp_plugin.processing import prompt_text
 
+        trusted = {"trust_remote_code": arguments.get("trust_remote_code", False)}
         settings = {"seed": workload.seed, "enable_prefix_caching": False}
         if workload.images:
             settings["limit_mm_per_prompt"] = {"image": workload.images}
@@ -161,11 +163,13 @@ class VLLMEngine:
         if workload.images or workload.frames:
             asked = workload.conversation()
             kind = "video" if workload.frames else "image"
-            text = prompt_text(asked, AutoProcessor.from_pretrained(model), answered=False)
+            processor = AutoProcessor.from_pretrained(model, **trusted)
+            text = prompt_text(asked, processor, answered=False)
             prompt = {"prompt": text, "multi_modal_data": {kind: asked.decoded()}}
             self.prompts = [prompt] * workload.batch_size
         else:
-            vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+            config = AutoConfig.from_pretrained(model, **trusted)
+            vocabulary = config.get_text_config().vocab_size
             rows = workload.token_ids(vocabulary)
             self.prompts = [{"prompt_token_ids": row} for row in rows]
         self.prompt_tokens = 0

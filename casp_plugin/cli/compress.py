@@ -23,11 +23,13 @@ from casp_plugin.cli.options import (
     Length,
     Model,
     NoCache,
+    Pipeline,
     QuestionColumn,
     RecipeFile,
     Samples,
     Seed,
     Split,
+    TrustRemoteCode,
     VideoColumn,
     console,
 )
@@ -51,6 +53,7 @@ def plan(
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     cache_limit: CacheLimit = CACHE_LIMIT,
+    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[Path | None, typer.Option(help="Save the plan as JSON here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw bits per layer here.")] = None,
 ) -> None:
@@ -63,7 +66,8 @@ def plan(
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
 
-    bare = skeleton(model)  # refuses a quantized model before its weights are read
+    # refuses a quantized model before its weights are read
+    bare = skeleton(model, trust_remote_code)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
     _tell_estimate(bare, filled, samples, max_length)
     if dataset is None:
@@ -71,11 +75,10 @@ def plan(
     else:
         columns = (text_column, image_column, video_column, question_column, answer_column)
         source = DataSource(dataset, split, dataset_config, *columns)
-        batches = calibration_batches(
-            bare.config, load_processor(model), source, samples, max_length, seed
-        )
+        processor = load_processor(model, trust_remote_code)
+        batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
         _seed(seed)
-        made = plan_recipe(load_model(model), filled, batches)
+        made = plan_recipe(load_model(model, trust_remote_code), filled, batches)
     for table in made.tables():
         console.print(table)
     if json is not None:
@@ -104,6 +107,8 @@ def run(
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     cache_limit: CacheLimit = CACHE_LIMIT,
+    pipeline: Pipeline = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compress a model: llm-compressor's oneshot with the plugin, written whole or not at all.
 
@@ -111,22 +116,26 @@ def run(
     """
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
-    from casp_plugin.ranks import barrier, join_torchrun
+    from casp_plugin.ranks import barrier, is_source_process, join_torchrun
 
     join_torchrun()
     check_output(output)
     barrier()  # all have looked before any writes
-    bare = skeleton(model)
+    bare = skeleton(model, trust_remote_code)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
     _tell_estimate(bare, filled, samples, max_length)
     console.print(plan_recipe(bare, filled).tables()[-1])
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
     amount = (samples, max_length, seed, batch_size)
-    batches = calibration_batches(bare.config, load_processor(model), source, *amount)
-    compressed = compress(model, filled, batches, output, seed)
-    console.print(compressed.casp_plan.tables()[-1])
-    console.print(f"Wrote {output}. Next: casp check {output}")
+    processor = load_processor(model, trust_remote_code)
+    batches = calibration_batches(bare.config, processor, source, *amount)
+    del bare
+    made = compress(model, filled, batches, output, seed, pipeline, trust_remote_code).casp_plan
+    console.print(made.tables()[-1])
+    console.print(f"Wrote {output}")
+    if is_source_process():
+        _check(output, True, trust_remote_code)
 
 
 def _tell_estimate(bare, recipe, samples: int, max_length: int) -> None:
@@ -145,49 +154,75 @@ def _tell_estimate(bare, recipe, samples: int, max_length: int) -> None:
     )
 
 
-def compress(model: str, recipe, batches, output: Path, seed: int):
-    """A model, compressed by a recipe and written to a folder.
+def compress(
+    model: str,
+    recipe,
+    batches,
+    output: Path,
+    seed: int,
+    pipeline: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """Compress a model by a recipe, write it to a folder and return it.
 
     :param recipe: an instance of llm-compressor's ``Recipe``
     :param batches: calibration batches
+    :param pipeline: of llm-compressor; None for the one that the recipe asks for
+    :param trust_remote_code: whether Python code that comes with the model may run
     """
     from llmcompressor import oneshot
 
-    from casp_plugin.checkpoint import copy_processor
+    from casp_plugin.experts import linearize_experts
     from casp_plugin.files import whole_folder
     from casp_plugin.models import load_model
-    from casp_plugin.ranks import barrier, is_source_process
+    from casp_plugin.ranks import barrier
     from casp_plugin.tracing import check_traceable
 
-    loaded = load_model(model)
-    check_traceable(loaded, batches)
+    loaded = load_model(model, trust_remote_code)
+    linearize_experts(loaded)
+    if pipeline is None:
+        check_traceable(loaded, batches)
     _seed(seed)
     with whole_folder(output) as partial:
         compressed = oneshot(
             model=loaded,
-            processor=load_processor(model),
+            processor=_OwnFiles(),
             recipe=recipe,
             dataset=batches,
             output_dir=str(partial),
+            pipeline=pipeline,
+            trust_remote_code_model=trust_remote_code,
         )
         barrier()
-        if is_source_process():
-            copy_processor(model, partial)
     return compressed
+
+
+class _OwnFiles:
+    """Stands for the processor where oneshot saves it: transformers would write its files in
+    another form, or not at all. The model's own are copied with the checkpoint."""
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write nothing."""
 
 
 @app.command()
 def check(
     checkpoint: Checkpoint,
     reload: Annotated[bool, typer.Option(help="Also load the model and run it.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Verify a checkpoint: tensors, sizes against the plan, kernels, reload."""
+    _check(checkpoint, reload, trust_remote_code)
+
+
+def _check(checkpoint: Path, reload: bool, trust_remote_code: bool) -> None:
+    """Print what is found; exit with 1 where the checkpoint is broken."""
     from casp_plugin.check import check as findings_of
 
     table = Table(title=str(checkpoint), title_justify="left")
     for column in ("check", "result", "detail"):
         table.add_column(column)
-    findings = findings_of(checkpoint, reload=reload)
+    findings = findings_of(checkpoint, reload, trust_remote_code)
     marks = {True: "ok", False: "FAILED", None: "note"}
     for finding in findings:
         table.add_row(finding.what, marks[finding.passed], finding.detail)
@@ -200,6 +235,7 @@ def check(
 def fold(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT2")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a copy without factors, for transformers and vLLM without this package.
 
@@ -209,29 +245,28 @@ def fold(
     from casp_plugin.fold import fold as fold_checkpoint
     from casp_plugin.models import bytes_on_disk
 
-    dense = fold_checkpoint(checkpoint, output)
+    dense = fold_checkpoint(checkpoint, output, trust_remote_code)
     before, after = map(bytes_on_disk, (checkpoint, output))
     console.print(
         f"Wrote {output}: {len(dense)} layers are dense now, {before:,} -> {after:,} bytes"
     )
 
 
-def skeleton(model: str):
-    """The model without weights, from its config alone.
+def skeleton(model: str, trust_remote_code: bool = False):
+    """Return the model without weights, from its config alone.
 
-    :raises ValueError: if the model cannot be found, or is quantized already
+    :raises ValueError: if the model cannot be found, is quantized already, or is of a class that
+        cannot be compressed
     """
-    from transformers import AutoConfig
+    from casp_plugin.models import bare_model, read_model_config
 
-    from casp_plugin.models import bare_model
-
-    config = AutoConfig.from_pretrained(model)
+    config = read_model_config(model, trust_remote_code)
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method")
         raise ValueError(
             f"{model} is already quantized ({method}): start from the full-precision model"
         )
-    bare = bare_model(config)
+    bare = bare_model(config, trust_remote_code)
     bare.config._name_or_path = model
     return bare
 

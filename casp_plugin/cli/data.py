@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from casp_plugin.cli.options import console
 
-__all__ = ["DataSource", "calibration_batches", "load_processor"]
+__all__ = ["DataSource", "calibration_batches", "load_processor", "within_positions"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class DataSource:
 
         :param config: of the model
         """
+        from casp_plugin.chats import CHAT_COLUMNS
         from casp_plugin.models import is_multimodal
-        from casp_plugin.sources import CHAT_COLUMN, read_source
+        from casp_plugin.sources import read_source
 
         if not is_multimodal(config):
             return False
         found = read_source(self.dataset, self.split, self.config_name).column_names
         shown = self.video or self.image
-        if shown in found or not {self.text, CHAT_COLUMN} & set(found):
+        if shown in found or not {self.text, *CHAT_COLUMNS} & set(found):
             return True
         console.print(f"{self.dataset} has no column {shown!r}: text alone")
         return False
@@ -72,14 +73,33 @@ class DataSource:
         )
 
 
-def load_processor(model: str):
+def load_processor(model: str, trust_remote_code: bool = False):
     """Tokenizer of a language model, processor of one that takes images too."""
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
-    from casp_plugin.models import is_multimodal
+    from casp_plugin.models import is_multimodal, read_model_config
 
-    kind = AutoProcessor if is_multimodal(AutoConfig.from_pretrained(model)) else AutoTokenizer
-    return kind.from_pretrained(model)
+    sees = is_multimodal(read_model_config(model, trust_remote_code))
+    kind = AutoProcessor if sees else AutoTokenizer
+    return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def within_positions(config, max_length: int) -> int:
+    """A ``--max-length`` that the model has positions for; says so where it is another.
+
+    :param config: of the model
+    """
+    from casp_plugin.tokens import most_tokens
+
+    most = most_tokens(config)
+    if most is None or max_length <= most:
+        return max_length
+    console.print(
+        f"--max-length {max_length} is more than the {most} positions that the model "
+        f"({config.model_type}) has: {most} it is",
+        soft_wrap=True,
+    )
+    return most
 
 
 def calibration_batches(config, processor, source, samples, max_length, seed, batch_size=1):
@@ -87,10 +107,12 @@ def calibration_batches(config, processor, source, samples, max_length, seed, ba
 
     :param config: of the model
     :param source: a ``DataSource``
+    :param max_length: tokens at most; no more than the model has positions for
     """
     from casp_plugin.calibration import calibration_loader
     from casp_plugin.processing import conversation_loader
 
+    max_length = within_positions(config, max_length)
     if source.shows_images(config):
         if batch_size > 1:
             raise ValueError("--batch-size is for text: questions about images run one by one")

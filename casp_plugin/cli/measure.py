@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from casp_plugin.cli.app import app
-from casp_plugin.cli.data import DataSource, load_processor
+from casp_plugin.cli.data import DataSource, load_processor, within_positions
 from casp_plugin.cli.options import (
     AnswerColumn,
     Column,
@@ -18,6 +18,7 @@ from casp_plugin.cli.options import (
     Seed,
     Split,
     TaskColumn,
+    TrustRemoteCode,
     VideoColumn,
     console,
 )
@@ -95,24 +96,25 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write results as JSON here.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Measure checkpoints, with 95 % intervals, and compare them on the same documents."""
-    from transformers import AutoConfig
-
     from casp_plugin.evaluation import results
     from casp_plugin.evaluation.harness import find_tasks, run_tasks
     from casp_plugin.kv_cache import CompressedCache
     from casp_plugin.machine import installed_versions
-    from casp_plugin.models import load_model
+    from casp_plugin.models import load_model, read_model_config
     from casp_plugin.records import load_records, save_records
 
     for name in models:  # now, not after hours, as all that follows
-        config = AutoConfig.from_pretrained(name)
+        config = read_model_config(name, trust_remote_code)
+        max_length = within_positions(config, max_length) if dataset or not tasks else max_length
         if kv_cache:
             CompressedCache(config, kv_cache)
     if reference:
-        AutoConfig.from_pretrained(reference)
+        config = read_model_config(reference, trust_remote_code)
+        max_length = within_positions(config, max_length)
     if kv_cache and tasks and "vllm" in backend:
         raise ValueError(f"--kv-cache is for models of transformers, not --backend {backend}")
     compared = load_records(results.Evaluation, baseline, "casp eval") if baseline else []
@@ -127,12 +129,14 @@ def evaluate(
     source = DataSource(dataset, split, dataset_config, *columns) if dataset else None
     asking = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     asking |= {"apply_chat_template": apply_chat_template}
-    original = load_model(reference) if reference and source else None
+    original = load_model(reference, trust_remote_code) if reference and source else None
+    if trust_remote_code:
+        model_args = ",".join(filter(None, ["trust_remote_code=True", model_args]))
     for model in models:
         measured, settings = [], {"seed": seed, "kv_cache": kv_cache}
         if source:
             chosen = (task_column, join, seed, kv_cache)
-            measured += score(model, source, original, *chosen, **scoring)
+            measured += score(model, source, original, *chosen, trust_remote_code, **scoring)
             settings |= {"dataset": dataset, "reference": reference, "join": join, **scoring}
         if wanted:
             chosen = (wanted, harness, backend, model_args, include_path)
@@ -156,20 +160,35 @@ def evaluate(
         console.print(results.comparison_table(title, results.compare_all(other, first)))
 
 
-def score(model, source, reference, task_column, join, seed, kv_cache, samples, max_length, stride):
+def score(
+    model,
+    source,
+    reference,
+    task_column,
+    join,
+    seed,
+    kv_cache,
+    trust_remote_code,
+    samples,
+    max_length,
+    stride,
+):
     """Measurements on texts, or on questions about images, in all and by task."""
     from casp_plugin.evaluation.answers import evaluate_answers
     from casp_plugin.evaluation.text import evaluate as evaluate_text
     from casp_plugin.kv_cache import with_kv_cache
     from casp_plugin.models import load_model
+    from casp_plugin.sources import adds_special_tokens
 
-    processor, loaded = load_processor(model), load_model(model)
+    processor = load_processor(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code)
     name = Path(source.dataset).stem
     if not source.shows_images(loaded.config):
         tokenizer = getattr(processor, "tokenizer", processor)
-        texts = source.texts(tokenizer, samples, seed)["text"]
+        read = source.texts(tokenizer, samples, seed)
+        chosen = (read["text"], max_length, reference, stride, join, adds_special_tokens(read))
         with with_kv_cache(loaded, kv_cache):
-            scores = evaluate_text(loaded, tokenizer, texts, max_length, reference, stride, join)
+            scores = evaluate_text(loaded, tokenizer, *chosen)
         return scores.measurements(name)
     asked = source.conversations(samples, seed, task_column=task_column)
     scores = evaluate_answers(loaded, processor, asked, reference, kv_cache=kv_cache)
@@ -215,6 +234,7 @@ def bench(
         typer.Option(help="For from_pretrained or vllm.LLM: key=value,... (dtype=float16)"),
     ] = "",
     output: Annotated[Path | None, typer.Option(help="Write results as JSON here.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Size, prefill time, decode throughput and peak memory, in turns with a baseline's."""
@@ -244,23 +264,31 @@ def bench(
     with ExitStack() as stack:
         if random_weights:
             folder = keep or Path(stack.enter_context(TemporaryDirectory()))
-            models = _random_models(random_weights, recipe, folder)
+            models = _random_models(random_weights, recipe, folder, trust_remote_code)
         else:
             models = [*([baseline] if baseline else []), model]
-        speeds = measure(models, workload, engine, rounds, warmup, _arguments(engine_args))
+        arguments = _arguments(engine_args)
+        if trust_remote_code:
+            arguments["trust_remote_code"] = True
+        speeds = measure(models, workload, engine, rounds, warmup, arguments)
     console.print(speed_table(speeds))
     if output is not None:
         save_records(speeds, output)
 
 
-def _random_models(source: str, recipe: Path | None, folder: Path) -> list[str]:
+def _random_models(
+    source: str, recipe: Path | None, folder: Path, trust_remote_code: bool
+) -> list[str]:
     """Checkpoints with random weights: the model as it is, and as a recipe leaves it."""
     from casp_plugin.bench.shapes import Shapes
+    from casp_plugin.modifiers.recipes import load_recipe
 
     name = source.rstrip("/").rpartition("/")[2]
-    wanted = {folder / name: Shapes.of(source)}
+    wanted = {folder / name: Shapes.of(source, None, trust_remote_code)}
     if recipe is not None:
-        wanted[folder / f"{name}-{recipe.stem}"] = Shapes.of(source, str(recipe))
+        load_recipe(recipe)  # says what is wrong with it
+        made = Shapes.of(source, str(recipe), trust_remote_code)
+        wanted[folder / f"{name}-{recipe.stem}"] = made
     for target, shapes in wanted.items():
         if target.exists():
             raise ValueError(f"--keep {folder} holds {target.name} already")

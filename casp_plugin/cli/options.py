@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -51,6 +51,17 @@ HeldoutSamples = Annotated[
 Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
 Length = Annotated[int, typer.Option("--max-length", help="Tokens a sample at most.", min=2)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+Pipeline = Annotated[
+    Literal["independent", "sequential", "basic"] | None,
+    typer.Option(
+        "--pipeline",
+        help="How llm-compressor calibrates: layer by layer, or the model as a whole (basic).",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
+]
 Cache = Annotated[
     Path,
     typer.Option(

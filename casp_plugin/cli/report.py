@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from casp_plugin.cli.app import app
-from casp_plugin.cli.options import Checkpoint, console
+from casp_plugin.cli.options import Checkpoint, TrustRemoteCode, console
 
 CARD_NAME, PAGE_NAME = "README.md", "report.html"
 
@@ -33,6 +33,7 @@ def report(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a README.md that casp did not write.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML page about a checkpoint, and its model card, OUT/README.md."""
     from casp_plugin.files import write_whole
@@ -41,8 +42,8 @@ def report(
     from casp_plugin.report.page import page
 
     path = checkpoint / CARD_NAME
-    mine = overwrite or not path.exists() or MARK in path.read_text()
-    facts = read_facts(checkpoint, evals or [], benches or [])
+    facts = read_facts(checkpoint, evals or [], benches or [], trust_remote_code)
+    mine = overwrite or not path.exists() or MARK in path.read_text() or _of_base(path, facts)
     made = page(facts)
     target = output or checkpoint / PAGE_NAME
     write_whole(target, made)
@@ -52,3 +53,12 @@ def report(
         console.print(f"Wrote {path}")
     else:
         console.print(f"{path} is not of casp and stays: --overwrite replaces it")
+
+
+def _of_base(path: Path, facts) -> bool:
+    """Whether a card is that of the base model, copied with its other files."""
+    from casp_plugin.source import source_folder
+
+    base = source_folder(facts.base_model or "")
+    card = None if base is None else base / CARD_NAME
+    return card is not None and card.exists() and card.read_bytes() == path.read_bytes()

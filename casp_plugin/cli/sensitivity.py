@@ -7,7 +7,12 @@ import typer
 
 from casp_plugin.cli.app import app
 from casp_plugin.cli.compress import skeleton
-from casp_plugin.cli.data import DataSource, calibration_batches, load_processor
+from casp_plugin.cli.data import (
+    DataSource,
+    calibration_batches,
+    load_processor,
+    within_positions,
+)
 from casp_plugin.cli.options import (
     AnswerColumn,
     Column,
@@ -23,6 +28,7 @@ from casp_plugin.cli.options import (
     Seed,
     Split,
     TaskColumn,
+    TrustRemoteCode,
     VideoColumn,
     console,
 )
@@ -80,6 +86,7 @@ def sensitivity(
         int,
         typer.Option(help="Models scored at a time; fewer where memory does not allow it.", min=1),
     ] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Quantize parts of a model one by one and together, score each, tell what matters.
@@ -99,19 +106,21 @@ def sensitivity(
         processes_of,
     )
     from casp_plugin.sensitivity.summary import analyse_all, summarise
+    from casp_plugin.sources import adds_special_tokens
     from casp_plugin.sweep import begin
     from casp_plugin.units import OUTPUT_HEAD
 
     if metric not in METRICS:
         raise ValueError(f"--metric {metric!r} must be one of {', '.join(METRICS)}")
-    bare = skeleton(model)
+    bare = skeleton(model, trust_remote_code)
+    max_length = within_positions(bare.config, max_length)
     layers = find_layers(bare, ignore or [OUTPUT_HEAD])
     wanted = list(dict.fromkeys(method.strip() for method in methods.split(",")))
     for method in wanted:
         check_method(method, bare, layers, group_size)
     configurations = points_of(wanted, layers, bare.dtype, group_size, max_points)
     columns = (text_column, image_column, video_column, question_column, answer_column)
-    processor = load_processor(model)
+    processor = load_processor(model, trust_remote_code)
     source = DataSource(dataset, split, dataset_config, *columns)
     judged = DataSource(heldout, heldout_split, dataset_config, *columns)
     shown = judged.shows_images(bare.config)
@@ -122,7 +131,8 @@ def sensitivity(
         data = {"questions": tuple(asked), "answers": metric in ANSWERED}
     else:
         tokenizer = getattr(processor, "tokenizer", processor)
-        data = {"texts": tuple(judged.texts(tokenizer, heldout_samples, seed)["text"])}
+        read = judged.texts(tokenizer, heldout_samples, seed)
+        data = {"texts": tuple(read["text"]), "add_special_tokens": adds_special_tokens(read)}
     batches = None
     if set(wanted) - {UNIFORM}:
         batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
@@ -150,6 +160,7 @@ def sensitivity(
         Calibration(batches, group_size, seed),
         output,
         allowed,
+        trust_remote_code,
     )
     points = study.run(configurations)
     analyses = analyse_all(points, layers, metric)

@@ -10,7 +10,12 @@ from rich.console import Console
 
 from casp_plugin.cli.app import app
 from casp_plugin.cli.compress import compress, skeleton
-from casp_plugin.cli.data import DataSource, calibration_batches, load_processor
+from casp_plugin.cli.data import (
+    DataSource,
+    calibration_batches,
+    load_processor,
+    within_positions,
+)
 from casp_plugin.cli.measure import score
 from casp_plugin.cli.options import (
     DATASET,
@@ -27,6 +32,7 @@ from casp_plugin.cli.options import (
     Samples,
     Seed,
     Split,
+    TrustRemoteCode,
     VideoColumn,
     console,
 )
@@ -68,6 +74,7 @@ def sweep(
         list[str] | None,
         typer.Option(help="Score each size with this cache too, as casp eval takes it."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
 ) -> None:
     """Compress a model to many sizes and score each: what is measured of it is measured once."""
@@ -82,7 +89,8 @@ def sweep(
     from casp_plugin.sweep import Point, begin, finished, frontier_table
 
     budgets = _numbers([*average_bits, *context.args])
-    bare = skeleton(model)
+    bare = skeleton(model, trust_remote_code)
+    max_length = within_positions(bare.config, max_length)
     for scheme in kv_cache or ():
         CompressedCache(bare.config, scheme)
     wanted = _wanted(bare, recipe, budgets)
@@ -98,7 +106,7 @@ def sweep(
         "seed": seed,
     }
     scoring = {"samples": heldout_samples, "max_length": max_length, "stride": max_length}
-    processor = load_processor(model)
+    processor = load_processor(model, trust_remote_code)
     batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
     judged.read(bare.config, processor, heldout_samples, seed)  # that it can be read at all
     begin(output, facts, recipe)
@@ -108,10 +116,10 @@ def sweep(
         folder = output / name if path else model
         if path and not folder.exists():
             filled = load_recipe(path, bits, cache_dir=output / "cache")
-            compress(model, filled, batches, folder, seed)
-        reference = load_model(model)
+            compress(model, filled, batches, folder, seed, None, trust_remote_code)
+        reference = load_model(model, trust_remote_code)
         chosen = (reference if path or scheme else None, None, False, seed, scheme)
-        measured = score(str(folder), judged, *chosen, **scoring)
+        measured = score(str(folder), judged, *chosen, trust_remote_code, **scoring)
         plan = CompressionPlan.load(folder) if bits else None
         return Point(
             name=_label(name, scheme),

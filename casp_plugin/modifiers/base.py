@@ -15,16 +15,19 @@ from typing import Any
 import psutil
 import torch
 from compressed_tensors.offload import set_onload_device
+from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig
 from llmcompressor.core import State, active_session
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
+from transformers import PreTrainedModel
 
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.checkpoint import save_with_plan
@@ -33,10 +36,11 @@ from casp_plugin.estimate import Data, Estimate, estimate
 from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
 from casp_plugin.machine import trim_memory
 from casp_plugin.measured import Measured
-from casp_plugin.measuring import measure, noted
+from casp_plugin.measuring import measure, noted, try_first_batch
 from casp_plugin.models import skeleton
+from casp_plugin.modifiers.rehearsal import find_copied, rehearse
 from casp_plugin.modules import LowRankLinear, stored_tensors
-from casp_plugin.plan import CompressionPlan
+from casp_plugin.plan import CompressionPlan, CopiedTensor
 from casp_plugin.ranks import barrier, shared
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import check_transforms, input_block
@@ -84,12 +88,20 @@ class CaspModifier(Modifier):
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
     _transforms: TransformConfig | None = PrivateAttr(default=None)
     _patterns: dict[str, list[str]] = PrivateAttr(default_factory=dict)
+    _beside: list[QuantizationConfig] = PrivateAttr(default_factory=list)
 
     @abstractmethod
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
         """Statistics of the dense model that this modifier needs.
 
         :param following: modifiers that come later in the recipe
+        """
+
+    def check_reached(self, model: nn.Module, reached: frozenset[str]) -> None:
+        """Refuse data that misses what this modifier must see, by its first batch.
+
+        :param reached: linears that the batch reached
+        :raises ValueError: if it missed one
         """
 
     @abstractmethod
@@ -124,6 +136,10 @@ class CaspModifier(Modifier):
         :param following: modifiers that come later in the recipe
         :raises ValueError: for any setting that cannot work on this model and recipe
         """
+
+    @abstractmethod
+    def without_data(self) -> "CaspModifier":
+        """Return the same modifier with choices that need no data, to see where they would lead."""
 
     def note_facts(self, model: nn.Module, following: list[Modifier]) -> dict[str, Any]:
         """What is noted down depends on, beside the statistics, as JSON values."""
@@ -248,7 +264,7 @@ def shape_model(
         statistics stays as it is in the model
     :raises ValueError: for any setting that cannot work on this model
     """
-    return _dry_run(model, _casp_modifiers(recipe))
+    return _dry_run(model, _casp_modifiers(recipe))[:2]
 
 
 def _casp_modifiers(recipe: str | Recipe | list[Modifier]) -> list[Modifier]:
@@ -272,10 +288,11 @@ def _start(
     statistics: Statistics | None = None,
 ) -> _Run:
     """Check the recipe as a whole, then measure what all its modifiers need."""
-    _dry_run(model, modifiers)
+    _, dry, warnings = _dry_run(model, modifiers)
     _check_finite(model)
     request = _requested(model, modifiers)
-    plan = _new_plan(model)
+    plan = _new_plan(model, dry.copied)
+    plan.warnings += warnings
 
     def note(found: Statistics, measured: Measured) -> None:
         for modifier in _own(modifiers):
@@ -292,6 +309,9 @@ def _start(
         # without a cache, a temporary folder takes what would fill the memory; mapped files
         # outlive their names
         with tempfile.TemporaryDirectory(prefix="casp-") as folder:
+            tried = try_first_batch(model, dataloader, request)
+            for modifier in _own(modifiers):
+                modifier.check_reached(model, tried)
             cache = _cache(shared(folder), model, dataloader, request, modifiers, plan)
             measured = measure(model, dataloader, request, cache, note)
             barrier()
@@ -347,13 +367,20 @@ def _share(modifiers: list[Modifier]) -> None:
     weights = {modifier.image_weight for modifier in _own(modifiers)} - {None}
     if len(weights) > 1:
         raise ValueError(f"image_weight must be the same in all modifiers, got {sorted(weights)}")
-    transforms = _transforms(modifiers)
+    transforms, beside = _transforms(modifiers), _beside(modifiers)
     patterns: dict[str, list[str]] = {}
     for modifier in _own(modifiers):
         for component, found in modifier.component_patterns.items():
             patterns.setdefault(component, []).extend(found)
     for modifier in _own(modifiers):
         modifier._transforms, modifier._patterns = transforms, patterns
+        modifier._beside = beside
+
+
+def _beside(modifiers: list[Modifier]) -> list[QuantizationConfig]:
+    """What quantizers of the recipe do by a config of their own, beside the plan."""
+    quantizers = [each for each in modifiers if isinstance(each, QuantizationMixin)]
+    return [each.resolved_config for each in quantizers if each.config_groups or each.scheme]
 
 
 def _transforms(modifiers: list[Modifier]) -> TransformConfig | None:
@@ -385,12 +412,31 @@ def _check_finite(model: nn.Module) -> None:
             raise ValueError(f"{name} of the model holds NaN or infinite values")
 
 
-def _dry_run(model: nn.Module, modifiers: list[Modifier]) -> tuple[nn.Module, CompressionPlan]:
-    """Plan on a copy without weights and on copies of the modifiers: nothing is changed."""
+def _dry_run(
+    model: nn.Module, modifiers: list[Modifier]
+) -> tuple[nn.Module, CompressionPlan, list[str]]:
+    """Plan on a copy without weights and on copies of the modifiers: nothing is changed.
+
+    :return: the copy, its plan, and what a user should know of the checkpoint
+    :raises ValueError: if the recipe cannot work on this model, or its checkpoint would not load
+    """
     _check_order(modifiers)
     modifiers = [modifier.model_copy(deep=True) for modifier in modifiers]
-    plan = _new_plan(model)
-    bare = skeleton(model)
+    if not isinstance(model, PreTrainedModel):  # which has no checkpoint
+        return *_planned_bare(model, modifiers, []), []
+    copied = find_copied(model)
+    bare, plan = _planned_bare(model, modifiers, copied)
+    made_up = [m.without_data() if isinstance(m, CaspModifier) else m for m in modifiers]
+    warnings = rehearse(*_planned_bare(model, made_up, copied), _beside(modifiers))
+    plan.warnings += warnings
+    return bare, plan, warnings
+
+
+def _planned_bare(
+    model: nn.Module, modifiers: list[Modifier], copied: list[CopiedTensor]
+) -> tuple[nn.Module, CompressionPlan]:
+    """A copy of a model without weights that modifiers have changed, and their plan."""
+    plan, bare = _new_plan(model, copied), skeleton(model)
     _share(modifiers)
     for modifier in _own(modifiers):
         modifier.prepare(bare, plan, None, _after(modifier, modifiers))
@@ -409,12 +455,14 @@ def _check_order(modifiers: list[Modifier]) -> None:
         )
 
 
-def _new_plan(model: nn.Module) -> CompressionPlan:
+def _new_plan(model: nn.Module, copied: list[CopiedTensor]) -> CompressionPlan:
+    stored = sum(tensor.nbytes for tensor in stored_tensors(model).values())
     return CompressionPlan(
         model=getattr(model, "name_or_path", "") or type(model).__name__,
         versions={name: version(name) for name in _RECORDED},
         seed=torch.initial_seed(),
-        original_bytes=sum(tensor.nbytes for tensor in stored_tensors(model).values()),
+        copied=copied,
+        original_bytes=stored + sum(each.bytes for each in copied),
     )
 
 

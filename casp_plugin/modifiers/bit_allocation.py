@@ -5,9 +5,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
 from compressed_tensors.transform import TransformConfig
-from compressed_tensors.utils import match_name
+from compressed_tensors.utils import is_match, match_name
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -35,7 +39,7 @@ from casp_plugin.parts import find_parts
 from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
 from casp_plugin.pricing import Pricing, joined, stored_shapes
 from casp_plugin.ranks import shared
-from casp_plugin.schemes import weight_args
+from casp_plugin.schemes import quantized_bytes, weight_args
 from casp_plugin.shares import Sensitivity
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.transforms import stored_transforms
@@ -292,7 +296,7 @@ class BitAllocationModifier(CaspModifier):
         rest = {name: each for name, each in linears.items() if name not in known}
         priced = priced + self._priced(rest, quantizer, statistics)
         plan.units = self._units(linears, layers, priced, statistics)
-        plan.other_bytes = _other_bytes(model, plan, self._transforms)
+        plan.other_bytes = _other_bytes(model, plan, self._transforms, self._beside)
         self._check_budget(plan)
         self._warn(plan, linears, statistics)
         self._choose(plan, self._coupled(model, plan, following))
@@ -301,6 +305,12 @@ class BitAllocationModifier(CaspModifier):
             give_schemes(self, plan, self._schemes(quantizer), quantizer)
         point_awq(self, model, following)
         self._latents = []  # the quantizer that follows needs the memory
+
+    def without_data(self) -> "BitAllocationModifier":
+        """Return the same modifier with bits spread evenly."""
+        made = self.model_copy(update={"importance": "uniform", "solver": "closed_form"}, deep=True)
+        made._study = None
+        return made
 
     def note_facts(self, model: nn.Module, following: list[Modifier]) -> dict[str, Any]:
         quantizer = find_quantizer(following, self._matched(model))
@@ -603,9 +613,42 @@ def _closed_form_costs(units: list[UnitPlan], budget: int) -> list[list[float]]:
 
 
 def _other_bytes(
-    model: nn.Module, plan: CompressionPlan, transforms: TransformConfig | None
+    model: nn.Module,
+    plan: CompressionPlan,
+    transforms: TransformConfig | None,
+    beside: list[QuantizationConfig],
 ) -> int:
-    """Bytes of all tensors that a checkpoint stores beside the units' weights."""
-    units = {f"{name}.weight" for unit in plan.units for name in unit.modules}
+    """Bytes of all tensors that a checkpoint stores beside the units' weights.
+
+    :param beside: what other quantizers of the recipe do
+    """
+    units = {name for unit in plan.units for name in unit.modules}
+    tied = getattr(model, "all_tied_weights_keys", {})
     stored = stored_tensors(model) | stored_transforms(transforms, model)
-    return sum(t.numel() * t.dtype.itemsize for name, t in stored.items() if name not in units)
+    found = {name: each.numel() * each.dtype.itemsize for name, each in stored.items()}
+    for name, module in model.named_modules():
+        scheme = None if name in units else _scheme_beside(name, module, beside)
+        if scheme is not None:
+            weight = f"{name}.weight"
+            for one, other in tied.items():  # llm-compressor unties them
+                if weight == other:
+                    found[one] = module.weight.numel() * module.weight.dtype.itemsize
+            found[weight] = quantized_bytes(module, scheme)
+    weights = {f"{name}.weight" for name in units}
+    built = sum(size for name, size in found.items() if name not in weights)
+    return built + sum(each.bytes for each in plan.copied)
+
+
+def _scheme_beside(
+    name: str, module: nn.Module, beside: list[QuantizationConfig]
+) -> QuantizationScheme | None:
+    """What another quantizer than the plan's does to a layer; the last one counts."""
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        return None
+    schemes = [
+        scheme
+        for config in beside
+        for scheme in config.config_groups.values()
+        if is_match(name, module, scheme.targets, config.ignore or ())
+    ]
+    return schemes[-1] if schemes else None

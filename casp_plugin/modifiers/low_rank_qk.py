@@ -30,6 +30,8 @@ __all__ = ["LowRankQKModifier"]
 _METRICS = {"fisher": "gradient_moments", "attention": "attention_moments"}
 #: ranks that a plan tells the lost energy of
 SPECTRUM_POINTS = 32
+#: share of the parameters that factors keep where a recipe leaves it to data that is not there
+KEEP = 0.25
 _FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
@@ -117,6 +119,13 @@ class LowRankQKModifier(CaspModifier):
                 raise ValueError(f"ranks must be positive, got {rank}")
         return value
 
+    def without_data(self) -> "LowRankQKModifier":
+        """Return the same modifier with factors of the weights alone, a quarter of every layer's
+        parameters where the recipe leaves that to the data."""
+        changed = {"method": "svd", "rank_allocation": "uniform"}
+        changed |= {"keep": KEEP} if self.proposes else {}
+        return self.model_copy(update=changed, deep=True)
+
     @property
     def proposes(self) -> bool:
         """Whether the ranks are left to BitAllocationModifier."""
@@ -136,6 +145,11 @@ class LowRankQKModifier(CaspModifier):
             attention_maps=frozenset(name.rpartition(".")[0] for name in linears),
             reached=linears,
         )
+
+    def check_reached(self, model: nn.Module, reached: frozenset[str]) -> None:
+        for name in self._matched(model):
+            if name not in reached:
+                raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
 
     def note(
         self,

@@ -13,7 +13,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.plan import CompressionPlan
-from casp_plugin.schemes import DEFAULT_OBSERVER
+from casp_plugin.schemes import DEFAULT_OBSERVER, FORMAT
 
 __all__ = [
     "find_quantizer",
@@ -99,7 +99,7 @@ def give_schemes(
     for unit in plan.units:
         targets[unit.choice.bits] += unit.modules
     groups = {
-        f"w{bits}": QuantizationScheme(targets=names, weights=schemes[bits])
+        f"w{bits}": QuantizationScheme(targets=names, weights=schemes[bits], format=FORMAT)
         for bits, names in sorted(targets.items())
     }
     modifier.hand_over(quantizer, "config_groups", groups)

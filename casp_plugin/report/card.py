@@ -2,7 +2,6 @@
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from casp_plugin.models import is_multimodal
 from casp_plugin.report.facts import Facts
 from casp_plugin.report.page import conditions, quality_rows, speed_rows
 from casp_plugin.report.templates import render
@@ -17,12 +16,9 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
     """
     :param license: of the base model, as the hub calls it; None leaves it open
     """
-    from transformers import AutoConfig
-
-    sees = is_multimodal(AutoConfig.from_pretrained(facts.folder))
     results = [
         EvalResult(
-            task_type="image-text-to-text" if sees else "text-generation",
+            task_type="image-text-to-text" if facts.sees else "text-generation",
             dataset_type=each.task,
             dataset_name=each.task,
             metric_type=each.metric,
@@ -35,7 +31,7 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
         **(base if facts.base_id else {}),
         license=license,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        pipeline_tag="image-text-to-text" if facts.sees else "text-generation",
         tags=["casp"] * facts.by_casp + ["compressed-tensors", "vllm", "quantized"],
         model_name=facts.name,
         eval_results=results or None,
@@ -46,7 +42,7 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
         mark=MARK,
         facts=facts,
         plan=facts.plan,
-        sees=sees,
+        sees=facts.sees,
         quality=quality_rows(facts),
         conditions=conditions(facts),
         speed=speed_rows(facts),

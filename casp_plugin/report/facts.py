@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from casp_plugin.bench.runs import Speed
 from casp_plugin.checkpoint import RECIPE_NAME, SECTION, read_config
 from casp_plugin.evaluation.results import Comparison, Evaluation, Measurement, compare_all
+from casp_plugin.models import is_multimodal, read_model_config
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.records import load_records
 from casp_plugin.sizes import size_breakdown
@@ -25,6 +26,7 @@ class Facts:
     :param config: its ``config.json``
     :param plan: None where no casp modifier made it
     :param recipe: text of its ``recipe.yaml``; None where there is none
+    :param sees: whether it takes images
     :param breakdown: bytes of its tensors by component, then by kind
     :param evaluations: of it, with the one each is compared with, if any
     :param speeds: the same of its speed
@@ -34,6 +36,7 @@ class Facts:
     config: dict
     plan: CompressionPlan | None
     recipe: str | None
+    sees: bool
     breakdown: dict[str, dict[str, int]]
     evaluations: list[tuple[Evaluation, Evaluation | None]]
     speeds: list[tuple[Speed, Speed | None]]
@@ -85,11 +88,18 @@ class Facts:
         return self.plan.warnings if self.plan else []
 
 
-def read_facts(folder: Path, evals: Sequence[Path] = (), benches: Sequence[Path] = ()) -> Facts:
-    """
+def read_facts(
+    folder: Path,
+    evals: Sequence[Path] = (),
+    benches: Sequence[Path] = (),
+    trust_remote_code: bool = False,
+) -> Facts:
+    """Read all that is known of a checkpoint.
+
     :param folder: checkpoint folder
     :param evals: files that ``casp eval --output`` wrote
     :param benches: files that ``casp bench --output`` wrote
+    :param trust_remote_code: whether Python code that comes with the model may run
     :raises ValueError: if the folder is no quantized checkpoint, or a file is about other models
     """
     config = read_config(folder)
@@ -106,7 +116,8 @@ def read_facts(folder: Path, evals: Sequence[Path] = (), benches: Sequence[Path]
         config=config,
         plan=plan,
         recipe=recipe.read_text() if recipe.exists() else None,
-        breakdown=size_breakdown(folder, _patterns(plan)),
+        sees=is_multimodal(read_model_config(folder, trust_remote_code)),
+        breakdown=size_breakdown(folder, _patterns(plan), trust_remote_code),
         evaluations=[_about(folder, path, Evaluation, "casp eval") for path in evals],
         speeds=[_about(folder, path, Speed, "casp bench") for path in benches],
     )

@@ -63,6 +63,7 @@ class Judged:
     :param texts: each on its own
     :param questions: their tasks are told apart
     :param max_length: tokens of a window of text
+    :param add_special_tokens: whether the tokenizer adds its own to the texts: not to chats
     :param answers: whether models answer the questions; else only the loss of the right answers is
         measured, which takes less time
     """
@@ -72,12 +73,20 @@ class Judged:
     questions: tuple[Conversation, ...] = ()
     max_length: int = 2048
     answers: bool = True
+    add_special_tokens: bool = True
 
     def scores(self, model: nn.Module) -> dict[str, float]:
         """Values of metrics, by ``task/metric``."""
         if self.texts:
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            found = evaluate(model, tokenizer, self.texts, self.max_length, stride=self.max_length)
+            found = evaluate(
+                model,
+                tokenizer,
+                self.texts,
+                self.max_length,
+                stride=self.max_length,
+                add_special_tokens=self.add_special_tokens,
+            )
             by_task = {"text": found}
         else:
             longest = {} if self.answers else {"max_new_tokens": 0}
@@ -113,6 +122,7 @@ class Study:
     :param calibration: for methods other than ``uniform``
     :param folder: holds ``points.parquet``, a row for each model that is done
     :param processes: that score models at a time
+    :param trust_remote_code: whether Python code that comes with the model may run
     """
 
     def __init__(
@@ -124,7 +134,9 @@ class Study:
         calibration: Calibration,
         folder: Path,
         processes: int = 1,
+        trust_remote_code: bool = False,
     ):
+        self.trust_remote_code = trust_remote_code
         self.model, self.layers, self.dtype = model, layers, dtype
         self.judged, self.calibration = judged, calibration
         self.folder, self.processes = folder, processes
@@ -185,7 +197,7 @@ class Study:
         """A function that scores models, in their order."""
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
         if self.processes == 1:
-            scorer = _Scorer(self.model, self.judged, devices[0])
+            scorer = _Scorer(self.model, self.judged, devices[0], self.trust_remote_code)
             yield lambda jobs: map(scorer.score, jobs)
             return
         context = multiprocessing.get_context("spawn")
@@ -193,9 +205,8 @@ class Study:
         for i in range(self.processes):
             queue.put(devices[i % len(devices)])
         threads = max(1, torch.get_num_threads() // self.processes)
-        with ProcessPoolExecutor(
-            self.processes, context, _begin, (self.model, self.judged, queue, threads)
-        ) as pool:
+        given = (self.model, self.judged, queue, threads, self.trust_remote_code)
+        with ProcessPoolExecutor(self.processes, context, _begin, given) as pool:
             yield partial(pool.map, _score)
 
     @contextmanager
@@ -215,7 +226,7 @@ class Study:
         shutil.rmtree(folder)
 
     def _changed(self, method: str, bits: int, cell: str) -> dict[str, torch.Tensor]:
-        model = _load(self.model)
+        model = _load(self.model, self.trust_remote_code)
         names = [name for name in self.layers if self.cell[name] == cell]
         chosen = (self.calibration.group_size, self.calibration.batches, self.calibration.seed)
         return changed_by(method, model, names, bits, *chosen)
@@ -233,8 +244,8 @@ class _Job:
 class _Scorer:
     """A model whose tensors are changed and restored."""
 
-    def __init__(self, model: str, judged: Judged, device: str):
-        self.model = _load(model).to(device).eval()
+    def __init__(self, model: str, judged: Judged, device: str, trust_remote_code: bool):
+        self.model = _load(model, trust_remote_code).to(device).eval()
         self.tensors = self.model.state_dict()
         self.original = {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}
         self.judged = judged
@@ -350,8 +361,8 @@ def _check_apart(method: str, files: Mapping[str, Path]) -> None:
                     )
 
 
-def _load(model: str) -> nn.Module:
-    loaded = load_model(model)
+def _load(model: str, trust_remote_code: bool) -> nn.Module:
+    loaded = load_model(model, trust_remote_code)
     linearize_experts(loaded)
     return loaded
 
@@ -359,10 +370,10 @@ def _load(model: str) -> nn.Module:
 _scorer: _Scorer | None = None  # of a process of the pool
 
 
-def _begin(model: str, judged: Judged, devices, threads: int) -> None:
+def _begin(model: str, judged: Judged, devices, threads: int, trust_remote_code: bool) -> None:
     global _scorer
     torch.set_num_threads(threads)
-    _scorer = _Scorer(model, judged, devices.get())
+    _scorer = _Scorer(model, judged, devices.get(), trust_remote_code)
 
 
 def _score(job: _Job) -> dict[str, float]:

@@ -1,0 +1,179 @@
+"""Before any data runs: is the checkpoint that a recipe leads to whole, and will it load?
+
+What would be written is named on the meta device, read as loading reads it, and matched name by
+name. What the model's own checkpoint holds beside what its class builds is found here too.
+"""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from compressed_tensors import ModelCompressor
+from compressed_tensors.compressors import compress_module
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import is_module_quantized
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+
+from casp_plugin.check import compare_tensors, expected_shapes, served
+from casp_plugin.checkpoint import (
+    SECTION,
+    casp_section,
+    read_config,
+    unsavable_generation_config,
+)
+from casp_plugin.experts import name_experts_as_on_disk
+from casp_plugin.loading import bare_from_config
+from casp_plugin.models import runs_remote_code
+from casp_plugin.plan import CompressionPlan, CopiedTensor
+from casp_plugin.runtime.architectures import unserved_experts
+from casp_plugin.schemes import FORMAT, weight_args
+from casp_plugin.source import source_folder, unbuilt_tensors
+from casp_plugin.weights import Header, tensor_bytes
+
+__all__ = ["find_copied", "planned_groups", "rehearse"]
+
+_OBSERVER = "memoryless_minmax"
+
+
+def find_copied(model: PreTrainedModel) -> list[CopiedTensor]:
+    """Return the tensors of a model's own checkpoint that its class does not build.
+
+    :param model: loaded, or on the meta device; none are found of one that was made in memory
+    :raises ValueError: if its class is not the one that the checkpoint is of
+    """
+    source = source_folder(model.name_or_path)
+    if source is None or not (source / "config.json").exists():
+        return []
+    named, kind = read_config(source).get("architectures") or [], type(model).__name__
+    if named and kind not in named and not runs_remote_code(model):
+        raise ValueError(
+            f"{source} is of {', '.join(named)}, but was loaded as {kind}, which leaves parts of "
+            "it out: load it by its own class"
+        )
+    if not any(source.glob("*.safetensors")):
+        return []
+    known = model.state_dict()
+    found = {
+        name: header
+        for name, header in unbuilt_tensors(source, _as_loaded(model)).items()
+        if name not in known  # experts that were loaded one by one
+    }
+    why = f"{kind} does not build them"
+    return [CopiedTensor(name=n, bytes=tensor_bytes(h), why=why) for n, h in found.items()]
+
+
+def rehearse(
+    bare: PreTrainedModel, plan: CompressionPlan, quantization: Iterable[QuantizationConfig]
+) -> list[str]:
+    """Write the names that a recipe leads to, and read them as loading does; return what a user
+    should know.
+
+    :param bare: the model on the meta device with its factors, used up
+    :param plan: with bits chosen in any way
+    :param quantization: what quantizers of the recipe do beside the plan
+    :raises ValueError: if the checkpoint would not load, or vLLM would run it wrongly
+    """
+    warnings = []
+    if refused := unsavable_generation_config(bare):
+        warnings.append(f"generation_config.json is copied as it is; transformers says: {refused}")
+    for config in (QuantizationConfig(config_groups=planned_groups(plan)), *quantization):
+        if config.config_groups:
+            apply_quantization_config(bare, config, show_progress=False)
+    untied = _untie_quantized(bare)
+    for module in bare.modules():
+        compress_module(module)
+        if is_module_quantized(module):
+            module.quantization_status = QuantizationStatus.COMPRESSED
+    compressor = ModelCompressor.from_pretrained_model(bare)
+    name, headers = type(bare).__name__, _written(bare, untied)
+    config = _planned_config(bare, compressor)
+    architectures = config.get("architectures") or [name]
+    quantization = config["quantization_config"]
+    promised = type(bare.config).from_dict(config)
+    promised._name_or_path = bare.name_or_path  # where code of its own is
+    checkpoint = bare_from_config(promised, runs_remote_code(bare))
+    if why := unserved_experts(architectures, quantization):
+        warnings.append(why)
+    tensors = compare_tensors(headers, checkpoint, None)
+    for finding in (tensors, served(architectures, quantization)):
+        if finding.passed is False:
+            why = finding.detail
+            if "experts" in why:
+                why += "; transformers has no conversion that reads these experts one by one"
+            raise ValueError(f"{name} cannot be compressed by this recipe: {why}")
+    return warnings
+
+
+def planned_groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:
+    """Return the schemes of a plan whose bits are chosen, rounding to nearest."""
+    targets, sizes = defaultdict(list), {}
+    for unit in plan.units:
+        targets[unit.choice.bits] += unit.modules
+        sizes[unit.choice.bits] = unit.choice.group_size
+    symmetric = bool(targets) and plan.settings["BitAllocationModifier"]["symmetric"]
+    return {
+        f"w{bits}": QuantizationScheme(
+            targets=names,
+            weights=weight_args(bits, sizes[bits], symmetric, _OBSERVER),
+            format=FORMAT,
+        )
+        for bits, names in targets.items()
+    }
+
+
+def _as_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class as loading builds it, its experts stacked, on the meta device."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config))
+
+
+def _untie_quantized(bare: PreTrainedModel) -> bool:
+    """Note in its config that weights of a model are not tied any more, where one of them is
+    quantized, as llm-compressor does."""
+    tied = {name.rpartition(".")[0] for pair in bare.all_tied_weights_keys.items() for name in pair}
+    if not any(is_module_quantized(bare.get_submodule(name)) for name in tied):
+        return False
+    bare.config.get_text_config().tie_word_embeddings = False
+    bare.config.tie_word_embeddings = False
+    return True
+
+
+def _written(bare: PreTrainedModel, untied: bool) -> dict[str, Header]:
+    """Headers by name on disk, as `save_pretrained` would write a compressed model."""
+    aliases = {n for n in bare.all_tied_weights_keys if not (untied and n.endswith(".weight"))}
+    state = {n: t for n, t in bare.state_dict().items() if n not in aliases}
+    for name in bare._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    shapes = expected_shapes(bare, None)
+    if getattr(bare, "_weight_conversions", None) is None:  # it was not loaded
+        known = get_model_conversion_mapping(bare, add_legacy=False)
+        bare._weight_conversions = [each for each in known if not isinstance(each, PrefixChange)]
+    name_experts_as_on_disk(bare)
+    # an empty tensor of the packed shape stands for zero points
+    state = {n: each.new_empty(shapes.get(n, each.shape)) for n, each in state.items()}
+    written = revert_weight_conversion(bare, state)
+    return {name: (tuple(tensor.shape), "U8") for name, tensor in written.items()}
+
+
+def _planned_config(bare: PreTrainedModel, compressor: ModelCompressor) -> dict:
+    """What would stand in ``config.json``: llm-compressor keeps that of the source."""
+    config = json.loads(bare.config.to_json_string(use_diff=False))
+    source = source_folder(bare.name_or_path)
+    if source is not None and (source / "config.json").exists():
+        own = read_config(source)
+        if "tie_word_embeddings" in config:  # llm-compressor may have untied them
+            own["tie_word_embeddings"] = config["tie_word_embeddings"]
+        config = own
+    quantization = {"quant_method": "compressed-tensors", SECTION: casp_section(bare)}
+    if compressor.quantization_config is not None:
+        quantization |= compressor.quantization_config.model_dump(mode="json")
+    return config | {"quantization_config": quantization}

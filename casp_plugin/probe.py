@@ -1,0 +1,117 @@
+"""What a compressed model says about a fixed sample: a reload is held against the run by it."""
+
+from pathlib import Path
+
+import numpy
+import torch
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from transformers import AutoProcessor, PreTrainedModel
+
+from casp_plugin.models import is_multimodal
+
+__all__ = ["PROBES_NAME", "Probe", "difference", "load_probes", "probe", "save_probes", "tolerance"]
+
+PROBES_NAME = "casp_probes.json"
+#: tokens of a sample of text, and entries of the vocabulary that are kept
+TOKENS, ENTRIES = 16, 32
+#: what logits may differ by, relative to their spread: of devices and kernels, not of weights
+_TOLERANCES = {"float32": 1e-4}
+_TOLERANCE = 2e-2
+
+
+class Probe(BaseModel):
+    """What the compressed model said in the run that made it, which a reload must say again.
+
+    :param sample: what it was shown
+    :param dtype: of the model
+    :param logits: some of them, (tokens, entries of the vocabulary)
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    sample: str
+    dtype: str
+    logits: list[list[float]]
+
+
+_FORMAT = TypeAdapter(list[Probe])
+
+
+def save_probes(probes: list[Probe], folder: Path) -> None:
+    """Write probes beside a checkpoint."""
+    (folder / PROBES_NAME).write_bytes(_FORMAT.dump_json(probes) + b"\n")
+
+
+def load_probes(path: Path) -> list[Probe]:
+    """Return the probes of a checkpoint; none where it has none.
+
+    :param path: folder or file
+    :raises pydantic.ValidationError: if they are malformed
+    """
+    path = path / PROBES_NAME if path.is_dir() else path
+    return _FORMAT.validate_json(path.read_bytes()) if path.exists() else []
+
+
+def _samples(
+    model: PreTrainedModel, folder: Path | str, trust_remote_code: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a model can be shown: tokens, and a grey image where it takes images. Arguments of the
+    model by what they are."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 1 + TOKENS)[None] % vocabulary
+    found = {"text": {"input_ids": ids.to(model.device)}}
+    if not is_multimodal(model.config):
+        return found
+    try:
+        from casp_plugin.processing import image_prefix  # takes what only calibration needs
+
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        image = numpy.full((224, 224, 3), 128, dtype=numpy.uint8)
+        text = [f"{image_prefix(processor)} a"]
+        made = processor(text=text, images=[[image]], return_tensors="pt")
+        return found | {"an image": dict(made.to(model.device))}
+    except Exception as error:  # packages of its own, files that are not there
+        why = " ".join(str(error).split())[:80]
+        logger.warning(f"{folder} is not shown an image: {type(error).__name__}: {why}")
+        return found
+
+
+@torch.no_grad()
+def probe(
+    model: PreTrainedModel, folder: Path | str, trust_remote_code: bool = False
+) -> list[Probe]:
+    """Return what a model says about every sample that it can be shown.
+
+    :param folder: with the files of its processor
+    :param trust_remote_code: whether Python code that comes with the model may run
+    """
+    found, training = [], model.training
+    model.eval()
+    for name, arguments in _samples(model, folder, trust_remote_code).items():
+        try:
+            logits = model(**arguments).logits.flatten(0, -2)  # (tokens, vocabulary)
+        except Exception as error:  # a class that takes more than that
+            logger.debug(f"{type(model).__name__} cannot be shown {name}: {error}")
+            continue
+        columns = torch.linspace(0, logits.shape[1] - 1, ENTRIES).long()
+        kept = logits[-TOKENS:, columns.to(logits.device)].float()
+        dtype = str(model.dtype).removeprefix("torch.")
+        found.append(Probe(sample=name, dtype=dtype, logits=kept.tolist()))
+    model.train(training)
+    return found
+
+
+def difference(found: Probe, expected: Probe) -> float:
+    """Return by how much two probes differ: the root mean square of the differences over the
+    standard deviation of the expected logits; NaN and infinite ones are infinitely far."""
+    ours, theirs = (torch.tensor(each.logits, dtype=torch.float64) for each in (found, expected))
+    if ours.shape != theirs.shape or not torch.isfinite(ours).all():
+        return float("inf")
+    spread = (theirs - theirs.mean(1, keepdim=True)).square().mean().sqrt()
+    return ((ours - theirs).square().mean().sqrt() / spread.clamp_min(1e-12)).item()
+
+
+def tolerance(expected: Probe) -> float:
+    """Return the largest difference that rounding of the model's dtype explains."""
+    return _TOLERANCES.get(expected.dtype, _TOLERANCE)

@@ -1,0 +1,76 @@
+"""Weights on disk: the files that transformers reads of a folder, and their tensors' headers."""
+
+import json
+import re
+from math import prod
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["Header", "read_headers", "tensor_bytes", "weight_files"]
+
+#: shape and dtype of a tensor on disk, as safetensors writes it
+Header = tuple[tuple[int, ...], str]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """Return the safetensors files that transformers reads of a folder, in its order: the one that
+    ``transformers_weights`` of ``config.json`` names, ``model.safetensors``, or those of the index.
+    Others in the folder (``consolidated.safetensors``, adapters) are not the model's.
+
+    :raises ValueError: if the folder holds none, or one that the index names is missing
+    """
+    folder = Path(folder)
+    for name in (_named(folder), SINGLE, INDEX):
+        if name is not None and (folder / name).is_file():
+            return [folder / name] if name.endswith(".safetensors") else _indexed(folder / name)
+    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def read_headers(folder: Path | str) -> dict[str, Header]:
+    """Return the headers of all tensors of a folder, by name, without reading data.
+
+    :raises ValueError: if the folder holds no weights, or a file of them is broken or missing
+    """
+    headers = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118, not a dict
+                    view = shard.get_slice(name)
+                    headers[name] = tuple(view.get_shape()), view.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{path}: broken or cut off: {error}") from None
+    return headers
+
+
+def tensor_bytes(header: Header) -> int:
+    """Return the bytes of a tensor's data."""
+    shape, dtype = header
+    bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, BOOL
+    return prod(shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def _named(folder: Path) -> str | None:
+    """The file that ``config.json`` names, inside the folder."""
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and ".." not in Path(name).parts else None
+
+
+def _indexed(path: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: no table 'weight_map' of file names: {error}") from None
+    wrong = [each for each in names if not isinstance(each, str) or ".." in Path(each).parts]
+    if wrong:
+        raise ValueError(f"{path}: weight_map must name files of the folder, got {wrong[0]!r}")
+    found = [path.parent / name for name in names]
+    for shard in found:
+        if not shard.is_file():
+            raise ValueError(f"{path} names {shard.name}, which is missing")
+    return found
