@@ -95,11 +95,13 @@ def compare_tensors(
     """
     what = "tensor names and shapes"
     expected, merged = expected_shapes(bare.model, bare.transforms), {}
-    names = bare.names_in_memory(on_disk)
+    names, parted = bare.names_in_memory(on_disk), bare.parted_in_memory(on_disk)
     parts = Counter(names.values())
     found: dict[str, tuple[int, ...]] = {}
     for name, (shape, _) in on_disk.items():
         in_memory = names[name]
+        if in_memory in parted:
+            continue
         if parts[in_memory] > 1 or ("experts" in in_memory and in_memory != name):
             merged.setdefault(in_memory, {})[name] = shape
         else:
@@ -107,7 +109,7 @@ def compare_tensors(
     copied = {names.get(each.name, each.name) for each in plan.copied} if plan else set()
     lost = [each.name for each in plan.copied if each.name not in on_disk] if plan else []
     unknown = [name for name in merged if name not in expected]
-    missing = sorted(expected.keys() - found.keys() - merged.keys()) + sorted(lost)
+    missing = sorted(expected.keys() - found.keys() - merged.keys() - parted) + sorted(lost)
     surplus = sorted((found.keys() | {*unknown}) - expected.keys() - copied)
     wrong = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     if missing:

@@ -24,6 +24,7 @@ from llmcompressor.utils.helpers import (
     eval_context,
     use_eager_attention,
 )
+from llmcompressor.utils.transformers import get_embeddings
 from loguru import logger
 from torch import nn
 from tqdm import tqdm
@@ -139,7 +140,7 @@ def collect_parts(
     batches.tokens = sum(tokens)
     batches.warn()
     graphs = list(subgraphs) or [whole_model()]
-    head = model.get_output_embeddings()
+    head = get_embeddings(model)[1]
     asked = any(model.get_submodule(name) is head for name in request.linears)
     collector = _Collector(request, device)
     for index, graph in enumerate(graphs):

@@ -28,7 +28,7 @@ from casp_plugin.hooks import (
 from casp_plugin.machine import trim_memory
 from casp_plugin.ranks import gathered
 
-__all__ = ["AttentionDerivatives", "LossGradients", "drawn"]
+__all__ = ["AttentionDerivatives", "LossGradients", "drawn", "weights_read"]
 
 #: sequences and tokens that derivatives are taken from, at least; they settle long before the
 #: moments of inputs do
@@ -190,6 +190,33 @@ class AttentionDerivatives:
             self.moments[name].add_products(g, len(g))
         attended = attended.detach()
         return (attended, *output[1:]) if isinstance(output, tuple) else attended
+
+
+def weights_read(
+    model: nn.Module, batch: dict, layers: list[str], linears: dict[str, nn.Module]
+) -> frozenset[str]:
+    """Return those of some linears that a model never calls, but whose weights it reads (Mamba's
+    `dt_proj`): no hook sees what they do.
+
+    :param batch: one of the calibration data
+    :param layers: names of the decoder layers
+    """
+    weights = {name: each.weight for name, each in linears.items() if hasattr(each, "weight")}
+    if not weights:
+        return frozenset()
+    with _no_parameter_gradients(model), _checkpointed(model, layers), torch.enable_grad():
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            logits = model(**on_device(batch, model)).logits
+            asked = list(weights.values())
+            found = [None] * len(asked)
+            if logits.requires_grad:
+                found = torch.autograd.grad(logits.float().sum(), asked, allow_unused=True)
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)
+    return frozenset(n for n, each in zip(weights, found, strict=True) if each is not None)
 
 
 def _generator(batch: dict, mask: torch.Tensor | None) -> torch.Generator:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
+from llmcompressor.utils.transformers import get_embeddings
 from torch import nn
 from torch.utils.benchmark import Timer
 
@@ -154,7 +155,7 @@ def estimate(
 def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Data) -> Work:
     """Counts from shapes; see :func:`estimate`."""
     linears = dict(named_linears(model))
-    head = model.get_output_embeddings()
+    head = get_embeddings(model)[1]
     weights = sum(each.weight.numel() for each in linears.values() if each is not head)
     derived = data.derived_tokens
     passes = 2 * weights * data.all_tokens
@@ -180,7 +181,8 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     layers = [model.get_submodule(name) for name in decoder_layers(model)]
     stored = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     size = next(model.parameters()).element_size()
-    hidden, head = model.get_input_embeddings().weight.shape[1], model.get_output_embeddings()
+    embeddings, head = get_embeddings(model)
+    hidden = embeddings.weight.shape[1] if embeddings is not None else 0
     back = derived = 4 * _metric_entries(linears, request)
     if request.gradients or request.gradient_moments:
         parts = layers or [model]  # nothing is run again on the way back where there are none

@@ -14,7 +14,11 @@ from transformers.integrations.compressed_tensors import DecompressExperts
 __all__ = ["STACKED", "read_each_expert", "reads_each_expert"]
 
 #: layers of an expert, as they are quantized, by the stacked weight that they are a part of
-_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_LAYERS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),  # without a gate
+    "down_proj": ("down_proj",),
+}
 #: the stacked weights
 STACKED = tuple(_LAYERS)
 _WEIGHT = ".weight_packed$"

@@ -15,7 +15,11 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 __all__ = ["linearize_experts", "name_experts_as_on_disk"]
 
 #: the layers that llm-compressor makes of stacked weights
-_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_LAYERS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),  # without a gate
+    "down_proj": ("down_proj",),
+}
 
 
 def linearize_experts(model: nn.Module) -> None:

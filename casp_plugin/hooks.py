@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from llmcompressor.utils.transformers import get_embeddings
 from torch import nn
 from tqdm import tqdm
 
@@ -133,7 +134,7 @@ def check_tokens(batch: dict, model: nn.Module) -> None:
     """
     :raises ValueError: if a batch holds tokens that the model does not know
     """
-    ids, embeddings = batch.get("input_ids"), model.get_input_embeddings()
+    ids, embeddings = batch.get("input_ids"), get_embeddings(model)[0]
     if ids is None or not hasattr(embeddings, "num_embeddings"):
         return
     known, least, most = embeddings.num_embeddings, int(ids.min()), int(ids.max())

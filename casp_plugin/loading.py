@@ -37,7 +37,12 @@ from casp_plugin.checkpoint import (
     save_with_plan,
 )
 from casp_plugin.expert_weights import STACKED, read_each_expert, reads_each_expert
-from casp_plugin.models import bare_model, names_in_memory, read_model_config
+from casp_plugin.models import (
+    bare_model,
+    names_in_memory,
+    parted_in_memory,
+    read_model_config,
+)
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.probe import PROBES_NAME, load_probes
@@ -136,6 +141,10 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
             super()._process_model_before_weight_loading(model, **kwargs)
         if self.section is not None:
             _stand_in_for_weights(model)
+            tied = getattr(model, "all_tied_weights_keys", {})  # but codes, each has its own
+            model.all_tied_weights_keys = {
+                one: other for one, other in tied.items() if not {one, other} & _coded(model)
+            }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         _drop_stand_ins(model)
@@ -208,6 +217,14 @@ class BareCheckpoint:
         merges into the stacked weights of experts has one name."""
         return names_in_memory(names, self.model, self.quantizer)
 
+    def parted_in_memory(self, names: Iterable[str]) -> set[str]:
+        """Return the tensors of the model that loading cuts out of larger ones (q, k and v of one
+        matrix).
+
+        :param names: of tensors on disk
+        """
+        return parted_in_memory(names, self.model, self.quantizer)
+
 
 def bare_checkpoint(folder: Path | str, trust_remote_code: bool = False) -> BareCheckpoint:
     """Return the model of a checkpoint folder without its weights.
@@ -261,14 +278,17 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
 
 
 def _stand_in_for_weights(model: torch.nn.Module) -> None:
-    """Let ``_init_weights`` of a family meet the ``weight`` that it asks of its layers, which
-    compressed ones lack: one that counts as loaded, outside the state."""
-    for module in filter(is_module_quantized, model.modules()):
-        if isinstance(module, torch.nn.Linear):
+    """Let ``_init_weights`` of a family meet the ``weight`` and ``bias`` that it asks of its
+    layers, which compressed and factored ones lack: some that count as loaded, outside the state.
+    """
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            vars(module)["bias"] = module.up.bias
+        if isinstance(module, torch.nn.Linear | LowRankLinear):
             shape = module.out_features, module.in_features
         elif isinstance(module, torch.nn.Embedding):
             shape = module.num_embeddings, module.embedding_dim
-        else:  # attention whose keys and values are quantized
+        else:
             continue
         if not hasattr(module, "weight"):
             stand_in = torch.empty(shape, device="meta")
@@ -276,9 +296,18 @@ def _stand_in_for_weights(model: torch.nn.Module) -> None:
             vars(module)["weight"] = stand_in
 
 
+def _coded(model: torch.nn.Module) -> set[str]:
+    """Names of the weights that a compressed model has codes for."""
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, module in modules if "weight" in vars(module)}
+
+
 def _drop_stand_ins(model: torch.nn.Module) -> None:
-    for module in filter(is_module_quantized, model.modules()):
-        vars(module).pop("weight", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | LowRankLinear):
+            vars(module).pop("weight", None)
+        if isinstance(module, LowRankLinear):
+            vars(module).pop("bias", None)
 
 
 def rotate_inputs(model: torch.nn.Module, transforms: TransformConfig | None) -> None:

@@ -1,6 +1,7 @@
 """Measuring a model part by part: what is noted down of one is kept before the next one runs."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
@@ -11,15 +12,16 @@ from torch import nn
 
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.collection import Part, calibrating, collect_derivatives, collect_parts
-from casp_plugin.derivatives import LossGradients
+from casp_plugin.derivatives import LossGradients, weights_read
 from casp_plugin.hooks import Hooks, on_device
 from casp_plugin.measured import Measured
-from casp_plugin.ranks import barrier, number_of_ranks, own_share
+from casp_plugin.modules import named_linears
+from casp_plugin.ranks import barrier, gathered, number_of_ranks, own_share
 from casp_plugin.statistics import Request, Statistics
 from casp_plugin.tracing import subgraphs_of
 from casp_plugin.units import decoder_layers, reading_together
 
-__all__ = ["measure", "noted", "try_first_batch"]
+__all__ = ["FirstBatch", "measure", "noted", "try_first_batch"]
 
 #: notes down what will be needed of some layers
 Note = Callable[[Statistics, Measured], None]
@@ -58,30 +60,46 @@ def measure(
     return whole
 
 
-def try_first_batch(
-    model: nn.Module, dataloader: Iterable[dict], request: Request
-) -> frozenset[str]:
-    """Run one batch through a model, and back where gradients are wanted: what cannot be measured
-    fails now.
+@dataclass(frozen=True)
+class FirstBatch:
+    """What one batch tells of the linears of a model.
 
-    :return: linears of the request that were reached
+    :param reached: those that were called
+    :param read: those that were not, but whose weights the loss depends on
+    """
+
+    reached: frozenset[str] = frozenset()
+    read: frozenset[str] = frozenset()
+
+
+def try_first_batch(model: nn.Module, dataloader: Iterable[dict], back: bool) -> FirstBatch:
+    """Run one batch through a model: what cannot be measured fails now.
+
+    :param back: whether gradients will be wanted too
     :raises ValueError: if the model cannot be run so
     """
     with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
         batch = next(iter(dataloader), None)
-    reached: set[str] = set()
     if batch is None:
-        return frozenset()
-    with Hooks(model) as hooks, calibrating(model):
-        for name in request.linears:
-            hooks.add(name, lambda *_, name=name: reached.add(name))
+        return FirstBatch()
+    if "input_ids" not in batch:
+        raise ValueError(f"batches of the data hold {', '.join(batch)}, but no input_ids")
+    linears, layers = dict(named_linears(model)), decoder_layers(model)
+    reached: set[str] = set()
+    with calibrating(model):
         try:
-            if request.gradients or request.gradient_moments:
-                gradients = LossGradients(request.gradients | request.gradient_moments, frozenset())
-                gradients.collect(model, [batch], decoder_layers(model), "Trying one batch")
-            else:
-                with torch.no_grad():
-                    model(**on_device(batch, model))
+            with Hooks(model) as hooks:
+                for name in linears:
+                    hooks.add(name, lambda *_, name=name: reached.add(name))
+                if back:
+                    gradients = LossGradients(frozenset(linears), frozenset())
+                    gradients.collect(model, [batch], layers, "Trying one batch")
+                else:
+                    with torch.no_grad():
+                        model(**on_device(batch, model))
+            found = frozenset().union(*gathered(frozenset(reached)))
+            unseen = {name: each for name, each in linears.items() if name not in found}
+            return FirstBatch(found, weights_read(model, batch, layers, unseen))
         except (ValueError, OSError):
             raise
         except Exception as error:  # whatever its code meets
@@ -89,7 +107,6 @@ def try_first_batch(
                 f"{type(model).__name__} cannot be measured on the first batch of the data: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
-    return frozenset(reached)
 
 
 def _noted(part: Part, derivatives: Statistics, mine: frozenset[str], note: Note) -> Measured:

@@ -33,6 +33,7 @@ __all__ = [
     "is_multimodal",
     "load_model",
     "names_in_memory",
+    "parted_in_memory",
     "read_model_config",
     "runs_remote_code",
     "skeleton",
@@ -174,13 +175,40 @@ def names_in_memory(
     :param model: a model of the checkpoint's class; the meta device will do
     :param quantizer: that loads a quantized checkpoint
     """
+    renamed, known = _renamed(names, model, quantizer), model.state_dict()
+    return {
+        name: name if each not in known and name in known else each
+        for name, (each, _) in renamed.items()
+    }
+
+
+def parted_in_memory(
+    names: Iterable[str], model: PreTrainedModel, quantizer: HfQuantizer | None = None
+) -> set[str]:
+    """Return the tensors of a model that loading cuts out of larger ones on disk.
+
+    :param names: names on disk
+    :param model: a model of the checkpoint's class; the meta device will do
+    :param quantizer: that loads a quantized checkpoint
+    """
+    return {
+        each.replace(targets[0], target)
+        for each, targets in _renamed(names, model, quantizer).values()
+        if len(targets) > 1
+        for target in targets
+    }
+
+
+def _renamed(
+    names: Iterable[str], model: PreTrainedModel, quantizer: HfQuantizer | None
+) -> dict[str, tuple[str, list[str]]]:
+    """What loading calls a tensor, by its name on disk, and the patterns of what it becomes."""
     conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    known = model.state_dict()
-    prefix = model.base_model_prefix
-    found = {}
+    by_source = {source: each for each in converters for source in each.source_patterns}
+    known, prefix, found = model.state_dict(), model.base_model_prefix, {}
     for name in names:
-        renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
-        found[name] = name if renamed not in known and name in known else renamed
+        renamed, source = rename_source_key(name, renamings, converters, prefix, known)
+        found[name] = renamed, by_source[source].target_patterns if source else []
     return found

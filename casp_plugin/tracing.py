@@ -7,6 +7,7 @@ which runs before the language model's layers, has them. Where no such line stan
 makes the features of images is wrapped by its name.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -29,6 +30,7 @@ from torch.fx.proxy import Argument
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from casp_plugin.models import is_multimodal
+from casp_plugin.modules import named_linears
 from casp_plugin.units import decoder_layers
 
 __all__ = ["check_traceable", "register", "subgraphs_of", "whole_model"]
@@ -109,11 +111,15 @@ def _trace(
                 "basic, oneshot(pipeline='basic')"
             ) from error
         return _whole(model, sample, f"cannot be traced: {why}")
+    linears = {module for _, module in named_linears(model)}
     held = {module for subgraph in subgraphs for module in subgraph.submodules(model)}
     wrapped = [m for m in model.modules() if is_module_quantized(m) and m not in held]
     if wrapped:
         values = {each.name: getattr(subgraphs[0], each.name) for each in fields(Subgraph)}
         subgraphs[0] = _WithWrapped(**values, wrapped=wrapped)
+    runs = Counter(m for graph in subgraphs for m in {*graph.submodules(model)} & linears)
+    if runs and max(runs.values()) > 1:  # quantized after the first, not observed any more
+        return _whole(model, sample, "it runs layers more than once")
     if why := _other_result(model, sample, subgraphs):
         return _whole(model, sample, why)
     return subgraphs
@@ -130,10 +136,10 @@ def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> 
     layers = decoder_layers(model)
     if not layers:
         return None
-    found: list[torch.Tensor] = []
+    runs: list[list[torch.Tensor]] = [[]]
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple | list) else output)
+        runs[-1].append(output[0] if isinstance(output, tuple | list) else output)
 
     device = next(model.parameters()).device
     handle = model.get_submodule(layers[-1]).register_forward_hook(keep)
@@ -141,6 +147,7 @@ def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> 
         with calibration_forward_context(model), HooksMixin.disable_hooks():
             waiting = IntermediatesCache.from_dataloader([sample], device)
             model(**waiting.fetch(0))
+            runs.append([])
             for graph in subgraphs:
                 outputs = graph.forward(model, **waiting.fetch(0, graph.input_names))
                 if graph is not subgraphs[-1]:
@@ -150,11 +157,12 @@ def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> 
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
         handle.remove()
-    half = len(found) // 2
-    for whole, part in zip(found[:half], found[half:], strict=True):
-        if not torch.allclose(whole.float(), part.float(), rtol=1e-2, atol=1e-2):
-            return f"{layers[-1]} puts out something else then"
-    return None
+    whole, parts = runs
+    alike = len(whole) == len(parts) and all(
+        torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2)
+        for one, other in zip(whole, parts, strict=True)
+    )
+    return None if alike else f"{layers[-1]} puts out something else then"
 
 
 class _Tracer(SequentialTracer):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from compressed_tensors.utils import is_match
 from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from llmcompressor.utils.pytorch import infer_sequential_targets
+from llmcompressor.utils.transformers import get_embeddings
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -100,7 +101,7 @@ def matched_linears(
 
 def output_head(model: nn.Module) -> list[str]:
     """Return the name of the layer that puts out logits, in a list; nothing where there is none."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = get_embeddings(model)[1] if isinstance(model, PreTrainedModel) else None
     return [name for name, module in model.named_modules() if module is head and head is not None]
 
 

@@ -89,6 +89,9 @@ class CaspModifier(Modifier):
     _transforms: TransformConfig | None = PrivateAttr(default=None)
     _patterns: dict[str, list[str]] = PrivateAttr(default_factory=dict)
     _beside: list[QuantizationConfig] = PrivateAttr(default_factory=list)
+    # of the first batch of the data; None as long as nobody knows
+    _reached: frozenset[str] | None = PrivateAttr(default=None)
+    _read: frozenset[str] = PrivateAttr(default=frozenset())
 
     @abstractmethod
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
@@ -97,11 +100,10 @@ class CaspModifier(Modifier):
         :param following: modifiers that come later in the recipe
         """
 
-    def check_reached(self, model: nn.Module, reached: frozenset[str]) -> None:
-        """Refuse data that misses what this modifier must see, by its first batch.
+    def check_reached(self, model: nn.Module) -> None:
+        """Refuse data whose first batch does not reach what this modifier must see.
 
-        :param reached: linears that the batch reached
-        :raises ValueError: if it missed one
+        :raises ValueError: if it misses one
         """
 
     @abstractmethod
@@ -176,10 +178,12 @@ class CaspModifier(Modifier):
         return input_block(self._transforms, name, module, module.in_features)
 
     def in_components(self, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """Those of some linears that lie in the components of this modifier.
+        """Those of some linears that lie in the components of this modifier, but for those whose
+        weights the model reads without calling them.
 
         :raises ValueError: if a component has none
         """
+        linears = {name: each for name, each in linears.items() if name not in self._read}
         found = find_components(linears, self._patterns)
         for component in self.components:
             if component not in found:
@@ -290,9 +294,13 @@ def _start(
     """Check the recipe as a whole, then measure what all its modifiers need."""
     _, dry, warnings = _dry_run(model, modifiers)
     _check_finite(model)
-    request = _requested(model, modifiers)
     plan = _new_plan(model, dry.copied)
     plan.warnings += warnings
+    if dataloader is not None and statistics is None:
+        if torch.accelerator.is_available():  # as the pipeline of the quantizer will
+            set_onload_device(model, get_main_device())
+        plan.warnings += _try_first_batch(model, dataloader, modifiers)
+    request = _requested(model, modifiers)
 
     def note(found: Statistics, measured: Measured) -> None:
         for modifier in _own(modifiers):
@@ -304,14 +312,9 @@ def _start(
     elif statistics is not None:
         measured = noted(statistics, note)
     elif dataloader is not None:
-        if torch.accelerator.is_available():  # as the pipeline of the quantizer will
-            set_onload_device(model, get_main_device())
         # without a cache, a temporary folder takes what would fill the memory; mapped files
         # outlive their names
         with tempfile.TemporaryDirectory(prefix="casp-") as folder:
-            tried = try_first_batch(model, dataloader, request)
-            for modifier in _own(modifiers):
-                modifier.check_reached(model, tried)
             cache = _cache(shared(folder), model, dataloader, request, modifiers, plan)
             measured = measure(model, dataloader, request, cache, note)
             barrier()
@@ -323,6 +326,24 @@ def _start(
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")
     plan.calibration_tokens = measured.statistics.tokens or None
     return _Run(plan, measured)
+
+
+def _try_first_batch(
+    model: nn.Module, dataloader: Iterable, modifiers: list[Modifier]
+) -> list[str]:
+    """Tell all modifiers what one batch reaches; return what a user should know."""
+    request = _requested(model, modifiers)
+    tried = try_first_batch(model, dataloader, bool(request.gradients or request.gradient_moments))
+    for modifier in _own(modifiers):
+        modifier._reached, modifier._read = tried.reached, tried.read
+        modifier.check_reached(model)
+    if not tried.read:
+        return []
+    names = ", ".join(sorted(tried.read)[:4])
+    return [
+        f"{len(tried.read)} layers stay as they are, because the model reads their weights without "
+        f"calling them: {names}"
+    ]
 
 
 def _requested(model: nn.Module, modifiers: list[Modifier]) -> Request:

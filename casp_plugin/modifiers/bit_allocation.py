@@ -12,6 +12,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.transform import TransformConfig
 from compressed_tensors.utils import is_match, match_name
+from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -31,6 +32,7 @@ from casp_plugin.modifiers.quantizer import (
     give_schemes,
     method_of,
     observer_of,
+    round_unseen,
     rounds_to_nearest,
     tunes_layers,
 )
@@ -135,6 +137,7 @@ class BitAllocationModifier(CaspModifier):
     _rank_multiple: int = PrivateAttr(default=1)
     _waits_for: frozenset[str] = PrivateAttr(default=frozenset())
     _study: Sensitivity | None = PrivateAttr(default=None)
+    _unseen: list[str] = PrivateAttr(default_factory=list)
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -241,6 +244,10 @@ class BitAllocationModifier(CaspModifier):
     def _group_size(self, bits: int) -> int:
         return self.group_size[bits] if isinstance(self.group_size, dict) else self.group_size
 
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        round_unseen(state.model, self._unseen)
+        return super().on_finalize(state, **kwargs)
+
     def request(self, model: nn.Module, following: list[Modifier]) -> Request:
         measured = self.solver == "exact"
         matched = self._matched(model)
@@ -303,6 +310,8 @@ class BitAllocationModifier(CaspModifier):
         if plan.decided and measured is not None:
             self._factor(model, plan)
             give_schemes(self, plan, self._schemes(quantizer), quantizer)
+            known = linears if self._reached is None else self._reached
+            self._unseen = [name for name in linears if name not in known]
         point_awq(self, model, following)
         self._latents = []  # the quantizer that follows needs the memory
 
@@ -511,17 +520,27 @@ class BitAllocationModifier(CaspModifier):
         if statistics is not None and self.solver == "exact":
             routed = statistics.routed
             dead = [n for n in linears if n not in statistics.reached or routed.get(n) == 0]
-            for component in {self.component_of(name): None for name in dead}:
-                if all(n in dead for n in linears if self.component_of(n) == component):
-                    raise ValueError(
-                        f"BitAllocationModifier.components: no calibration token reached "
-                        f"{component!r}: calibrate on data that does, images for one that sees, or "
-                        "leave it out"
-                    )
+            self._refuse_dead(linears, dead)
             if dead:
                 plan.warnings.append(
                     f"no calibration token reached {len(dead)} layers, they count as free of "
                     f"error: {', '.join(dead[:4])}"
+                )
+
+    def check_reached(self, model: nn.Module) -> None:
+        linears = self._matched(model)
+        self._refuse_dead(linears, [name for name in linears if name not in self._reached])
+
+    def _refuse_dead(self, linears: Iterable[str], dead: list[str]) -> None:
+        """
+        :raises ValueError: if no token reaches a component
+        """
+        for component in {self.component_of(name): None for name in dead}:
+            if all(n in dead for n in linears if self.component_of(n) == component):
+                raise ValueError(
+                    f"BitAllocationModifier.components: no calibration token reached "
+                    f"{component!r}: calibrate on data that does, images for one that sees, or "
+                    "leave it out"
                 )
 
     def _coupled(

@@ -146,9 +146,9 @@ class LowRankQKModifier(CaspModifier):
             reached=linears,
         )
 
-    def check_reached(self, model: nn.Module, reached: frozenset[str]) -> None:
+    def check_reached(self, model: nn.Module) -> None:
         for name in self._matched(model):
-            if name not in reached:
+            if name not in self._reached:
                 raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
 
     def note(

@@ -3,12 +3,16 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+import torch
+from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.utils import match_name
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.autoround import AutoRoundModifier as StockAutoRoundModifier
 from llmcompressor.modifiers.quantization import QuantizationMixin, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from torch import nn
 
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
@@ -20,6 +24,7 @@ __all__ = [
     "give_schemes",
     "method_of",
     "observer_of",
+    "round_unseen",
     "rounds_to_nearest",
     "tunes_layers",
 ]
@@ -82,6 +87,26 @@ def observer_of(quantizer: QuantizationMixin) -> str:
     """The observer that its weights' ranges come from."""
     asked = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
     return asked or DEFAULT_OBSERVER
+
+
+@torch.no_grad()
+def round_unseen(model: nn.Module, names: Iterable[str]) -> None:
+    """Give layers that no token reached scales and zero points of their own range: a quantizer that
+    goes by data leaves them as they were allocated.
+
+    :param names: of quantized linears
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        args = module.quantization_scheme.weights
+        weight = module.weight.float()
+        size = args.group_size if (args.group_size or -1) > 0 else weight.shape[1]
+        groups = weight.unflatten(1, (-1, size))  # (rows, groups, columns)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        update_offload_parameter(module, "weight_scale", scale.to(module.weight_scale.dtype))
+        if hasattr(module, "weight_zero_point"):
+            zero = zero.to(module.weight_zero_point.dtype)
+            update_offload_parameter(module, "weight_zero_point", zero)
 
 
 def give_schemes(

@@ -5,7 +5,6 @@ name. What the model's own checkpoint holds beside what its class builds is foun
 """
 
 import copy
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -21,7 +20,11 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import is_module_quantized
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    revert_weight_conversion,
+)
 
 from casp_plugin.check import compare_tensors, expected_shapes, served
 from casp_plugin.checkpoint import (
@@ -94,7 +97,14 @@ def rehearse(
         if is_module_quantized(module):
             module.quantization_status = QuantizationStatus.COMPRESSED
     compressor = ModelCompressor.from_pretrained_model(bare)
-    name, headers = type(bare).__name__, _written(bare, untied)
+    name = type(bare).__name__
+    try:
+        headers = _written(bare, untied)
+    except Exception as error:  # of conversions that were not written for codes
+        raise ValueError(
+            f"{name} cannot be compressed by this recipe: transformers cannot write its weights "
+            f"in the form of the checkpoint once they are quantized: {error}"
+        ) from error
     config = _planned_config(bare, compressor)
     architectures = config.get("architectures") or [name]
     quantization = config["quantization_config"]
@@ -158,6 +168,12 @@ def _written(bare: PreTrainedModel, untied: bool) -> dict[str, Header]:
         known = get_model_conversion_mapping(bare, add_legacy=False)
         bare._weight_conversions = [each for each in known if not isinstance(each, PrefixChange)]
     name_experts_as_on_disk(bare)
+    joining = [each for each in bare._weight_conversions if isinstance(each, WeightConverter)]
+    for name in state if joining else ():
+        if name.endswith(".weight_packed"):
+            for converter in joining:
+                if converter.reverse_transform().rename_source_key(name)[1] is not None:
+                    raise ValueError(f"{name.removesuffix('_packed')} is a part of a larger matrix")
     # an empty tensor of the packed shape stands for zero points
     state = {n: each.new_empty(shapes.get(n, each.shape)) for n, each in state.items()}
     written = revert_weight_conversion(bare, state)
@@ -166,10 +182,10 @@ def _written(bare: PreTrainedModel, untied: bool) -> dict[str, Header]:
 
 def _planned_config(bare: PreTrainedModel, compressor: ModelCompressor) -> dict:
     """What would stand in ``config.json``: llm-compressor keeps that of the source."""
-    config = json.loads(bare.config.to_json_string(use_diff=False))
+    config = bare.config.to_dict()
     source = source_folder(bare.name_or_path)
     if source is not None and (source / "config.json").exists():
-        own = read_config(source)
+        own, _ = bare.config.get_config_dict(str(source))
         if "tie_word_embeddings" in config:  # llm-compressor may have untied them
             own["tie_word_embeddings"] = config["tie_word_embeddings"]
         config = own
