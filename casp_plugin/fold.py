@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils import match_name
 from huggingface_hub import save_torch_state_dict
 from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
+from loguru import logger
 from safetensors import safe_open
 
 from casp_plugin.checkpoint import SECTION, read_config, read_section, write_config
@@ -84,6 +85,12 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
             f"{source} rotates the inputs of its layers, which stock transformers does not run: "
             "serve it with this plugin"
         )
+    groups = quantization.get("config_groups") or {}
+    if any(".experts." in target for group in groups.values() for target in group["targets"]):
+        logger.warning(
+            "stock transformers reads experts under one scheme and without zero points: the copy "
+            "takes import casp_plugin too"
+        )
     tensors = _Tensors(source, trust_remote_code)
     schemes = _Schemes(quantization)
     dense = sorted(section.ranks.keys() | _cannot_fuse(section.ranks, tensors, schemes))
@@ -118,8 +125,9 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
 
 def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes") -> set[str]:
     """Quantized layers that stock vLLM fuses with a factored one, or at unequal schemes."""
-    packed = ".weight_packed"
-    quantized = {name.removesuffix(packed) for name in tensors if name.endswith(packed)}
+    packed = ".weight_packed"  # experts share one width, and have names of their own on disk
+    names = (name for name in tensors if name.endswith(packed) and ".experts." not in name)
+    quantized = {name.removesuffix(packed) for name in names}
     found = set()
     for layer in quantized | factored.keys():
         parent, _, leaf = layer.rpartition(".")

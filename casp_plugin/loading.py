@@ -7,7 +7,8 @@ checkpoints without either they do nothing else.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -125,7 +126,7 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         if self.compressor.quantization_config is None:  # nothing is
             return weight_conversions
         updated = super().update_weight_conversions(weight_conversions)
-        if self.section is None:
+        if self.section is None and not self._expert_targets:
             return updated
         dense = [known for known in weight_conversions if known not in updated]
         return [*map(read_each_expert, updated), *dense]
@@ -138,7 +139,8 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         known = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
         if self.compressor.quantization_config is not None:
-            super()._process_model_before_weight_loading(model, **kwargs)
+            with self._without_experts(model):
+                super()._process_model_before_weight_loading(model, **kwargs)
         if self.section is not None:
             _stand_in_for_weights(model)
             tied = getattr(model, "all_tied_weights_keys", {})  # but codes, each has its own
@@ -165,12 +167,37 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
                 bool(self._quantized_experts(model)),
             )
 
-    def _quantized_experts(self, model: PreTrainedModel) -> set[str]:
-        """Stacked weights, dense in memory, of experts that are quantized on disk."""
+    @property
+    def _expert_targets(self) -> set[str]:
+        """Layers of experts that the config names, one by one."""
         config = self.compressor.quantization_config
         groups = config.config_groups.values() if config is not None else ()
         targets = {target for group in groups for target in group.targets}
-        layers = {target.partition(".experts.")[0] for target in targets if ".experts." in target}
+        return {each for each in targets if ".experts." in each and not each.startswith("re:")}
+
+    @contextmanager
+    def _without_experts(self, model: PreTrainedModel) -> Iterator[None]:
+        """The config without targets that are stacked weights in memory, of each of which
+        compressed-tensors would say that it finds no layer."""
+        config = self.compressor.quantization_config
+        known = {name for name, _ in model.named_modules()}
+        groups = {}
+        for name, group in config.config_groups.items():
+            gone = self._expert_targets - known
+            kept = [each for each in group.targets if each not in gone]
+            if len(kept) == len(group.targets):
+                groups[name] = group
+            elif kept:
+                groups[name] = group.model_copy(update={"targets": kept})
+        self.compressor.quantization_config = config.model_copy(update={"config_groups": groups})
+        try:
+            yield
+        finally:
+            self.compressor.quantization_config = config
+
+    def _quantized_experts(self, model: PreTrainedModel) -> set[str]:
+        """Stacked weights, dense in memory, of experts that are quantized on disk."""
+        layers = {target.partition(".experts.")[0] for target in self._expert_targets}
         stacked = [f"{layer}.experts.{name}" for layer in layers for name in STACKED]
         return {name for name in stacked if name in model.state_dict()}
 

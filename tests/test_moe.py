@@ -1,14 +1,19 @@
 """Mixtures of experts: units, what is measured of experts, `casp plan` and `casp run` alike."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_texts, save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from casp_plugin import BitAllocationModifier, LowRankQKModifier
+from casp_plugin import BitAllocationModifier, LowRankQKModifier, cli
+from casp_plugin.check import check
 from casp_plugin.collection import collect
 from casp_plugin.models import bare_model, load_model
 from casp_plugin.modifiers import plan_recipe
@@ -22,6 +27,10 @@ FAMILIES = {
     "qwen2_moe": {**SIZES, "shared_expert_intermediate_size": 64},
     "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN},
 }
+
+
+def casp(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def recipe(importance="fisher"):
@@ -132,3 +141,58 @@ def test_dead_experts_cost_nothing_and_are_named(batches, tmp_path, importance):
         for ours, theirs in zip(expert_units(half), expert_units(alive), strict=True):
             errors = [unit.candidates[0].error for unit in (ours, theirs)]
             assert errors[0] == pytest.approx(errors[1], rel=0.2)
+
+
+BITS = "BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}"
+MORE = {
+    **FAMILIES,
+    "olmoe": {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN},
+    "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN},
+    "jamba": {
+        **{"num_experts": EXPERTS, "expert_layer_period": 2, "attn_layer_period": 2},
+        **{"attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 16},
+    },
+}
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("family", MORE)
+def test_run_check_fold_and_save_again(tmp_path, family, factored):
+    """A router that puts out a tuple (Phi-MoE), names of its own on disk (Mixtral), experts in some
+    layers (Jamba): all of it is checked, and nothing is quantized that chooses experts."""
+    source = save_tiny_model(tmp_path / "in", family, tie_word_embeddings=False, **MORE[family])
+    ranks = "LowRankQKModifier: {keep: 0.4}\n    " if factored else ""
+    recipe = f"casp_stage:\n  casp_modifiers:\n    {ranks}{BITS}\n    GPTQModifier: {{}}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    save_texts(tmp_path / "data.jsonl")
+    result = casp(
+        "run", source, "--recipe", tmp_path / "recipe.yaml", "--dataset", tmp_path / "data.jsonl",
+        "--output", tmp_path / "out", "--max-length", 32,
+    )  # fmt: skip
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert "Could not match" not in result.output
+    plan = CompressionPlan.load(tmp_path / "out")
+    names = {name for unit in plan.units for name in unit.modules}
+    assert any(".experts." in name for name in names)
+    assert not [name for name in names if name.rpartition(".")[2] in ("gate", "router")]
+    assert not [name for name in names if name.endswith("shared_expert_gate")]
+    # a file without one of the experts' tensors
+    state = load_file(tmp_path / "out/model.safetensors")
+    gone = next(name for name in state if ".experts.2." in name and name.endswith("_packed"))
+    shutil.copytree(tmp_path / "out", tmp_path / "broken")
+    del state[gone]
+    save_file(state, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
+    failed = [each.detail for each in check(tmp_path / "broken") if each.passed is False]
+    assert any(gone in each for each in failed), failed
+    # saved again from memory, where experts are dense
+    load_model(str(tmp_path / "out")).save_pretrained(tmp_path / "again")
+    assert casp("check", tmp_path / "again").exit_code == 0
+    if factored:
+        result = casp("fold", tmp_path / "out", tmp_path / "folded")
+        assert result.exit_code == 0, result.exception
+        assert casp("check", tmp_path / "folded").exit_code == 0
+        ids = torch.arange(3, 20)[None]
+        with torch.no_grad():
+            folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+            expected = load_model(str(tmp_path / "out"), dtype=torch.float32)(ids).logits
+            torch.testing.assert_close(folded(ids).logits, expected, rtol=1e-3, atol=1e-3)
