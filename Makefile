@@ -21,7 +21,7 @@ $(DEMO)/small-vlm/config.json: $(DEMO)/SmolLM2-135M-Instruct/config.json
 
 .PHONY: demo test test-vllm test-lmms lint bench bench-paper bench-awq bench-autoround bench-vlm bench-kv \
   bench-sensitivity bench-sparsity bench-sweep bench-peers bench-peers-vlm bench-growth bench-kill \
-  report ablation fuzz test-ranks clean
+  report ablation fuzz families test-ranks clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -195,6 +195,9 @@ bench-kv: $(DEMO)/SmolLM2-135M-Instruct/config.json $(DEMO)/small-vlm/config.jso
 	$(KV) images $(DEMO)/small-vlm --heldout $(VLM_PARTS)/data/test_public.parquet \
 	  --table benchmarks/results/small_vlm_kv_cache.md
 	$(KV) speed $(<D) --table benchmarks/results/kv_cache_speed.md
+# a small random model of every family of transformers: compressed and back, or refused; half an hour
+families: $(BIN)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --table benchmarks/results/families.md
 test-ranks: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -m slow tests/test_ranks.py
 fuzz: $(BIN)/.ready

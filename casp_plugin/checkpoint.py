@@ -190,7 +190,7 @@ def save_with_plan(
         with whole_folder(save_directory) as partial:
             source, said = self.name_or_path, probes
             if said is None:
-                said = probe(self, source, runs_remote_code(self))
+                said, _ = probe(self, source, runs_remote_code(self))
             with _savable_generation_config(self, partial):
                 save(str(partial), *args, **kwargs)
             if not is_source_process():

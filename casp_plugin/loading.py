@@ -5,10 +5,11 @@ know the ``casp`` section, and transforms, which transformers 5.17 leaves out wi
 checkpoints without either they do nothing else.
 """
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -274,7 +275,8 @@ def bare_from_config(config: PreTrainedConfig, trust_remote_code: bool = False) 
     model = bare_model(config, trust_remote_code)
     quantizer = CaspHfQuantizer(quantization, pre_quantized=True)
     quantizer.validate_environment()
-    quantizer.preprocess_model(model)
+    with redirect_stderr(io.StringIO()):  # progress bars of what takes no time
+        quantizer.preprocess_model(model)
     _drop_stand_ins(model)
     return BareCheckpoint(model, quantizer)
 

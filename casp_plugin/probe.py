@@ -80,26 +80,26 @@ def _samples(
 @torch.no_grad()
 def probe(
     model: PreTrainedModel, folder: Path | str, trust_remote_code: bool = False
-) -> list[Probe]:
-    """Return what a model says about every sample that it can be shown.
+) -> tuple[list[Probe], dict[str, str]]:
+    """Return what a model says about every sample that it can be shown, and the errors of others.
 
     :param folder: with the files of its processor
     :param trust_remote_code: whether Python code that comes with the model may run
     """
-    found, training = [], model.training
+    found, errors, training = [], {}, model.training
     model.eval()
     for name, arguments in _samples(model, folder, trust_remote_code).items():
         try:
             logits = model(**arguments).logits.flatten(0, -2)  # (tokens, vocabulary)
         except Exception as error:  # a class that takes more than that
-            logger.debug(f"{type(model).__name__} cannot be shown {name}: {error}")
+            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         columns = torch.linspace(0, logits.shape[1] - 1, ENTRIES).long()
         kept = logits[-TOKENS:, columns.to(logits.device)].float()
         dtype = str(model.dtype).removeprefix("torch.")
         found.append(Probe(sample=name, dtype=dtype, logits=kept.tolist()))
     model.train(training)
-    return found
+    return found, errors
 
 
 def difference(found: Probe, expected: Probe) -> float:
@@ -112,6 +112,6 @@ def difference(found: Probe, expected: Probe) -> float:
     return ((ours - theirs).square().mean().sqrt() / spread.clamp_min(1e-12)).item()
 
 
-def tolerance(expected: Probe) -> float:
+def tolerance(probe: Probe) -> float:
     """Return the largest difference that rounding of the model's dtype explains."""
-    return _TOLERANCES.get(expected.dtype, _TOLERANCE)
+    return _TOLERANCES.get(probe.dtype, _TOLERANCE)

@@ -31,6 +31,8 @@ __all__ = [
 
 #: what no bits are chosen for unless told
 OUTPUT_HEAD = "re:(.*[.])?lm_head$"
+#: columns that a linear has at least, unless a target calls it by its name
+FEWEST_COLUMNS = 16
 _ROUTER = re.compile(r"gate|router|.*_router|router_.*|shared_experts?_gate")
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
@@ -55,7 +57,8 @@ def matched_linears(
     Names match exactly or, with the prefix ``re:``, as a regular expression; class names
     such as ``Linear`` match too. A factored layer matches by the name of the layer it replaced.
     Routers and gates of experts stay as they are unless a target calls them by name: a choice of
-    experts is worth more than the few bytes, and vLLM builds some in 16 bits only.
+    experts is worth more than the few bytes, and vLLM builds some in 16 bits only. So do layers of
+    fewer than ``FEWEST_COLUMNS`` columns (Gemma 3n's `correction_coefs`).
 
     :param field: the field that holds the targets, named in errors
     :raises ValueError: if a target matches nothing, or a matched layer is already quantized
@@ -107,7 +110,10 @@ def output_head(model: nn.Module) -> list[str]:
 
 def _asked_for(name: str, module: nn.Linear | LowRankLinear, target: str) -> bool:
     """Whether a target that matches a linear means it: one that chooses experts, or how much of a
-    shared one counts, only by its own word. It is called so, and puts out less than it reads."""
+    shared one counts, only by its own word (it is called so, and puts out less than it reads); one
+    of a handful of columns, which a scale would cost more than codes save, only by its name."""
+    if module.in_features < FEWEST_COLUMNS:
+        return target == name
     words = [part for part in name.split(".") if _ROUTER.fullmatch(part)]
     if not words or module.out_features >= module.in_features:
         return True
