@@ -18,11 +18,11 @@ from casp_plugin.checkpoint import read_config, read_section
 from casp_plugin.loading import BareCheckpoint, bare_checkpoint
 from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
-from casp_plugin.probe import Probe, difference, load_probes, probe, tolerance
+from casp_plugin.probe import PROBES_NAME, Probe, Record, difference, probe, tolerance
 from casp_plugin.runtime.architectures import TESTED, refusal, unserved_experts
 from casp_plugin.schemes import missing_kernel
 from casp_plugin.transforms import stored_transforms
-from casp_plugin.weights import Header, read_headers, tensor_bytes
+from casp_plugin.weights import Header, checksums, read_headers, tensor_bytes
 
 __all__ = ["Finding", "check", "compare_tensors", "expected_shapes", "served"]
 
@@ -70,7 +70,7 @@ def check(
         bare = bare_checkpoint(folder, trust_remote_code)
         plan = CompressionPlan.load(folder) if (folder / PLAN_NAME).exists() else None
         tensors = compare_tensors(on_disk, bare, plan)
-        probes = load_probes(folder)
+        record = Record.load(folder)
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, str(error)), *last]
     findings = [
@@ -79,8 +79,10 @@ def check(
         _sizes(on_disk, plan),
         _kernels(quantization),
     ]
-    if reload and all(finding.passed is not False for finding in findings):
-        findings += _reload(folder, probes, trust_remote_code)
+    sound = all(finding.passed is not False for finding in findings)
+    findings.append(_contents(folder, record))
+    if reload and sound:
+        findings += _reload(folder, record.probes, trust_remote_code)
     return findings + last
 
 
@@ -110,18 +112,20 @@ def compare_tensors(
     lost = [each.name for each in plan.copied if each.name not in on_disk] if plan else []
     unknown = [name for name in merged if name not in expected]
     missing = sorted(expected.keys() - found.keys() - merged.keys() - parted) + sorted(lost)
-    surplus = sorted((found.keys() | {*unknown}) - expected.keys() - copied)
+    # weights that a config ties are there where they differ, and are not tied then
+    tied = bare.model.all_tied_weights_keys.keys()
+    surplus = sorted((found.keys() | {*unknown}) - expected.keys() - copied - tied)
     wrong = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     if missing:
         return Finding(what, False, f"{len(missing)} missing, first {missing[0]}")
-    if surplus and (plan is not None or unknown):
+    if surplus and plan is not None:
         return Finding(what, False, f"{len(surplus)} unexpected, first {surplus[0]}")
     if wrong:
         name = min(wrong)
         detail = f"{len(wrong)} of the wrong shape, first {name}: {found[name]} on disk, "
         return Finding(what, False, f"{detail}{expected[name]} expected")
     for name, files in merged.items():
-        if why := _incomplete_experts(expected.get(name), files):
+        if name in expected and (why := _incomplete_experts(expected[name], files)):
             return Finding(what, False, f"{name}: {why}")
     more = f", {len(copied | {*surplus})} of them copied unchanged" if copied or surplus else ""
     return Finding(what, True, f"{len(on_disk)} tensors{more}")
@@ -150,7 +154,7 @@ def expected_shapes(
 
 
 def _incomplete_experts(
-    stacked: tuple[int, ...] | None, files: Mapping[str, tuple[int, ...]]
+    stacked: tuple[int, ...], files: Mapping[str, tuple[int, ...]]
 ) -> str | None:
     """What is wrong with the tensors that loading stacks into one; None for nothing.
 
@@ -182,6 +186,18 @@ def _sizes(on_disk: Mapping[str, Header], plan: CompressionPlan | None) -> Findi
         return Finding("bytes", None, f"{total:,} bytes of tensors; the plan allocates no bits")
     detail = f"{total:,} on disk, {planned:,} planned"
     return Finding("bytes as planned", total == planned, detail)
+
+
+def _contents(folder: Path, record: Record) -> Finding:
+    """Whether the data of all tensors is what was written."""
+    if not record.checksums:
+        return Finding("contents", None, f"no {PROBES_NAME} to compare with")
+    found = checksums(folder)
+    changed = sorted(n for n, each in record.checksums.items() if found.get(n) != each)
+    if changed:
+        detail = f"{len(changed)} tensors are not what was written, first {changed[0]}"
+        return Finding("contents", False, detail)
+    return Finding("contents", True, "all tensors are what was written")
 
 
 def _kernels(quantization: dict) -> Finding:

@@ -21,10 +21,10 @@ from casp_plugin.files import whole_folder
 from casp_plugin.models import runs_remote_code
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
-from casp_plugin.probe import Probe, probe, save_probes
+from casp_plugin.probe import Probe, Record, probe
 from casp_plugin.ranks import is_source_process
 from casp_plugin.source import copy_files, copy_tensors, source_folder
-from casp_plugin.weights import read_headers
+from casp_plugin.weights import checksums, read_headers
 
 __all__ = [
     "RECIPE_NAME",
@@ -47,6 +47,7 @@ SECTION_FORMAT = 2
 _READABLE = (1, 2)
 RECIPE_NAME = "recipe.yaml"
 _CODES = re.compile(r"\.experts\.\d+\.\w+\.weight_\w+$")
+_WEIGHTS = re.compile(r"model(-[\w-]+)?\.safetensors(\.index\.json)?")
 #: files of tokenizers and processors
 _PROCESSOR = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*")
 
@@ -135,6 +136,7 @@ def write_config(folder: Path, config: dict) -> None:
 def write_section(folder: Path, section: dict) -> None:
     """Add our section to the ``quantization_config`` that compressed-tensors wrote."""
     config = read_config(folder)
+    config.pop("transformers_weights", None)  # a file of the source
     quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
     quantization[SECTION] = section
     write_config(folder, config)
@@ -196,9 +198,15 @@ def save_with_plan(
             if not is_source_process():
                 return
             write_section(partial, casp_section(self))
-            save_probes(said, partial)
-            if (folder := source_folder(source)) is not None:
+            folder = source_folder(source)
+            if folder is not None:
                 _complete(partial, folder, plan, experts)
+            elif experts or (plan is not None and plan.copied):
+                raise ValueError(
+                    f"{source} is gone, which holds tensors that are copied unchanged: put it back"
+                )
+            Record(probes=said, checksums=checksums(partial)).save(partial)
+            _drop_stale_weights(Path(save_directory), partial)
             if plan is not None:
                 plan.save(partial / PLAN_NAME)
             if recipe is not None:
@@ -207,13 +215,25 @@ def save_with_plan(
     model.save_pretrained = MethodType(save_pretrained, model)
 
 
+def _drop_stale_weights(target: Path, partial: Path) -> None:
+    """Remove weights that an older checkpoint left in a folder, which transformers would read
+    instead of the new ones or beside them."""
+    for path in target.glob("model*.safetensors*"):
+        if _WEIGHTS.fullmatch(path.name) and not (partial / path.name).exists():
+            path.unlink()
+
+
 def unsavable_generation_config(model: PreTrainedModel) -> str | None:
-    """Tell why transformers would not save the generation settings of a model; None if it would."""
+    """Tell why transformers would not save the generation settings of a model, or has not read
+    those of its source; None if all is well."""
     if not model.can_generate():
         return None
+    source = source_folder(model.name_or_path)
     try:
+        if source is not None and (source / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(source)
         model.generation_config.validate(strict=True)
-    except ValueError as error:  # settings that contradict each other, as vicuna ships them
+    except (ValueError, OSError) as error:  # settings that contradict each other; no JSON
         return " ".join(str(error).split())
     return None
 

@@ -14,13 +14,11 @@ from transformers.integrations.compressed_tensors import DecompressExperts
 __all__ = ["STACKED", "read_each_expert", "reads_each_expert"]
 
 #: layers of an expert, as they are quantized, by the stacked weight that they are a part of
-_LAYERS = {
+STACKED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "up_proj": ("up_proj",),  # without a gate
     "down_proj": ("down_proj",),
 }
-#: the stacked weights
-STACKED = tuple(_LAYERS)
 _WEIGHT = ".weight_packed$"
 
 
@@ -61,7 +59,7 @@ class _DecompressEach(DecompressExperts):
         experts, _, stacked = full_layer_name.rpartition(".")
         packed = [pattern for pattern in source_patterns if pattern.endswith(_WEIGHT)]
         found = {}
-        for pattern, layer in zip(packed, _LAYERS[stacked], strict=True):
+        for pattern, layer in zip(packed, STACKED[stacked], strict=True):
             if pattern not in input_dict:
                 continue
             parts = {

@@ -12,14 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-__all__ = ["linearize_experts", "name_experts_as_on_disk"]
+from casp_plugin.expert_weights import STACKED
 
-#: the layers that llm-compressor makes of stacked weights
-_LAYERS = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "up_proj": ("up_proj",),  # without a gate
-    "down_proj": ("down_proj",),
-}
+__all__ = ["linearize_experts", "name_experts_as_on_disk"]
 
 
 def linearize_experts(model: nn.Module) -> None:
@@ -57,7 +52,7 @@ def name_experts_as_on_disk(model: PreTrainedModel) -> None:
     """
     kept, renamed = [], []
     for known in getattr(model, "_weight_conversions", None) or []:
-        layers = _LAYERS.get(known.target_patterns[0].rpartition("experts.")[2])
+        layers = STACKED.get(known.target_patterns[0].rpartition("experts.")[2])
         if layers is None or not isinstance(known, WeightConverter):
             kept.append(known)
             continue

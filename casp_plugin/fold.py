@@ -17,7 +17,7 @@ from safetensors import safe_open
 from casp_plugin.checkpoint import SECTION, read_config, read_section, write_config
 from casp_plugin.files import whole_folder
 from casp_plugin.loading import bare_checkpoint
-from casp_plugin.plan import PLAN_NAME
+from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.probe import PROBES_NAME
 from casp_plugin.weights import INDEX, weight_files
 
@@ -78,6 +78,8 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
     config = read_config(source)
     quantization = config.get("quantization_config") or {}
     section = read_section(quantization)
+    if not quantization:
+        raise ValueError(f"{source} is not quantized: config.json has no quantization_config")
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder")
     if quantization.get("transform_config"):
@@ -100,9 +102,11 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
             "nothing to fold"
         )
 
+    copied = _copied(source)
     state = {}
     for name in tensors:
-        if not any(name.startswith(f"{layer}.") for layer in dense):
+        under = any(name.startswith(f"{layer}.") for layer in dense)
+        if not under or tensors.on_disk[name] in copied:
             state[tensors.on_disk[name]] = tensors[name]
     for layer in dense:
         latent = section.latent_of.get(layer, layer) if layer in section.ranks else None
@@ -121,6 +125,12 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
             del config["quantization_config"]
         write_config(partial, config)
     return dense
+
+
+def _copied(source: Path) -> set[str]:
+    """Tensors that no class builds, by name on disk."""
+    known = (source / PLAN_NAME).exists()
+    return {each.name for each in CompressionPlan.load(source).copied} if known else set()
 
 
 def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes") -> set[str]:

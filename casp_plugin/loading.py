@@ -47,7 +47,7 @@ from casp_plugin.models import (
 )
 from casp_plugin.modules import LowRankLinear
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
-from casp_plugin.probe import PROBES_NAME, load_probes
+from casp_plugin.probe import PROBES_NAME, Record
 from casp_plugin.transforms import check_transforms, stored_transforms
 
 __all__ = [
@@ -127,7 +127,7 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         if self.compressor.quantization_config is None:  # nothing is
             return weight_conversions
         updated = super().update_weight_conversions(weight_conversions)
-        if self.section is None and not self._expert_targets:
+        if self.section is None and not self._names_all_layers:
             return updated
         dense = [known for known in weight_conversions if known not in updated]
         return [*map(read_each_expert, updated), *dense]
@@ -164,17 +164,25 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
                 model,
                 plan and CompressionPlan.load(plan),
                 recipe and recipe.read_text(),
-                load_probes(said) if said else [],
+                Record.load(said).probes if said else [],
                 bool(self._quantized_experts(model)),
             )
 
     @property
-    def _expert_targets(self) -> set[str]:
-        """Layers of experts that the config names, one by one."""
+    def _targets(self) -> set[str]:
         config = self.compressor.quantization_config
         groups = config.config_groups.values() if config is not None else ()
-        targets = {target for group in groups for target in group.targets}
-        return {each for each in targets if ".experts." in each and not each.startswith("re:")}
+        return {target for group in groups for target in group.targets}
+
+    @property
+    def _names_all_layers(self) -> bool:
+        """Whether the config names the layers one by one, as ours and folded ones do."""
+        return all("." in each and not each.startswith("re:") for each in self._targets)
+
+    @property
+    def _expert_targets(self) -> set[str]:
+        """Layers of experts that the config names, one by one."""
+        return {each for each in self._targets if re.search(r"^(?!re:).*\.experts\.\d+\.", each)}
 
     @contextmanager
     def _without_experts(self, model: PreTrainedModel) -> Iterator[None]:
@@ -198,9 +206,12 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
 
     def _quantized_experts(self, model: PreTrainedModel) -> set[str]:
         """Stacked weights, dense in memory, of experts that are quantized on disk."""
-        layers = {target.partition(".experts.")[0] for target in self._expert_targets}
-        stacked = [f"{layer}.experts.{name}" for layer in layers for name in STACKED]
-        return {name for name in stacked if name in model.state_dict()}
+        known, found = model.state_dict(), set()
+        for target in self._expert_targets:
+            experts, _, layer = target.rpartition(".experts.")
+            leaf = layer.partition(".")[2]
+            found |= {f"{experts}.experts.{name}" for name in STACKED if leaf in STACKED[name]}
+        return found & known.keys()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
         """The compressed state, also where a forward pass has decompressed the weights."""

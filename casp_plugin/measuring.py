@@ -72,10 +72,12 @@ class FirstBatch:
     read: frozenset[str] = frozenset()
 
 
-def try_first_batch(model: nn.Module, dataloader: Iterable[dict], back: bool) -> FirstBatch:
+def try_first_batch(
+    model: nn.Module, dataloader: Iterable[dict], gradients: frozenset[str] = frozenset()
+) -> FirstBatch:
     """Run one batch through a model: what cannot be measured fails now.
 
-    :param back: whether gradients will be wanted too
+    :param gradients: linears for whose outputs gradients will be wanted
     :raises ValueError: if the model cannot be run so
     """
     with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
@@ -91,9 +93,9 @@ def try_first_batch(model: nn.Module, dataloader: Iterable[dict], back: bool) ->
             with Hooks(model) as hooks:
                 for name in linears:
                     hooks.add(name, lambda *_, name=name: reached.add(name))
-                if back:
-                    gradients = LossGradients(frozenset(linears), frozenset())
-                    gradients.collect(model, [batch], layers, "Trying one batch")
+                if gradients:
+                    squares = LossGradients(gradients, frozenset())
+                    squares.collect(model, [batch], layers, "Trying one batch")
                 else:
                     with torch.no_grad():
                         model(**on_device(batch, model))

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.quantizers import HfQuantizer
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from casp_plugin.errors import one_line
 from casp_plugin.weights import weight_files
 
 __all__ = [
@@ -61,7 +62,13 @@ def read_model_config(name: str | Path, trust_remote_code: bool = False) -> PreT
                 f"{name} comes with Python code of its own: read it, then pass "
                 "--trust-remote-code (trust_remote_code=True)"
             ) from None
+        raise ValueError(f"config.json of {name}: {one_line(error)}") from error
+    except (OSError, ImportError):
         raise
+    except Exception as error:  # whatever a config's class meets in its fields
+        raise ValueError(
+            f"config.json of {name}: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> type:

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy
 import torch
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoProcessor, PreTrainedModel
 
 from casp_plugin.models import is_multimodal
 
-__all__ = ["PROBES_NAME", "Probe", "difference", "load_probes", "probe", "save_probes", "tolerance"]
+__all__ = ["PROBES_NAME", "Probe", "Record", "difference", "probe", "tolerance"]
 
 PROBES_NAME = "casp_probes.json"
 #: tokens of a sample of text, and entries of the vocabulary that are kept
@@ -35,22 +35,31 @@ class Probe(BaseModel):
     logits: list[list[float]]
 
 
-_FORMAT = TypeAdapter(list[Probe])
+class Record(BaseModel):
+    """What a checkpoint is held against.
 
-
-def save_probes(probes: list[Probe], folder: Path) -> None:
-    """Write probes beside a checkpoint."""
-    (folder / PROBES_NAME).write_bytes(_FORMAT.dump_json(probes) + b"\n")
-
-
-def load_probes(path: Path) -> list[Probe]:
-    """Return the probes of a checkpoint; none where it has none.
-
-    :param path: folder or file
-    :raises pydantic.ValidationError: if they are malformed
+    :param probes: what the compressed model said
+    :param checksums: CRC-32 of the data of each tensor, by its name on disk
     """
-    path = path / PROBES_NAME if path.is_dir() else path
-    return _FORMAT.validate_json(path.read_bytes()) if path.exists() else []
+
+    model_config = ConfigDict(extra="forbid")
+
+    probes: list[Probe] = Field(default_factory=list)
+    checksums: dict[str, int] = Field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write it beside a checkpoint."""
+        (folder / PROBES_NAME).write_text(self.model_dump_json() + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Return the record of a checkpoint; an empty one where it has none.
+
+        :param path: folder or file
+        :raises pydantic.ValidationError: if it is malformed
+        """
+        path = path / PROBES_NAME if path.is_dir() else path
+        return cls.model_validate_json(path.read_text()) if path.exists() else cls()
 
 
 def _samples(

@@ -2,6 +2,7 @@
 copied unchanged, so that nothing is lost."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from casp_plugin.models import names_in_memory
+from casp_plugin.plan import PLAN_NAME
 from casp_plugin.weights import INDEX, SINGLE, Header, read_headers, weight_files
 
 __all__ = ["copy_files", "copy_tensors", "source_folder", "unbuilt_tensors"]
@@ -22,8 +24,9 @@ __all__ = ["copy_files", "copy_tensors", "source_folder", "unbuilt_tensors"]
 #: weights in any format, which `save_pretrained` writes anew; adapters, which loading would apply
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.gguf"),
-    *("*.onnx", "*.onnx_data", "*.tflite", "*.npz", "*.index.json", "adapter_*"),
+    *("*.onnx", "*.onnx_data", "*.tflite", "*.npz"),
 )
+_BESIDE = ("*.safetensors.index.json", "*.bin.index.json", "adapter_config.json")
 #: the file that holds tensors which the class does not build
 _UNBUILT = "model-unbuilt.safetensors"
 #: what a single file is called once there is another
@@ -39,7 +42,7 @@ def source_folder(name: str) -> Path | None:
     if not name or Path(name).is_dir():
         return Path(name) if name else None
     try:
-        return Path(snapshot_download(name, ignore_patterns=list(_WEIGHTS[:-2])))
+        return Path(snapshot_download(name, ignore_patterns=list(_WEIGHTS)))
     except (OSError, ValueError, HFValidationError) as error:
         logger.debug(f"no folder of {name}: {error}")
         return None
@@ -98,11 +101,10 @@ def copy_files(source: Path, folder: Path) -> None:
     :param folder: the checkpoint
     """
     parts, left = _listed_parts(source), []
-    for path in sorted(source.rglob("*")):
+    for path in _files(source):
         name = path.relative_to(source)
-        if not path.is_file() or any(each.startswith(".") for each in name.parts):
-            continue
-        if any(fnmatch(path.name, pattern) for pattern in _WEIGHTS) and name.parts[0] not in parts:
+        weights = any(fnmatch(path.name, pattern) for pattern in (*_WEIGHTS, *_BESIDE))
+        if weights and name.parts[0] not in parts:
             left.append(str(name))
         elif not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,21 @@ def copy_files(source: Path, folder: Path) -> None:
     others = [name for name in left if name not in read]
     if others:
         logger.warning(f"other weights of {source} are not copied: {', '.join(others[:4])}")
+
+
+def _files(source: Path) -> list[Path]:
+    """Files of a model, of folders too, but for hidden ones and for checkpoints that were written
+    there."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        inner = Path(folder) != source
+        if Path(folder).resolve() in seen or (inner and PLAN_NAME in names):
+            folders.clear()
+            continue
+        seen.add(Path(folder).resolve())
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        found += [Path(folder) / name for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

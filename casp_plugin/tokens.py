@@ -4,8 +4,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["begins_by_itself", "most_tokens", "token_ids"]
 
-#: what configs call the positions that a model knows; the second is that of speech decoders
-_POSITIONS = ("max_position_embeddings", "max_target_positions")
+#: what configs call the positions that a model knows; the second is that of speech decoders, the
+#: third MPT's
+_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+#: families whose positions begin after that of padding
+_AFTER_PADDING = ("roberta", "camembert", "data2vec-text", "xmod", "ibert")
 
 
 def token_ids(
@@ -53,7 +56,10 @@ def most_tokens(config: PreTrainedConfig) -> int | None:
     if getattr(config, "alibi", False):
         return None
     found = [getattr(config, name, None) for name in _POSITIONS]
-    return next((each for each in found if isinstance(each, int) and each > 0), None)
+    most = next((each for each in found if isinstance(each, int) and each > 0), None)
+    if most is not None and any(family in config.model_type for family in _AFTER_PADDING):
+        most -= (config.pad_token_id or 0) + 1
+    return most
 
 
 def _parted(whole: list[int], body: list[int]) -> tuple[list[int], list[int], list[int]]:

@@ -63,6 +63,11 @@ def matched_linears(
     :param field: the field that holds the targets, named in errors
     :raises ValueError: if a target matches nothing, or a matched layer is already quantized
     """
+    for pattern in (*targets, *ignore):
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from None
     linears = named_linears(model)
     if OUTPUT_HEAD in ignore:  # whatever its family calls it
         ignore = [*ignore, *output_head(model)]

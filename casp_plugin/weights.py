@@ -2,12 +2,14 @@
 
 import json
 import re
+import zlib
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["Header", "read_headers", "tensor_bytes", "weight_files"]
+__all__ = ["Header", "checksums", "read_headers", "tensor_bytes", "weight_files"]
 
 #: shape and dtype of a tensor on disk, as safetensors writes it
 Header = tuple[tuple[int, ...], str]
@@ -43,6 +45,20 @@ def read_headers(folder: Path | str) -> dict[str, Header]:
         except SafetensorError as error:
             raise ValueError(f"{path}: broken or cut off: {error}") from None
     return headers
+
+
+def checksums(folder: Path | str) -> dict[str, int]:
+    """Return the CRC-32 of every tensor's data in a folder, by name.
+
+    :raises ValueError: if the folder holds no weights, or one of its files is missing
+    """
+    found = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118, not a dict
+                data = shard.get_tensor(name).contiguous().reshape(-1).view(torch.uint8)
+                found[name] = zlib.crc32(data.numpy())
+    return found
 
 
 def tensor_bytes(header: Header) -> int:

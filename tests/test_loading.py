@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from casp_plugin import BitAllocationModifier
 from casp_plugin.check import check
 from casp_plugin.models import load_model
-from casp_plugin.probe import PROBES_NAME, Probe, difference, load_probes
+from casp_plugin.probe import PROBES_NAME, Probe, Record, difference
 
 FAMILIES = {
     "llama": {},
@@ -72,15 +72,39 @@ def test_check_holds_a_reload_against_the_run(compressed, tmp_path):
             state[name] *= 1.5
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     failed = [each for each in check(out) if each.passed is False]
-    assert [each.what for each in failed] == ["logits of the run"]
+    assert [each.what for each in failed] == ["contents", "logits of the run"]
     # without the file there is nothing to compare with
     (out / PROBES_NAME).unlink()
     assert not [each for each in check(out) if each.passed is False]
 
 
+def test_check_compares_the_data_of_all_tensors(compressed, tmp_path):
+    """Of a row of the embedding too, which no probe asks for."""
+    out = tmp_path / "out"
+    shutil.copytree(compressed[1], out)
+    state = load_file(out / "model.safetensors")
+    name = next(name for name in state if "wte" in name or "embed_tokens" in name)
+    state[name][50] = 0
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    [failed] = [each for each in check(out) if each.passed is False]
+    assert (failed.what, name in failed.detail) == ("contents", True)
+
+
+def test_saving_where_another_checkpoint_is(compressed, tmp_path):
+    """Of one file before, of several now: the old file would be read."""
+    shutil.copytree(compressed[1], tmp_path / "out")
+    model = load_model(compressed[1])
+    model.save_pretrained(tmp_path / "out", max_shard_size="40KB")
+    assert not (tmp_path / "out/model.safetensors").exists()
+    assert not [each for each in check(tmp_path / "out") if each.passed is False]
+    model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+    assert not [each for each in check(tmp_path / "out") if each.passed is False]
+
+
 def test_a_saved_reload_is_still_held_against_the_run(compressed, tmp_path):
     load_model(compressed[1]).save_pretrained(tmp_path)
-    assert load_probes(tmp_path) == load_probes(Path(compressed[1]))
+    assert Record.load(tmp_path).probes == Record.load(Path(compressed[1])).probes
 
 
 def test_difference_of_probes():

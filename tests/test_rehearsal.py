@@ -1,17 +1,19 @@
 """What would not load is refused before any data runs."""
 
 import pytest
-from conftest import save_tiny_model
+from conftest import save_texts, save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
-from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier
+from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, cli
 from casp_plugin.check import check
 from casp_plugin.models import bare_model
 from casp_plugin.modifiers import plan_recipe
+from casp_plugin.weights import read_headers
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -95,3 +97,28 @@ def test_bytes_of_what_another_quantizer_does(batches, tmp_path, name, tied):
     assert found["bytes as planned"].passed, found["bytes as planned"].detail
     assert not [each for each in found.values() if each.passed is False]
     assert CompressionPlan.load(out).other_bytes == bare.other_bytes
+
+
+HEAD = """
+casp_stage:
+  casp_modifiers:
+    BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}
+    GPTQModifier: {}
+head_stage:
+  head_modifiers:
+    GPTQModifier: {targets: [lm_head], scheme: W4A16}
+"""
+
+
+def test_a_second_quantizer_in_a_stage_of_its_own(tmp_path):
+    """As YAML has to have it; each runs by itself then."""
+    source = save_tiny_model(tmp_path / "in", hidden_size=128)
+    (tmp_path / "recipe.yaml").write_text(HEAD)
+    save_texts(tmp_path / "data.jsonl")
+    arguments = [
+        "run", source, "--recipe", tmp_path / "recipe.yaml", "--dataset", tmp_path / "data.jsonl",
+        "--output", tmp_path / "out", "--max-length", 32,
+    ]  # fmt: skip
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert "lm_head.weight_packed" in read_headers(tmp_path / "out")

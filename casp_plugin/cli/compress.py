@@ -167,7 +167,7 @@ def compress(
 
     :param recipe: an instance of llm-compressor's ``Recipe``
     :param batches: calibration batches
-    :param pipeline: of llm-compressor; None for the one that the recipe asks for
+    :param pipeline: of llm-compressor; None for its default
     :param trust_remote_code: whether Python code that comes with the model may run
     """
     from llmcompressor import oneshot
@@ -190,8 +190,8 @@ def compress(
             recipe=recipe,
             dataset=batches,
             output_dir=str(partial),
-            pipeline=pipeline,
             trust_remote_code_model=trust_remote_code,
+            **({"pipeline": pipeline} if pipeline else {}),
         )
         barrier()
     return compressed

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from casp_plugin.cli.options import console
+from casp_plugin.errors import one_line
 
 __all__ = ["DataSource", "calibration_batches", "load_processor", "within_positions"]
 
@@ -81,7 +82,13 @@ def load_processor(model: str, trust_remote_code: bool = False):
 
     sees = is_multimodal(read_model_config(model, trust_remote_code))
     kind = AutoProcessor if sees else AutoTokenizer
-    return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # whatever its files hold
+        what = "processor" if sees else "tokenizer"
+        raise ValueError(f"the {what} of {model} cannot be loaded: {one_line(error)}") from error
 
 
 def within_positions(config, max_length: int) -> int:

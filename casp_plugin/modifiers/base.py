@@ -333,7 +333,7 @@ def _try_first_batch(
 ) -> list[str]:
     """Tell all modifiers what one batch reaches; return what a user should know."""
     request = _requested(model, modifiers)
-    tried = try_first_batch(model, dataloader, bool(request.gradients or request.gradient_moments))
+    tried = try_first_batch(model, dataloader, request.gradients | request.gradient_moments)
     for modifier in _own(modifiers):
         modifier._reached, modifier._read = tried.reached, tried.read
         modifier.check_reached(model)

@@ -17,6 +17,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
@@ -305,7 +306,7 @@ class BitAllocationModifier(CaspModifier):
         plan.units = self._units(linears, layers, priced, statistics)
         plan.other_bytes = _other_bytes(model, plan, self._transforms, self._beside)
         self._check_budget(plan)
-        self._warn(plan, linears, statistics)
+        self._warn(model, plan, linears, statistics)
         self._choose(plan, self._coupled(model, plan, following))
         if plan.decided and measured is not None:
             self._factor(model, plan)
@@ -504,6 +505,7 @@ class BitAllocationModifier(CaspModifier):
 
     def _warn(
         self,
+        model: nn.Module,
         plan: CompressionPlan,
         linears: dict[str, nn.Linear | LowRankLinear],
         statistics: Statistics | None,
@@ -516,6 +518,17 @@ class BitAllocationModifier(CaspModifier):
             plan.warnings.append(
                 f"vLLM on CUDA runs {codes} {' and '.join(map(str, bits))} bits only with an extra "
                 f"package: pip install {package}"
+            )
+        stacked = [
+            f"{name}.{weight}"
+            for name, module in model.named_modules()
+            for weight, values in module.named_parameters(recurse=False)
+            if values.ndim == 3 and not isinstance(module, _ConvNd)
+        ]
+        if stacked:
+            plan.warnings.append(
+                f"{len(stacked)} stacked weights stay as they are, since they are no linear "
+                f"layers: {', '.join(stacked[:4])}"
             )
         if statistics is not None and self.solver == "exact":
             routed = statistics.routed

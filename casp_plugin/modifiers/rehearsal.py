@@ -56,11 +56,13 @@ def find_copied(model: PreTrainedModel) -> list[CopiedTensor]:
     source = source_folder(model.name_or_path)
     if source is None or not (source / "config.json").exists():
         return []
-    named, kind = read_config(source).get("architectures") or [], type(model).__name__
+    config, kind = read_config(source), type(model).__name__
+    named = config.get("architectures") or []
     if named and kind not in named and not runs_remote_code(model):
+        own = ", its code with --trust-remote-code (trust_remote_code=True)"
         raise ValueError(
             f"{source} is of {', '.join(named)}, but was loaded as {kind}, which leaves parts of "
-            "it out: load it by its own class"
+            f"it out: load it by its own class{own if config.get('auto_map') else ''}"
         )
     if not any(source.glob("*.safetensors")):
         return []
@@ -91,6 +93,7 @@ def rehearse(
     for config in (QuantizationConfig(config_groups=planned_groups(plan)), *quantization):
         if config.config_groups:
             apply_quantization_config(bare, config, show_progress=False)
+    _check_groups(bare)
     untied = _untie_quantized(bare)
     for module in bare.modules():
         compress_module(module)
@@ -105,6 +108,12 @@ def rehearse(
             f"{name} cannot be compressed by this recipe: transformers cannot write its weights "
             f"in the form of the checkpoint once they are quantized: {error}"
         ) from error
+    clash = [each.name for each in plan.copied if each.name in headers]
+    if clash:
+        raise ValueError(
+            f"{bare.name_or_path} holds {clash[0]}, which {name} does not build and the compressed "
+            "model writes: remove it"
+        )
     config = _planned_config(bare, compressor)
     architectures = config.get("architectures") or [name]
     quantization = config["quantization_config"]
@@ -138,6 +147,21 @@ def planned_groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:
         )
         for bits, names in targets.items()
     }
+
+
+def _check_groups(bare: PreTrainedModel) -> None:
+    """
+    :raises ValueError: if groups of another quantizer than the plan's do not divide a layer
+    """
+    for name, module in bare.named_modules():
+        args = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        size = args.group_size if args is not None else None
+        columns = module.weight.shape[-1] if size and hasattr(module, "weight") else 0
+        if size and size > 0 and columns % size:
+            raise ValueError(
+                f"groups of {size} of a quantizer in the recipe do not divide the {columns} "
+                f"columns of {name}: use a divisor"
+            )
 
 
 def _as_loaded(model: PreTrainedModel) -> PreTrainedModel:
