@@ -18,7 +18,7 @@ from casp_plugin.checkpoint import read_config, read_section
 from casp_plugin.loading import BareCheckpoint, bare_checkpoint
 from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
-from casp_plugin.probe import PROBES_NAME, Probe, Record, difference, probe, tolerance
+from casp_plugin.probe import PROBES_NAME, Record, difference, probe, tolerance
 from casp_plugin.runtime.architectures import TESTED, refusal, unserved_experts
 from casp_plugin.schemes import missing_kernel
 from casp_plugin.transforms import stored_transforms
@@ -82,7 +82,7 @@ def check(
     sound = all(finding.passed is not False for finding in findings)
     findings.append(_contents(folder, record))
     if reload and sound:
-        findings += _reload(folder, record.probes, trust_remote_code)
+        findings += _reload(folder, record, trust_remote_code)
     return findings + last
 
 
@@ -226,17 +226,17 @@ def served(architectures: list[str], quantization: dict) -> Finding:
     return Finding("vLLM", None, f"casp-plugin beside vLLM: {known}")
 
 
-def _reload(folder: Path, probes: list[Probe], trust_remote_code: bool) -> list[Finding]:
+def _reload(folder: Path, record: Record, trust_remote_code: bool) -> list[Finding]:
     """Load the model and ask it what it was asked in the run."""
     try:
         model = load_model(str(folder), trust_remote_code)
         said, errors = probe(model, folder, trust_remote_code)
     except Exception as error:  # whatever a user would meet when loading
         return [Finding("reload", False, f"{type(error).__name__}: {error}")]
-    expected = {each.sample: each for each in probes}
+    expected = {each.sample: each for each in record.probes}
     found = []
     for sample, why in errors.items():  # a class may want more than tokens, and did so in the run
-        worse = sample in expected or not expected
+        worse = sample in expected or record == Record()
         found.append(Finding("reload", False if worse else None, f"{sample}: {why}"))
     for one in said:
         finite = bool(np.isfinite(one.logits).all())

@@ -131,6 +131,11 @@ def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTr
         )
     except SafetensorError as error:
         raise ValueError(f"{name}: a safetensors file is broken or cut off: {error}") from None
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # whatever transformers meets in its files
+        told = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{name} cannot be loaded: {told}") from error
     if found["missing_keys"]:  # transformers would make them up
         raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys'])[:4])}")
     for weight, stored, wanted in sorted(found["mismatched_keys"]):

@@ -96,7 +96,10 @@ def probe(
     :param trust_remote_code: whether Python code that comes with the model may run
     """
     found, errors, training = [], {}, model.training
+    config = model.config.get_text_config()
+    cached = getattr(config, "use_cache", None)
     model.eval()
+    config.use_cache = False  # what is said does not hang on it, and some caches need more
     for name, arguments in _samples(model, folder, trust_remote_code).items():
         try:
             logits = model(**arguments).logits.flatten(0, -2)  # (tokens, vocabulary)
@@ -108,6 +111,7 @@ def probe(
         dtype = str(model.dtype).removeprefix("torch.")
         found.append(Probe(sample=name, dtype=dtype, logits=kept.tolist()))
     model.train(training)
+    config.use_cache = cached
     return found, errors
 
 

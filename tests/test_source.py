@@ -267,3 +267,124 @@ def test_a_file_that_the_index_names_is_missing(tmp_path, tiny_llama):
     shards[0].unlink()
     with pytest.raises(ValueError, match=f"names {shards[0].name}, which is missing"):
         weight_files(tmp_path)
+
+
+def test_a_layer_of_experts_beyond_the_depth(files):
+    """DeepSeek's layer that predicts the token after the next, as its experts are stored."""
+    source = files / "in"
+    save_tiny_model(source, "deepseek_v3", **DEEPSEEK)
+    state = load_file(source / "model.safetensors")
+    layer = {n: t.clone() for n, t in state.items() if n.startswith("model.layers.1.")}
+    beyond = {n.replace("layers.1.", "layers.2."): tensor for n, tensor in layer.items()}
+    add_tensors(source, beyond)
+    result = run(files, source)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert {each.name for each in CompressionPlan.load(files / "out").copied} == set(beyond)
+    assert all(torch.equal(tensor_of(files / "out", n), t) for n, t in beyond.items())
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to(files):
+    """transformers does not tie them then."""
+    source = files / "in"
+    save_tiny_model(source, tie_word_embeddings=True)
+    head = torch.randn(96, 64)
+    add_tensors(source, {"lm_head.weight": head})
+    result = run(files, source)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert torch.equal(tensor_of(files / "out", "lm_head.weight"), head)
+
+
+def test_generation_settings_that_transformers_stumbles_over(files):
+    save_tiny_model(files / "in")
+    (files / "in" / "generation_config.json").write_text("[]")
+    assert "cannot be loaded: TypeError" in str(run(files, files / "in").exception)
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{broken", ""])
+def test_generation_settings_that_cannot_be_read(files, text):
+    source = files / "in"
+    save_tiny_model(source)
+    (source / "generation_config.json").write_text(text)
+    result = run(files, source)
+    assert result.exit_code == 0, result.exception
+    assert "generation_config.json is copied as it is" in " ".join(result.output.split())
+    assert (files / "out" / "generation_config.json").read_text() == text
+
+
+def test_folding_keeps_tensors_under_a_factored_layer(files):
+    source = files / "in"
+    save_tiny_model(source)
+    more = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(4, 64)}
+    add_tensors(source, more)
+    (files / "keep.yaml").write_text(HEAD + FACTORS.replace("{}", "{keep: 0.4}") + BITS + TAIL)
+    assert run(files, source, "keep").exit_code == 0
+    assert casp("fold", files / "out", files / "folded").exit_code == 0
+    assert all(torch.equal(tensor_of(files / "folded", name), more[name]) for name in more)
+
+
+def test_an_output_inside_the_model(files):
+    """It is not copied into the next one."""
+    source = files / "in"
+    save_tiny_model(source)
+    (source / "notes").mkdir()
+    (source / "notes" / "adapter_notes.md").write_text("kept")
+    (files / "linked").mkdir()
+    (files / "linked" / "prompt.txt").write_text("linked")
+    (source / "prompts").symlink_to(files / "linked")
+    for name in ("first", "second"):
+        assert run(files, source, "bits", f"in/{name}").exit_code == 0
+    assert not (source / "second" / "first").exists()
+    assert (source / "second/notes/adapter_notes.md").read_text() == "kept"
+    assert (source / "second/prompts/prompt.txt").read_text() == "linked"
+
+
+def test_weights_in_a_file_of_another_name(files):
+    source = files / "in"
+    save_tiny_model(source)
+    (source / "model.safetensors").rename(source / "own.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps(config | {"transformers_weights": "own.safetensors"})
+    )
+    result = run(files, source)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert not (files / "out" / "own.safetensors").exists()
+
+
+def test_what_was_copied_is_not_dropped_where_its_source_is_gone(files):
+    source = files / "in"
+    save_tiny_model(source)
+    add_tensors(source, {"mtp.fc.weight": torch.randn(16, 32)})
+    assert run(files, source).exit_code == 0
+    model = load_model(str(files / "out"))
+    (files / "out").rename(files / "moved")
+    with pytest.raises(ValueError, match="is gone, which holds tensors that are copied"):
+        model.save_pretrained(files / "again")
+    assert not (files / "again").exists()
+
+
+def test_names_that_would_clash_are_refused(files):
+    source = files / "in"
+    save_tiny_model(source)
+    add_tensors(source, {"model.layers.0.mlp.up_proj.weight_scale": torch.randn(4)})
+    result = run(files, source)
+    assert "holds model.layers.0.mlp.up_proj.weight_scale, which" in str(result.exception)
+    assert not (files / "out").exists()
+
+
+def test_a_multi_token_prediction_file_of_llm_compressor(files):
+    """Qwen3.5's, beside the one file of the rest: one index lists both."""
+    source = files / "in"
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "mtp_num_hidden_layers": 1}
+    sizes |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    save_tiny_model(source, "qwen3_5_text", **sizes)
+    add_tensors(source, {"mtp.fc.weight": torch.randn(16, 32)})
+    result = run(files, source)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    load_model(str(files / "out")).save_pretrained(files / "again")
+    for folder in ("out", "again"):
+        assert casp("check", files / folder).exit_code == 0
+        assert torch.equal(
+            tensor_of(files / folder, "mtp.fc.weight"), tensor_of(source, "mtp.fc.weight")
+        )

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import _get_tied_weight_keys
 
 from casp_plugin.check import compare_tensors, expected_shapes, served
 from casp_plugin.checkpoint import (
@@ -183,6 +184,7 @@ def _untie_quantized(bare: PreTrainedModel) -> bool:
 
 def _written(bare: PreTrainedModel, untied: bool) -> dict[str, Header]:
     """Headers by name on disk, as `save_pretrained` would write a compressed model."""
+    _get_tied_weight_keys(bare)  # which code for older versions of transformers may fail at
     aliases = {n for n in bare.all_tied_weights_keys if not (untied and n.endswith(".weight"))}
     state = {n: t for n, t in bare.state_dict().items() if n not in aliases}
     for name in bare._keys_to_ignore_on_save or ():
