@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from casp_plugin.checkpoint import read_config, read_section
+from casp_plugin.errors import one_line
 from casp_plugin.loading import BareCheckpoint, bare_checkpoint
 from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
@@ -72,7 +73,7 @@ def check(
         tensors = compare_tensors(on_disk, bare, plan)
         record = Record.load(folder)
     except (ValueError, SafetensorError, OSError) as error:
-        return [Finding("checkpoint", False, str(error)), *last]
+        return [Finding("checkpoint", False, one_line(error)), *last]
     findings = [
         Finding("low-rank layers", None, f"{len(read_section(quantization).ranks)}"),
         tensors,

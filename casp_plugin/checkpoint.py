@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 from types import MethodType
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -133,9 +134,16 @@ def write_config(folder: Path, config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def write_section(folder: Path, section: dict) -> None:
-    """Add our section to the ``quantization_config`` that compressed-tensors wrote."""
+def write_section(folder: Path, section: dict, tied: bool = True) -> None:
+    """Add our section to the ``quantization_config`` that compressed-tensors wrote.
+
+    :param tied: False for an output head that is not what the config ties it to
+    """
     config = read_config(folder)
+    if not tied:
+        text = config.get("text_config")
+        (text if isinstance(text, dict) else config)["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = False
     config.pop("transformers_weights", None)  # a file of the source
     quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
     quantization[SECTION] = section
@@ -197,7 +205,7 @@ def save_with_plan(
                 save(str(partial), *args, **kwargs)
             if not is_source_process():
                 return
-            write_section(partial, casp_section(self))
+            write_section(partial, casp_section(self), tied=not _differs(self))
             folder = source_folder(source)
             if folder is not None:
                 _complete(partial, folder, plan, experts)
@@ -236,6 +244,19 @@ def unsavable_generation_config(model: PreTrainedModel) -> str | None:
     except Exception as error:  # settings that contradict each other; no table in JSON
         return " ".join(str(error).split())
     return None
+
+
+def _differs(model: PreTrainedModel) -> bool:
+    """Whether a model's output head is another dense matrix than its embedding: transformers does
+    not tie them then, whatever the config says; vLLM would."""
+    try:
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    one, other = (getattr(end, "weight", None) for end in ends)
+    dense = one is not None and other is not None and one is not other
+    alike = dense and (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and not torch.equal(one, other)
 
 
 @contextmanager

@@ -142,12 +142,11 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         if self.compressor.quantization_config is not None:
             with self._without_experts(model):
                 super()._process_model_before_weight_loading(model, **kwargs)
-        if self.section is not None:
-            _stand_in_for_weights(model)
-            tied = getattr(model, "all_tied_weights_keys", {})  # but codes, each has its own
-            model.all_tied_weights_keys = {
-                one: other for one, other in tied.items() if not {one, other} & _coded(model)
-            }
+        _stand_in_for_weights(model)
+        tied, coded = getattr(model, "all_tied_weights_keys", {}), _coded(model)
+        model.all_tied_weights_keys = {  # each has codes of its own
+            one: other for one, other in tied.items() if not {one, other} & coded
+        }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         _drop_stand_ins(model)

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -131,9 +132,10 @@ def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTr
         )
     except SafetensorError as error:
         raise ValueError(f"{name}: a safetensors file is broken or cut off: {error}") from None
-    except (ValueError, OSError, ImportError):
+    except (OSError, ImportError):
         raise
     except Exception as error:  # whatever transformers meets in its files
+        _check_generation_config(name)
         told = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{name} cannot be loaded: {told}") from error
     if found["missing_keys"]:  # transformers would make them up
@@ -143,6 +145,20 @@ def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTr
             f"{weight} of {name} is {tuple(stored)}, but its config says {tuple(wanted)}"
         )
     return model
+
+
+def _check_generation_config(name: str) -> None:
+    """
+    :raises ValueError: if the generation settings of a model are no settings
+    """
+    try:
+        GenerationConfig.from_pretrained(name)
+    except OSError:  # none
+        pass
+    except Exception as error:
+        raise ValueError(
+            f"generation_config.json of {name}: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def bytes_on_disk(model: str | Path) -> int | None:

@@ -33,7 +33,7 @@ __all__ = [
 OUTPUT_HEAD = "re:(.*[.])?lm_head$"
 #: columns that a linear has at least, unless a target calls it by its name
 FEWEST_COLUMNS = 16
-_ROUTER = re.compile(r"gate|router|.*_router|router_.*|shared_experts?_gate")
+_ROUTER = re.compile(r"gate|router|.*_router|router_.*|shared_experts?_gate|weights_proj")
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
@@ -67,7 +67,8 @@ def matched_linears(
         try:
             re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
         except re.error as error:
-            raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from None
+            where = field if pattern in targets else field.replace("targets", "ignore")
+            raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from None
     linears = named_linears(model)
     if OUTPUT_HEAD in ignore:  # whatever its family calls it
         ignore = [*ignore, *output_head(model)]
@@ -114,9 +115,10 @@ def output_head(model: nn.Module) -> list[str]:
 
 
 def _asked_for(name: str, module: nn.Linear | LowRankLinear, target: str) -> bool:
-    """Whether a target that matches a linear means it: one that chooses experts, or how much of a
-    shared one counts, only by its own word (it is called so, and puts out less than it reads); one
-    of a handful of columns, which a scale would cost more than codes save, only by its name."""
+    """Whether a target that matches a linear means it: one that chooses experts or tokens, or how
+    much of a shared expert counts, only by its own word (it is called so, and puts out less than it
+    reads); one of a handful of columns, which a scale would cost more than codes save, only by its
+    name."""
     if module.in_features < FEWEST_COLUMNS:
         return target == name
     words = [part for part in name.split(".") if _ROUTER.fullmatch(part)]

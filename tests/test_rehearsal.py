@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, cli
 from casp_plugin.check import check
+from casp_plugin.fold import fold
 from casp_plugin.models import bare_model
 from casp_plugin.modifiers import plan_recipe
 from casp_plugin.weights import read_headers
@@ -97,6 +98,30 @@ def test_bytes_of_what_another_quantizer_does(batches, tmp_path, name, tied):
     assert found["bytes as planned"].passed, found["bytes as planned"].detail
     assert not [each for each in found.values() if each.passed is False]
     assert CompressionPlan.load(out).other_bytes == bare.other_bytes
+
+
+def test_a_tied_weight_that_is_quantized_twice(batches, tmp_path):
+    source = save_tiny_model(tmp_path / "in", hidden_size=128, tie_word_embeddings=True)
+    both = QuantizationModifier(targets=["Embedding", "lm_head"], scheme="W8A16")
+    with pytest.raises(ValueError, match="are one tied weight, and the recipe quantizes both"):
+        oneshot(model=source, recipe=recipe(both), dataset=batches)
+
+
+def test_groups_of_another_quantizer_that_do_not_fit(batches, tmp_path):
+    source = save_tiny_model(tmp_path / "in")
+    head = GPTQModifier(targets=["lm_head"], scheme="W4A16")
+    with pytest.raises(ValueError, match=r"groups of 128 .* do not divide the 64 columns of lm_he"):
+        oneshot(model=source, recipe=recipe(head), dataset=batches)
+
+
+def test_a_folded_copy_with_a_quantized_embedding(batches, tmp_path):
+    source = save_tiny_model(tmp_path / "in", hidden_size=128)
+    embedding = QuantizationModifier(targets=["Embedding"], scheme="W8A16")
+    modifiers = [LowRankQKModifier(keep=0.4, rank_multiple=16), *recipe(embedding)]
+    oneshot(model=source, recipe=modifiers, dataset=batches, output_dir=str(tmp_path / "out"))
+    fold(tmp_path / "out", tmp_path / "folded")
+    for name in ("out", "folded"):
+        assert not [each for each in check(tmp_path / name) if each.passed is False]
 
 
 HEAD = """

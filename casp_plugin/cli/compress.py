@@ -66,6 +66,8 @@ def plan(
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
 
+    for path in filter(None, (json, png)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
     # refuses a quantized model before its weights are read
     bare = skeleton(model, trust_remote_code)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)

@@ -52,6 +52,8 @@ __all__ = ["BitAllocationModifier"]
 
 #: bits of the average that may stay unspent
 TOLERANCE = 0.01
+#: share of the weights that matrices which are no linear layers may have without a word
+NOTED_SHARE = 0.05
 #: budgets that a plan tells the cost of
 PARETO_POINTS = 9
 #: ranks are multiples of this where no group size asks for more
@@ -519,16 +521,17 @@ class BitAllocationModifier(CaspModifier):
                 f"vLLM on CUDA runs {codes} {' and '.join(map(str, bits))} bits only with an extra "
                 f"package: pip install {package}"
             )
-        stacked = [
-            f"{name}.{weight}"
+        others = {
+            f"{name}.{weight}": values.numel()
             for name, module in model.named_modules()
             for weight, values in module.named_parameters(recurse=False)
-            if values.ndim == 3 and not isinstance(module, _ConvNd)
-        ]
-        if stacked:
+            if values.ndim > 1
+            and not isinstance(module, nn.Linear | nn.Embedding | LowRankLinear | _ConvNd)
+        }
+        if sum(others.values()) > NOTED_SHARE * sum(each.numel() for each in model.parameters()):
             plan.warnings.append(
-                f"{len(stacked)} stacked weights stay as they are, since they are no linear "
-                f"layers: {', '.join(stacked[:4])}"
+                f"{len(others)} matrices stay as they are, since they are no linear layers: "
+                f"{', '.join(sorted(others, key=others.get, reverse=True)[:4])}"
             )
         if statistics is not None and self.solver == "exact":
             routed = statistics.routed

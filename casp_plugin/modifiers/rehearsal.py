@@ -109,7 +109,8 @@ def rehearse(
             f"{name} cannot be compressed by this recipe: transformers cannot write its weights "
             f"in the form of the checkpoint once they are quantized: {error}"
         ) from error
-    clash = [each.name for each in plan.copied if each.name in headers]
+    factors = tuple(f"{e.module}.{part}." for e in plan.low_rank for part in ("up", "down"))
+    clash = [e.name for e in plan.copied if e.name in headers or e.name.startswith(factors)]
     if clash:
         raise ValueError(
             f"{bare.name_or_path} holds {clash[0]}, which {name} does not build and the compressed "
@@ -128,7 +129,10 @@ def rehearse(
         if finding.passed is False:
             why = finding.detail
             if "experts" in why:
-                why += "; transformers has no conversion that reads these experts one by one"
+                why += (
+                    "; transformers has no conversion that reads these experts one by one, "
+                    "quantized or not"
+                )
             raise ValueError(f"{name} cannot be compressed by this recipe: {why}")
     return warnings
 
@@ -173,9 +177,23 @@ def _as_loaded(model: PreTrainedModel) -> PreTrainedModel:
 
 def _untie_quantized(bare: PreTrainedModel) -> bool:
     """Note in its config that weights of a model are not tied any more, where one of them is
-    quantized, as llm-compressor does."""
-    tied = {name.rpartition(".")[0] for pair in bare.all_tied_weights_keys.items() for name in pair}
-    if not any(is_module_quantized(bare.get_submodule(name)) for name in tied):
+    quantized, as llm-compressor does.
+
+    :raises ValueError: if both are, which transformers would look for twice
+    """
+    pairs = [
+        [name.rpartition(".")[0] for name in pair]
+        for pair in bare.all_tied_weights_keys.items()
+        if pair[0].endswith(".weight")
+    ]
+    coded = [[is_module_quantized(bare.get_submodule(n)) for n in pair] for pair in pairs]
+    for pair, each in zip(pairs, coded, strict=True):
+        if all(each) and pair[0].rpartition(".")[2] != pair[1].rpartition(".")[2]:
+            raise ValueError(
+                f"{' and '.join(pair)} are one tied weight, and the recipe quantizes both: leave "
+                "one of them out"
+            )
+    if not any(map(any, coded)):
         return False
     bare.config.get_text_config().tie_word_embeddings = False
     bare.config.tie_word_embeddings = False
