@@ -20,7 +20,7 @@ from casp_plugin.loading import BareCheckpoint, bare_checkpoint
 from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.probe import PROBES_NAME, Record, difference, probe, tolerance
-from casp_plugin.runtime.architectures import TESTED, refusal, unserved_experts
+from casp_plugin.runtime.architectures import TESTED, refusal, transformers_only
 from casp_plugin.schemes import missing_kernel
 from casp_plugin.transforms import stored_transforms
 from casp_plugin.weights import Header, checksums, read_headers, tensor_bytes
@@ -218,7 +218,7 @@ def _kernels(quantization: dict) -> Finding:
 
 def served(architectures: list[str], quantization: dict) -> Finding:
     """Tell whether vLLM with this plugin runs the architecture."""
-    if (why := unserved_experts(architectures, quantization)) is not None:
+    if (why := transformers_only(architectures, quantization)) is not None:
         return Finding("vLLM", None, f"transformers only: {why}")
     if (why := refusal(architectures, quantization)) is not None:
         return Finding("vLLM", False, why)

@@ -188,7 +188,7 @@ def compress(
     with whole_folder(output) as partial:
         compressed = oneshot(
             model=loaded,
-            processor=_OwnFiles(),
+            processor=_OwnFiles(model),
             recipe=recipe,
             dataset=batches,
             output_dir=str(partial),
@@ -201,10 +201,18 @@ def compress(
 
 class _OwnFiles:
     """Stands for the processor where oneshot saves it: transformers would write its files in
-    another form, or not at all. The model's own are copied with the checkpoint."""
+    another form, or not at all. The model's own are copied."""
+
+    def __init__(self, model: str):
+        self.model = model
 
     def save_pretrained(self, folder: str) -> None:
-        """Write nothing."""
+        """Copy what is not there yet."""
+        from casp_plugin.source import copy_files, source_folder
+
+        source = source_folder(self.model)
+        if source is not None:
+            copy_files(source, Path(folder))
 
 
 @app.command()

@@ -38,7 +38,7 @@ from casp_plugin.experts import name_experts_as_on_disk
 from casp_plugin.loading import bare_from_config
 from casp_plugin.models import runs_remote_code
 from casp_plugin.plan import CompressionPlan, CopiedTensor
-from casp_plugin.runtime.architectures import unserved_experts
+from casp_plugin.runtime.architectures import transformers_only
 from casp_plugin.schemes import FORMAT, weight_args
 from casp_plugin.source import source_folder, unbuilt_tensors
 from casp_plugin.weights import Header, tensor_bytes
@@ -122,7 +122,7 @@ def rehearse(
     promised = type(bare.config).from_dict(config)
     promised._name_or_path = bare.name_or_path  # where code of its own is
     checkpoint = bare_from_config(promised, runs_remote_code(bare))
-    if why := unserved_experts(architectures, quantization):
+    if why := transformers_only(architectures, quantization):
         warnings.append(why)
     tensors = compare_tensors(headers, checkpoint, None)
     for finding in (tensors, served(architectures, quantization)):

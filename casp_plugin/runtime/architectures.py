@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from casp_plugin.checkpoint import read_section
 from casp_plugin.components import component_of
 
-__all__ = ["TESTED", "refusal", "unserved_experts"]
+__all__ = ["TESTED", "refusal", "transformers_only"]
 
 #: architectures that tests/test_serving.py serves: log-probabilities equal to transformers'
 TESTED = frozenset(
@@ -70,22 +70,16 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     if read_section(quantization).ranks:
         what.append("low-rank layers")
     groups = (quantization.get("config_groups") or {}).values()
-    targets = [target for group in groups for target in group.get("targets") or []]
     if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):
         what.append("zero points")
     for name in architectures:
         if what and name in _UNSERVED:
             return f"{name} cannot be served with {' or '.join(what)}: {_UNSERVED[name]}"
-        if name in _DENSE_CONNECTORS and any(map(_in_connector, targets)):
-            return (
-                f"{name} cannot be served with a quantized connector, which vLLM keeps as it was: "
-                "leave it out of the modifiers' components"
-            )
-    return unserved_experts(architectures, quantization)
+    return transformers_only(architectures, quantization)
 
 
-def unserved_experts(architectures: Iterable[str], quantization: dict) -> str | None:
-    """Return why vLLM would not find the experts of a checkpoint that transformers reads, or None.
+def transformers_only(architectures: Iterable[str], quantization: dict) -> str | None:
+    """Return why vLLM would not find parts of a checkpoint that transformers reads, or None.
 
     :param architectures: ``architectures`` of its ``config.json``
     :param quantization: ``quantization_config`` of its ``config.json``
@@ -98,6 +92,11 @@ def unserved_experts(architectures: Iterable[str], quantization: dict) -> str | 
                 f"{name} cannot be served with quantized experts, which vLLM knows by other names "
                 "than the checkpoint's config: put 're:.*experts.*' into "
                 "BitAllocationModifier.ignore"
+            )
+        if name in _DENSE_CONNECTORS and any(map(_in_connector, targets)):
+            return (
+                f"{name} cannot be served with a quantized connector, which vLLM keeps as it was: "
+                "leave it out of the modifiers' components"
             )
     return None
 
