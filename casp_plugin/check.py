@@ -20,12 +20,12 @@ from casp_plugin.loading import BareCheckpoint, bare_checkpoint
 from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.probe import PROBES_NAME, Record, difference, probe, tolerance
-from casp_plugin.runtime.architectures import TESTED, refusal, transformers_only
+from casp_plugin.runtime.architectures import TESTED, quantized_experts, refusal
 from casp_plugin.schemes import missing_kernel
 from casp_plugin.transforms import stored_transforms
 from casp_plugin.weights import Header, checksums, read_headers, tensor_bytes
 
-__all__ = ["Finding", "check", "compare_tensors", "expected_shapes", "served"]
+__all__ = ["Finding", "check", "compare_tensors", "expected_shapes"]
 
 _EXPERT = re.compile(r"\.(\d+)\.(?=[^.]*\.[^.]*$)")
 
@@ -66,7 +66,7 @@ def check(
         raise ValueError(f"{folder} is not quantized: config.json has no quantization_config")
     last = []
     try:
-        last.append(served(config.get("architectures") or [], quantization))
+        last.append(_served(config.get("architectures") or [], quantization))
         on_disk = read_headers(folder)
         bare = bare_checkpoint(folder, trust_remote_code)
         plan = CompressionPlan.load(folder) if (folder / PLAN_NAME).exists() else None
@@ -216,11 +216,13 @@ def _kernels(quantization: dict) -> Finding:
     return Finding("kernels on vLLM CUDA", None, f"{detail}: pip install {' '.join(extra)}")
 
 
-def served(architectures: list[str], quantization: dict) -> Finding:
+def _served(architectures: list[str], quantization: dict) -> Finding:
     """Tell whether vLLM with this plugin runs the architecture."""
-    if (why := transformers_only(architectures, quantization)) is not None:
-        return Finding("vLLM", None, f"transformers only: {why}")
     if (why := refusal(architectures, quantization)) is not None:
+        groups = (quantization.get("config_groups") or {}).values()
+        targets = [target for group in groups for target in group.get("targets") or []]
+        if why == quantized_experts(architectures, targets):  # most of the model, and no way out
+            return Finding("vLLM", None, f"transformers only: {why}")
         return Finding("vLLM", False, why)
     untested = ", ".join(name for name in architectures if name not in TESTED)
     known = f"not tested with {untested}" if untested else "tested with this architecture"

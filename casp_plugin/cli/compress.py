@@ -119,6 +119,7 @@ def run(
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
     from casp_plugin.ranks import barrier, is_source_process, join_torchrun
+    from casp_plugin.runtime.architectures import quantized_connector
 
     join_torchrun()
     check_output(output)
@@ -126,7 +127,11 @@ def run(
     bare = skeleton(model, trust_remote_code)
     filled = load_recipe(recipe, None, None if no_cache else cache, cache_limit)
     _tell_estimate(bare, filled, samples, max_length)
-    console.print(plan_recipe(bare, filled).tables()[-1])
+    planned = plan_recipe(bare, filled)
+    quantized = [name for unit in planned.units for name in unit.modules]
+    if why := quantized_connector([type(bare).__name__], quantized):
+        raise ValueError(why)
+    console.print(planned.tables()[-1])
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
     amount = (samples, max_length, seed, batch_size)

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import _get_tied_weight_keys
 
-from casp_plugin.check import compare_tensors, expected_shapes, served
+from casp_plugin.check import compare_tensors, expected_shapes
 from casp_plugin.checkpoint import (
     SECTION,
     casp_section,
@@ -38,7 +38,7 @@ from casp_plugin.experts import name_experts_as_on_disk
 from casp_plugin.loading import bare_from_config
 from casp_plugin.models import runs_remote_code
 from casp_plugin.plan import CompressionPlan, CopiedTensor
-from casp_plugin.runtime.architectures import transformers_only
+from casp_plugin.runtime.architectures import refusal, reordered
 from casp_plugin.schemes import FORMAT, weight_args
 from casp_plugin.source import source_folder, unbuilt_tensors
 from casp_plugin.weights import Header, tensor_bytes
@@ -122,19 +122,19 @@ def rehearse(
     promised = type(bare.config).from_dict(config)
     promised._name_or_path = bare.name_or_path  # where code of its own is
     checkpoint = bare_from_config(promised, runs_remote_code(bare))
-    if why := transformers_only(architectures, quantization):
-        warnings.append(why)
-    tensors = compare_tensors(headers, checkpoint, None)
-    for finding in (tensors, served(architectures, quantization)):
-        if finding.passed is False:
-            why = finding.detail
-            if "experts" in why:
-                why += (
-                    "; transformers has no conversion that reads these experts one by one, "
-                    "quantized or not"
-                )
-            raise ValueError(f"{name} cannot be compressed by this recipe: {why}")
-    return warnings
+    finding = compare_tensors(headers, checkpoint, None)
+    why = reordered(architectures, quantization)
+    if finding.passed is False:
+        why = finding.detail
+        if "experts" in why:
+            why += (
+                "; transformers has no conversion that reads these experts one by one, quantized "
+                "or not"
+            )
+    if why is not None:
+        raise ValueError(f"{name} cannot be compressed by this recipe: {why}")
+    unserved = refusal(architectures, quantization)
+    return [*warnings, *([unserved] if unserved else [])]
 
 
 def planned_groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:

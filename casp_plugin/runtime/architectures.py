@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from casp_plugin.checkpoint import read_section
 from casp_plugin.components import component_of
 
-__all__ = ["TESTED", "refusal", "transformers_only"]
+__all__ = ["TESTED", "quantized_connector", "quantized_experts", "refusal", "reordered"]
 
 #: architectures that tests/test_serving.py serves: log-probabilities equal to transformers'
 TESTED = frozenset(
@@ -61,11 +61,21 @@ _DENSE_CONNECTORS = frozenset(
 
 
 def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
-    """Why vLLM would run a checkpoint wrongly, or None.
+    """Tell why vLLM would run a checkpoint wrongly; None if it would not.
 
     :param architectures: ``architectures`` of its ``config.json``
     :param quantization: ``quantization_config`` of its ``config.json``
     """
+    targets = _targets(quantization)
+    return (
+        reordered(architectures, quantization)
+        or quantized_connector(architectures, targets)
+        or quantized_experts(architectures, targets)
+    )
+
+
+def reordered(architectures: Iterable[str], quantization: dict) -> str | None:
+    """Tell which rows vLLM would reorder that lie apart; None for none. As ``refusal``."""
     what = []
     if read_section(quantization).ranks:
         what.append("low-rank layers")
@@ -75,17 +85,28 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     for name in architectures:
         if what and name in _UNSERVED:
             return f"{name} cannot be served with {' or '.join(what)}: {_UNSERVED[name]}"
-    return transformers_only(architectures, quantization)
+    return None
 
 
-def transformers_only(architectures: Iterable[str], quantization: dict) -> str | None:
-    """Return why vLLM would not find parts of a checkpoint that transformers reads, or None.
+def quantized_connector(architectures: Iterable[str], targets: Iterable[str]) -> str | None:
+    """Tell that vLLM keeps the connector of a model as it was; None if it does not.
 
-    :param architectures: ``architectures`` of its ``config.json``
-    :param quantization: ``quantization_config`` of its ``config.json``
+    :param targets: names of quantized layers
     """
-    groups = (quantization.get("config_groups") or {}).values()
-    targets = [target for group in groups for target in group.get("targets") or []]
+    for name in architectures:
+        if name in _DENSE_CONNECTORS and any(map(_in_connector, targets)):
+            return (
+                f"{name} cannot be served with a quantized connector, which vLLM keeps as it was: "
+                "leave it out of the modifiers' components"
+            )
+    return None
+
+
+def quantized_experts(architectures: Iterable[str], targets: Iterable[str]) -> str | None:
+    """Tell that vLLM would not find experts that transformers reads; None if it would.
+
+    :param targets: names of quantized layers
+    """
     for name in architectures:
         if name in _RENAMED_EXPERTS and any(".experts." in target for target in targets):
             return (
@@ -93,12 +114,12 @@ def transformers_only(architectures: Iterable[str], quantization: dict) -> str |
                 "than the checkpoint's config: put 're:.*experts.*' into "
                 "BitAllocationModifier.ignore"
             )
-        if name in _DENSE_CONNECTORS and any(map(_in_connector, targets)):
-            return (
-                f"{name} cannot be served with a quantized connector, which vLLM keeps as it was: "
-                "leave it out of the modifiers' components"
-            )
     return None
+
+
+def _targets(quantization: dict) -> list[str]:
+    groups = (quantization.get("config_groups") or {}).values()
+    return [target for group in groups for target in group.get("targets") or []]
 
 
 def _in_connector(target: str) -> bool:
