@@ -757,7 +757,8 @@ def outcome(family: str, recipe: str, folder: Path) -> Outcome:
             raise ValueError("its logits are not finite")
         stock = load_model(str(source), dtype=torch.float32)  # as no forward pass left it
     except Exception as error:  # of transformers alone
-        return Outcome("cannot be built", _told(error), _trace(error))
+        told = _told(error).replace(str(source), "its source")
+        return Outcome("cannot be built", told, _trace(error))
     try:
         bare, filled = cli_compress.skeleton(str(source)), load_recipe(recipe)
         estimate_recipe(bare, filled, Data(len(data), 24))
