@@ -20,7 +20,7 @@ from casp_plugin.loading import BareCheckpoint, bare_checkpoint
 from casp_plugin.models import load_model
 from casp_plugin.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.probe import PROBES_NAME, Record, difference, probe, tolerance
-from casp_plugin.runtime.architectures import TESTED, quantized_experts, refusal
+from casp_plugin.runtime.architectures import TESTED, quantized_experts, refusal, targets_of
 from casp_plugin.schemes import missing_kernel
 from casp_plugin.transforms import stored_transforms
 from casp_plugin.weights import Header, checksums, read_headers, tensor_bytes
@@ -219,9 +219,8 @@ def _kernels(quantization: dict) -> Finding:
 def _served(architectures: list[str], quantization: dict) -> Finding:
     """Tell whether vLLM with this plugin runs the architecture."""
     if (why := refusal(architectures, quantization)) is not None:
-        groups = (quantization.get("config_groups") or {}).values()
-        targets = [target for group in groups for target in group.get("targets") or []]
-        if why == quantized_experts(architectures, targets):  # most of the model, and no way out
+        # most of the model, and no way out
+        if why == quantized_experts(architectures, targets_of(quantization)):
             return Finding("vLLM", None, f"transformers only: {why}")
         return Finding("vLLM", False, why)
     untested = ", ".join(name for name in architectures if name not in TESTED)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from casp_plugin.errors import one_line
 from casp_plugin.files import whole_folder
 from casp_plugin.models import runs_remote_code
 from casp_plugin.modules import LowRankLinear
@@ -242,7 +243,7 @@ def unsavable_generation_config(model: PreTrainedModel) -> str | None:
             GenerationConfig.from_pretrained(source)
         model.generation_config.validate(strict=True)
     except Exception as error:  # settings that contradict each other; no table in JSON
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

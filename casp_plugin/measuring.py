@@ -13,6 +13,7 @@ from torch import nn
 from casp_plugin.cache import MeasurementCache
 from casp_plugin.collection import Part, calibrating, collect_derivatives, collect_parts
 from casp_plugin.derivatives import LossGradients, weights_read
+from casp_plugin.errors import one_line
 from casp_plugin.hooks import Hooks, on_device
 from casp_plugin.measured import Measured
 from casp_plugin.modules import named_linears
@@ -107,7 +108,7 @@ def try_first_batch(
         except Exception as error:  # whatever its code meets
             raise ValueError(
                 f"{type(model).__name__} cannot be measured on the first batch of the data: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                f"{type(error).__name__}: {one_line(error)[:300]}"
             ) from error
 
 

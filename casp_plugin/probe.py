@@ -8,6 +8,7 @@ from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoProcessor, PreTrainedModel
 
+from casp_plugin.errors import one_line
 from casp_plugin.models import is_multimodal
 
 __all__ = ["PROBES_NAME", "Probe", "Record", "difference", "probe", "tolerance"]
@@ -81,8 +82,8 @@ def _samples(
         made = processor(text=text, images=[[image]], return_tensors="pt")
         return found | {"an image": dict(made.to(model.device))}
     except Exception as error:  # packages of its own, files that are not there
-        why = " ".join(str(error).split())[:80]
-        logger.warning(f"{folder} is not shown an image: {type(error).__name__}: {why}")
+        why = f"{type(error).__name__}: {one_line(error)[:80]}"
+        logger.warning(f"{folder} is not shown an image: {why}")
         return found
 
 
@@ -97,21 +98,24 @@ def probe(
     """
     found, errors, training = [], {}, model.training
     config = model.config.get_text_config()
-    cached = getattr(config, "use_cache", None)
+    had_cache, cached = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
     model.eval()
     config.use_cache = False  # what is said does not hang on it, and some caches need more
     for name, arguments in _samples(model, folder, trust_remote_code).items():
         try:
             logits = model(**arguments).logits.flatten(0, -2)  # (tokens, vocabulary)
         except Exception as error:  # a class that takes more than that
-            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            errors[name] = f"{type(error).__name__}: {one_line(error)}"
             continue
         columns = torch.linspace(0, logits.shape[1] - 1, ENTRIES).long()
         kept = logits[-TOKENS:, columns.to(logits.device)].float()
         dtype = str(model.dtype).removeprefix("torch.")
         found.append(Probe(sample=name, dtype=dtype, logits=kept.tolist()))
     model.train(training)
-    config.use_cache = cached
+    if had_cache:
+        config.use_cache = cached
+    else:
+        del config.use_cache
     return found, errors
 
 

@@ -29,6 +29,7 @@ from torch.fx import Graph
 from torch.fx.proxy import Argument
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from casp_plugin.errors import one_line
 from casp_plugin.models import is_multimodal
 from casp_plugin.modules import named_linears
 from casp_plugin.units import decoder_layers
@@ -154,7 +155,7 @@ def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> 
                     waiting.update(0, outputs)
                     waiting.delete(0, graph.consumed_names)
     except Exception as error:  # whatever its code meets when values were copied
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{type(error).__name__}: {one_line(error)[:200]}"
     finally:
         handle.remove()
     whole, parts = runs

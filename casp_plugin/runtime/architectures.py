@@ -5,7 +5,14 @@ from collections.abc import Iterable
 from casp_plugin.checkpoint import read_section
 from casp_plugin.components import component_of
 
-__all__ = ["TESTED", "quantized_connector", "quantized_experts", "refusal", "reordered"]
+__all__ = [
+    "TESTED",
+    "quantized_connector",
+    "quantized_experts",
+    "refusal",
+    "reordered",
+    "targets_of",
+]
 
 #: architectures that tests/test_serving.py serves: log-probabilities equal to transformers'
 TESTED = frozenset(
@@ -66,7 +73,7 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
     :param architectures: ``architectures`` of its ``config.json``
     :param quantization: ``quantization_config`` of its ``config.json``
     """
-    targets = _targets(quantization)
+    targets = targets_of(quantization)
     return (
         reordered(architectures, quantization)
         or quantized_connector(architectures, targets)
@@ -117,7 +124,8 @@ def quantized_experts(architectures: Iterable[str], targets: Iterable[str]) -> s
     return None
 
 
-def _targets(quantization: dict) -> list[str]:
+def targets_of(quantization: dict) -> list[str]:
+    """Return all targets of a ``quantization_config``."""
     groups = (quantization.get("config_groups") or {}).values()
     return [target for group in groups for target in group.get("targets") or []]
 
