@@ -60,10 +60,10 @@ $(VLLM)/.ready: pyproject.toml
 # once where vLLM is, without llm-compressor; once from here, which compresses, asks vLLM and
 # compares with transformers: two tests at a time, a thread each
 test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.json $(SMALL_VLM)
-	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/test_runtime.py
+	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/runtime/test_runtime.py
 	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
 	  $(if $(SMALL_VLM),CASP_SMALL_VLM=$(DEMO)/small-vlm CASP_SMALL_VLM_DATA=$(VLM_PARTS)/data/calib.parquet) \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/test_serving.py
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/runtime/test_serving.py
 
 # lmms-eval on a small vision-language model, where its parts are: an environment of its own, because
 # of torchvision
@@ -79,11 +79,12 @@ $(LMMS)/.ready: pyproject.toml
 
 test-lmms: $(BIN)/.ready $(LMMS)/.ready $(SMALL_VLM)
 	CASP_LMMS_PYTHON=$(abspath $(LMMS))/bin/python CASP_LMMS_MODEL=$(abspath $(DEMO)/small-vlm) \
-	  $(BIN)/python -m pytest -q -m lmms tests/test_evaluate_harness.py
+	  $(BIN)/python -m pytest -q -m lmms tests/evaluation/test_harness.py
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # DATA holds calibration.jsonl and test_public.jsonl; RUN: recipes of every budget, table, more recipes
 DATA ?= ../shared/data
@@ -199,7 +200,7 @@ bench-kv: $(DEMO)/SmolLM2-135M-Instruct/config.json $(DEMO)/small-vlm/config.jso
 families: $(BIN)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --table benchmarks/results/families.md
 test-ranks: $(BIN)/.ready
-	$(BIN)/python -m pytest -q -m slow tests/test_ranks.py
+	$(BIN)/python -m pytest -q -m slow tests/system/test_distributed.py
 fuzz: $(BIN)/.ready
 	$(BIN)/pip install --quiet atheris
 	$(BIN)/python benchmarks/fuzz.py benchmarks/results/fuzz.md -atheris_runs=500000

@@ -22,19 +22,19 @@ from llmcompressor.modifiers.transform import QuIPModifier
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-import casp_plugin.distortion
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
-from casp_plugin.calibration import calibration_loader
-from casp_plugin.collection import collect
-from casp_plugin.distortion import rounding_delta
+from casp_plugin.data.sources import load_text
+from casp_plugin.data.text_batches import calibration_loader
 from casp_plugin.evaluation.results import compare
 from casp_plugin.evaluation.text import Scores, evaluate
-from casp_plugin.modules import named_linears
-from casp_plugin.schemes import weight_args
-from casp_plugin.sources import load_text
-from casp_plugin.statistics import Request, Statistics
-from casp_plugin.transforms import rotate, rotate_moment
-from casp_plugin.units import decoder_layers
+from casp_plugin.model.low_rank_linear import named_linears
+from casp_plugin.model.schemes import weight_args
+from casp_plugin.model.transforms import rotate, rotate_moment
+from casp_plugin.model.units import decoder_layers
+from casp_plugin.pricing import rounding_error
+from casp_plugin.pricing.rounding_error import rounding_delta
+from casp_plugin.statistics.forward import collect
+from casp_plugin.statistics.statistics import Request, Statistics
 
 EACH = {"share_latent": False}
 LOW_RANK = {
@@ -191,7 +191,7 @@ def rows(
         for name, fields in LOW_RANK.items():
             model = bench.low_rank({**fields, "rank_allocation": allocation}, statistics)
             yield f"low rank, {allocation} ranks", name, bench.score(model), None
-    casp_plugin.distortion._deltas = remembering(casp_plugin.distortion._deltas)
+    rounding_error._deltas = remembering(rounding_error._deltas)
     for budget in budgets:
         model, plan = bench.plan(BASELINE, budget, statistics, seed)
         yield f"{budget:.2f} bits", BASELINE, bench.score(model), plan

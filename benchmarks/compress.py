@@ -28,8 +28,8 @@ def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
     from llmcompressor import oneshot
     from transformers import set_seed
 
-    from casp_plugin.checkpoint import copy_processor
-    from casp_plugin.models import load_model
+    from casp_plugin.checkpoint.format import copy_processor
+    from casp_plugin.model.load import load_model
     from casp_plugin.modifiers import CaspModifier
 
     spent = []
@@ -65,11 +65,11 @@ def calibration(model, dataset, samples, max_length, seed):
     """(tokenizer or processor, batches)"""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-    from casp_plugin.calibration import calibration_loader
-    from casp_plugin.image_text import load_conversations
-    from casp_plugin.models import is_multimodal
-    from casp_plugin.processing import conversation_loader
-    from casp_plugin.sources import load_text
+    from casp_plugin.data.conversation_batches import conversation_loader
+    from casp_plugin.data.conversations import load_conversations
+    from casp_plugin.data.sources import load_text
+    from casp_plugin.data.text_batches import calibration_loader
+    from casp_plugin.model.load import is_multimodal
 
     if is_multimodal(AutoConfig.from_pretrained(model)):
         processor = AutoProcessor.from_pretrained(model)

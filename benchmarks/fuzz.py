@@ -18,13 +18,13 @@ from pathlib import Path
 import atheris
 from transformers import AutoConfig
 
-with atheris.instrument_imports(include=["casp_plugin.checkpoint", "casp_plugin.loading"]):
-    from casp_plugin.checkpoint import read_config, read_section
-    from casp_plugin.loading import install_factored_layers
+with atheris.instrument_imports(include=["casp_plugin.checkpoint"]):
+    from casp_plugin.checkpoint.format import read_config, read_section
+    from casp_plugin.checkpoint.load import install_factored_layers
 
 from common import write_markdown
 
-from casp_plugin.models import bare_model
+from casp_plugin.model.load import bare_model
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
 MODEL = bare_model(AutoConfig.for_model("llama", **SIZES))

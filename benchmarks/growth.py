@@ -26,11 +26,11 @@ from compress import calibration, compress
 from llmcompressor.modifiers.gptq import base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from casp_plugin.estimate import Data
-from casp_plugin.files import whole_folder
-from casp_plugin.models import bare_model, bytes_on_disk, load_model
+from casp_plugin.model.load import bare_model, bytes_on_disk, load_model
 from casp_plugin.modifiers import estimate_recipe, plan_recipe
 from casp_plugin.modifiers.recipes import load_recipe
+from casp_plugin.modifiers.run_estimate import Data
+from casp_plugin.system.files import whole_folder
 
 COLUMNS = (
     "width x layers",

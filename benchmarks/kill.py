@@ -19,7 +19,7 @@ from pathlib import Path
 import typer
 from common import show, write_markdown
 
-from casp_plugin.plan import CompressionPlan
+from casp_plugin.plan.plan import CompressionPlan
 
 COLUMNS = ("kill", "after, s", "parts kept before", "after it", "checkpoint", "left over")
 

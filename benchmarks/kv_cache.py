@@ -28,7 +28,7 @@ from casp_plugin.cli.data import DataSource, load_processor
 from casp_plugin.evaluation.answers import evaluate_answers
 from casp_plugin.evaluation.text import token_scores
 from casp_plugin.kv_cache import CompressedCache
-from casp_plugin.models import load_model
+from casp_plugin.model.load import load_model
 
 app = typer.Typer(add_completion=False)
 BITS = (8, 4, 3, 2)

@@ -14,13 +14,13 @@ import typer
 from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer, set_seed
 
-from casp_plugin.components import LANGUAGE, component_of
+from casp_plugin.data.conversations import load_conversations
+from casp_plugin.data.sources import load_text
 from casp_plugin.evaluation.answers import evaluate_answers
 from casp_plugin.evaluation.text import evaluate
-from casp_plugin.image_text import load_conversations
-from casp_plugin.models import is_multimodal, load_model
-from casp_plugin.modules import named_linears
-from casp_plugin.sources import load_text
+from casp_plugin.model.components import LANGUAGE, component_of
+from casp_plugin.model.load import is_multimodal, load_model
+from casp_plugin.model.low_rank_linear import named_linears
 
 PROMPT = "A compiler is a program that"
 

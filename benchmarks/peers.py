@@ -23,11 +23,11 @@ import typer
 from common import measured, scores_of, show, timed, write_markdown
 from transformers import AutoConfig, AutoTokenizer
 
-from casp_plugin.checkpoint import copy_processor
+from casp_plugin.checkpoint.format import copy_processor
+from casp_plugin.data.sources import load_text
 from casp_plugin.evaluation.answers import AnswerScores
 from casp_plugin.evaluation.results import compare
-from casp_plugin.models import bytes_on_disk, is_multimodal
-from casp_plugin.sources import load_text
+from casp_plugin.model.load import bytes_on_disk, is_multimodal
 
 HERE = Path(__file__).parent
 COLUMNS = (

@@ -21,11 +21,11 @@ from compress import compress
 from datasets import Dataset, concatenate_datasets
 
 from casp_plugin.cli.data import load_processor
+from casp_plugin.data.conversations import load_conversations
 from casp_plugin.evaluation.answers import AnswerScores, evaluate_answers
 from casp_plugin.evaluation.results import compare
-from casp_plugin.image_text import load_conversations
-from casp_plugin.models import bytes_on_disk, load_model
-from casp_plugin.plan import Budget, CompressionPlan
+from casp_plugin.model.load import bytes_on_disk, load_model
+from casp_plugin.plan.plan import Budget, CompressionPlan
 
 app = typer.Typer(add_completion=False)
 CAPTION, OTHERS = "caption", "vqa"

@@ -22,18 +22,18 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoProcessor, ProcessorMixin
 
-from casp_plugin.attention_maps import visible_in
-from casp_plugin.collection import collect
-from casp_plugin.components import LANGUAGE, component_of
-from casp_plugin.hooks import Hooks, image_mask
-from casp_plugin.image_text import Conversation, load_conversations
-from casp_plugin.lowrank import uniform_rank, whitened_spectrum
-from casp_plugin.models import load_model
-from casp_plugin.modules import named_linears
-from casp_plugin.processing import conversation_loader
-from casp_plugin.sources import load_text
-from casp_plugin.sparsity import THRESHOLD, density
-from casp_plugin.statistics import Request
+from casp_plugin.data.conversation_batches import conversation_loader
+from casp_plugin.data.conversations import Conversation, load_conversations
+from casp_plugin.data.sources import load_text
+from casp_plugin.maths.attention_density import THRESHOLD, density
+from casp_plugin.maths.low_rank import uniform_rank, whitened_spectrum
+from casp_plugin.model.components import LANGUAGE, component_of
+from casp_plugin.model.load import load_model
+from casp_plugin.model.low_rank_linear import named_linears
+from casp_plugin.statistics.attention_maps import visible_in
+from casp_plugin.statistics.forward import collect
+from casp_plugin.statistics.hooks import Hooks, image_mask
+from casp_plugin.statistics.statistics import Request
 
 KEEP = 0.25
 COLUMNS = (

@@ -107,7 +107,7 @@ def layer(name: str, bits: int | None, given: argparse.Namespace, device: torch.
 
 def config(bits: int, given: argparse.Namespace):
     """One width everywhere; q and k as two factors."""
-    from casp_plugin.lowrank import uniform_rank
+    from casp_plugin.maths.low_rank import uniform_rank
     from casp_plugin.runtime.config import CaspConfig
 
     weights = {"num_bits": bits, "type": "int", "symmetric": given.symmetric}

@@ -7,9 +7,9 @@ transformers load the checkpoints they lead to.
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from casp_plugin.loading import register
-from casp_plugin.modules import LowRankLinear
-from casp_plugin.plan import CompressionPlan
+from casp_plugin.checkpoint.load import register
+from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.plan.plan import CompressionPlan
 
 __all__ = ["CompressionPlan", "LowRankLinear"]
 __version__ = version("casp-plugin")

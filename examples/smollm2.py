@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from casp_plugin.files import whole_folder
+from casp_plugin.system.files import whole_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -12,10 +12,11 @@ from llmcompressor import oneshot
 from rich import print
 from transformers import AutoProcessor
 
-from casp_plugin.checkpoint import copy_processor
-from casp_plugin.image_text import load_conversations
-from casp_plugin.models import load_model
-from casp_plugin.processing import conversation_loader
+from casp_plugin.checkpoint.format import copy_processor
+from casp_plugin.data.conversation_batches import conversation_loader
+from casp_plugin.data.conversations import load_conversations
+from casp_plugin.model.load import load_model
+from casp_plugin.plan.tables import plan_tables
 
 model, data, recipe, out = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(model)
@@ -28,4 +29,4 @@ compressed = oneshot(
     output_dir=out,
 )
 copy_processor(model, Path(out))
-print(*compressed.casp_plan.tables())
+print(*plan_tables(compressed.casp_plan))

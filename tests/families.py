@@ -34,12 +34,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from casp_plugin.check import check
+from casp_plugin.checkpoint.check import check
 from casp_plugin.cli import compress as cli_compress
-from casp_plugin.estimate import Data
-from casp_plugin.models import load_model, names_in_memory
+from casp_plugin.model.load import load_model, names_in_memory
 from casp_plugin.modifiers import estimate_recipe, plan_recipe
 from casp_plugin.modifiers.recipes import load_recipe
+from casp_plugin.modifiers.run_estimate import Data
 
 _BITS = """
     BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}

@@ -45,7 +45,7 @@ class Workload(BaseModel):
         """A question about random images, or a video."""
         from PIL import Image
 
-        from casp_plugin.image_text import Conversation
+        from casp_plugin.data.conversations import Conversation
 
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.image_size, self.image_size, 3)
@@ -120,8 +120,8 @@ class TransformersEngine:
         from transformers import AutoProcessor
 
         import casp_plugin  # noqa: F401  registers loading
-        from casp_plugin.models import load_model
-        from casp_plugin.processing import processed
+        from casp_plugin.data.conversation_batches import processed
+        from casp_plugin.model.load import load_model
 
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.model = load_model(model, device_map=str(device), **arguments).eval()
@@ -152,7 +152,7 @@ class VLLMEngine:
         from transformers import AutoConfig, AutoProcessor
         from vllm import LLM, SamplingParams
 
-        from casp_plugin.processing import prompt_text
+        from casp_plugin.data.conversation_batches import prompt_text
 
         trusted = {"trust_remote_code": arguments.get("trust_remote_code", False)}
         settings = {"seed": workload.seed, "enable_prefix_caching": False}

@@ -13,8 +13,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from casp_plugin.bench.engines import ENGINES, Round, Workload, answer
-from casp_plugin.machine import device_name, installed_versions
-from casp_plugin.models import bytes_on_disk
+from casp_plugin.model.load import bytes_on_disk
+from casp_plugin.system.machine import device_name, installed_versions
 
 __all__ = ["Speed", "measure", "speed_table"]
 

@@ -13,13 +13,13 @@ from llmcompressor.recipe import Recipe
 from torch import nn
 from transformers import PreTrainedModel
 
-from casp_plugin.checkpoint import copy_processor, save_with_plan
-from casp_plugin.files import whole_folder
-from casp_plugin.models import bare_model, read_model_config
+from casp_plugin.checkpoint.format import copy_processor, save_with_plan
+from casp_plugin.model.load import bare_model, read_model_config
 from casp_plugin.modifiers import CaspModifier
 from casp_plugin.modifiers.base import shape_model
 from casp_plugin.modifiers.rehearsal import planned_groups
-from casp_plugin.plan import CompressionPlan
+from casp_plugin.plan.plan import CompressionPlan
+from casp_plugin.system.files import whole_folder
 
 __all__ = ["Shapes", "without_data"]
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from casp_plugin.errors import one_line
+from casp_plugin.system.messages import one_line
 
 app = typer.Typer(
     name="casp",

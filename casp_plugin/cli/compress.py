@@ -62,9 +62,10 @@ def plan(
     Without --dataset nothing heavy runs, not even the weights are read, and what only
     statistics can tell shows as '?'.
     """
-    from casp_plugin.models import load_model
+    from casp_plugin.model.load import load_model
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
+    from casp_plugin.plan.tables import plan_tables
 
     for path in filter(None, (json, png)):
         path.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
@@ -81,12 +82,27 @@ def plan(
         batches = calibration_batches(bare.config, processor, source, samples, max_length, seed)
         _seed(seed)
         made = plan_recipe(load_model(model, trust_remote_code), filled, batches)
-    for table in made.tables():
+    for table in plan_tables(made):
         console.print(table)
     if json is not None:
         made.save(json)
     if png is not None:
-        made.plot(png)
+        _draw(made, png)
+
+
+def _draw(plan, path: Path) -> None:
+    """Draw bits over the layers, and how sparse the attention is, as a PNG.
+
+    :param plan: a ``CompressionPlan``
+    :raises ValueError: if its bits are not decided yet, or matplotlib is missing
+    """
+    if not plan.decided:
+        raise ValueError("nothing to draw: the plan has no bits yet (it needs statistics)")
+    try:  # an extra
+        from casp_plugin.report.figures.plans import draw
+    except ImportError:
+        raise ValueError("drawing needs: pip install 'casp-plugin[report]'") from None
+    draw(plan).savefig(path, dpi=120)
 
 
 @app.command()
@@ -116,10 +132,11 @@ def run(
 
     On several GPUs, or processes: torchrun --nproc-per-node N --no-python casp run ...
     """
+    from casp_plugin.checkpoint.vllm_support import quantized_connector
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.recipes import load_recipe
-    from casp_plugin.ranks import barrier, is_source_process, join_torchrun
-    from casp_plugin.runtime.architectures import quantized_connector
+    from casp_plugin.plan.tables import plan_tables
+    from casp_plugin.system.distributed import barrier, is_source_process, join_torchrun
 
     join_torchrun()
     check_output(output)
@@ -131,7 +148,7 @@ def run(
     quantized = [name for unit in planned.units for name in unit.modules]
     if why := quantized_connector([type(bare).__name__], quantized):
         raise ValueError(why)
-    console.print(planned.tables()[-1])
+    console.print(plan_tables(planned)[-1])
     columns = (text_column, image_column, video_column, question_column, answer_column)
     source = DataSource(dataset, split, dataset_config, *columns)
     amount = (samples, max_length, seed, batch_size)
@@ -139,7 +156,7 @@ def run(
     batches = calibration_batches(bare.config, processor, source, *amount)
     del bare
     made = compress(model, filled, batches, output, seed, pipeline, trust_remote_code).casp_plan
-    console.print(made.tables()[-1])
+    console.print(plan_tables(made)[-1])
     console.print(f"Wrote {output}")
     if is_source_process():
         _check(output, True, trust_remote_code)
@@ -150,8 +167,8 @@ def _tell_estimate(bare, recipe, samples: int, max_length: int) -> None:
 
     :param recipe: an instance of llm-compressor's ``Recipe``
     """
-    from casp_plugin.estimate import Data
     from casp_plugin.modifiers import estimate_recipe
+    from casp_plugin.modifiers.run_estimate import Data
 
     expected = estimate_recipe(bare, recipe, Data(samples, max_length))
     console.print(
@@ -179,11 +196,11 @@ def compress(
     """
     from llmcompressor import oneshot
 
-    from casp_plugin.experts import linearize_experts
-    from casp_plugin.files import whole_folder
-    from casp_plugin.models import load_model
-    from casp_plugin.ranks import barrier
-    from casp_plugin.tracing import check_traceable
+    from casp_plugin.model.experts import linearize_experts
+    from casp_plugin.model.load import load_model
+    from casp_plugin.statistics.tracing import check_traceable
+    from casp_plugin.system.distributed import barrier
+    from casp_plugin.system.files import whole_folder
 
     loaded = load_model(model, trust_remote_code)
     linearize_experts(loaded)
@@ -213,7 +230,7 @@ class _OwnFiles:
 
     def save_pretrained(self, folder: str) -> None:
         """Copy what is not there yet."""
-        from casp_plugin.source import copy_files, source_folder
+        from casp_plugin.checkpoint.source import copy_files, source_folder
 
         source = source_folder(self.model)
         if source is not None:
@@ -232,7 +249,7 @@ def check(
 
 def _check(checkpoint: Path, reload: bool, trust_remote_code: bool) -> None:
     """Print what is found; exit with 1 where the checkpoint is broken."""
-    from casp_plugin.check import check as findings_of
+    from casp_plugin.checkpoint.check import check as findings_of
 
     table = Table(title=str(checkpoint), title_justify="left")
     for column in ("check", "result", "detail"):
@@ -257,8 +274,8 @@ def fold(
     Layers that stock vLLM cannot fuse become dense, so the copy is larger. Its bits need kernels
     all the same: stock vLLM on CPU has one for 4 bits only.
     """
-    from casp_plugin.fold import fold as fold_checkpoint
-    from casp_plugin.models import bytes_on_disk
+    from casp_plugin.checkpoint.fold import fold as fold_checkpoint
+    from casp_plugin.model.load import bytes_on_disk
 
     dense = fold_checkpoint(checkpoint, output, trust_remote_code)
     before, after = map(bytes_on_disk, (checkpoint, output))
@@ -273,7 +290,7 @@ def skeleton(model: str, trust_remote_code: bool = False):
     :raises ValueError: if the model cannot be found, is quantized already, or is of a class that
         cannot be compressed
     """
-    from casp_plugin.models import bare_model, read_model_config
+    from casp_plugin.model.load import bare_model, read_model_config
 
     config = read_model_config(model, trust_remote_code)
     if getattr(config, "quantization_config", None):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from casp_plugin.cli.options import console
-from casp_plugin.errors import one_line
+from casp_plugin.system.messages import one_line
 
 __all__ = ["DataSource", "calibration_batches", "load_processor", "within_positions"]
 
@@ -26,9 +26,9 @@ class DataSource:
 
         :param config: of the model
         """
-        from casp_plugin.chats import CHAT_COLUMNS
-        from casp_plugin.models import is_multimodal
-        from casp_plugin.sources import read_source
+        from casp_plugin.data.chats import CHAT_COLUMNS
+        from casp_plugin.data.sources import read_source
+        from casp_plugin.model.load import is_multimodal
 
         if not is_multimodal(config):
             return False
@@ -50,7 +50,7 @@ class DataSource:
 
     def conversations(self, samples: int, seed: int, **more):
         """Questions about images, shuffled."""
-        from casp_plugin.image_text import load_conversations
+        from casp_plugin.data.conversations import load_conversations
 
         return load_conversations(
             self.dataset,
@@ -67,7 +67,7 @@ class DataSource:
 
     def texts(self, tokenizer, samples: int, seed: int):
         """Texts, shuffled."""
-        from casp_plugin.sources import load_text
+        from casp_plugin.data.sources import load_text
 
         return load_text(
             self.dataset, tokenizer, samples, self.text, self.split, self.config_name, seed
@@ -78,7 +78,7 @@ def load_processor(model: str, trust_remote_code: bool = False):
     """Tokenizer of a language model, processor of one that takes images too."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    from casp_plugin.models import is_multimodal, read_model_config
+    from casp_plugin.model.load import is_multimodal, read_model_config
 
     sees = is_multimodal(read_model_config(model, trust_remote_code))
     kind = AutoProcessor if sees else AutoTokenizer
@@ -96,7 +96,7 @@ def within_positions(config, max_length: int) -> int:
 
     :param config: of the model
     """
-    from casp_plugin.tokens import most_tokens
+    from casp_plugin.data.tokens import most_tokens
 
     most = most_tokens(config)
     if most is None or max_length <= most:
@@ -116,8 +116,8 @@ def calibration_batches(config, processor, source, samples, max_length, seed, ba
     :param source: a ``DataSource``
     :param max_length: tokens at most; no more than the model has positions for
     """
-    from casp_plugin.calibration import calibration_loader
-    from casp_plugin.processing import conversation_loader
+    from casp_plugin.data.conversation_batches import conversation_loader
+    from casp_plugin.data.text_batches import calibration_loader
 
     max_length = within_positions(config, max_length)
     if source.shows_images(config):

@@ -102,10 +102,10 @@ def evaluate(
     """Measure checkpoints, with 95 % intervals, and compare them on the same documents."""
     from casp_plugin.evaluation import results
     from casp_plugin.evaluation.harness import find_tasks, run_tasks
+    from casp_plugin.evaluation.records import load_records, save_records
     from casp_plugin.kv_cache import CompressedCache
-    from casp_plugin.machine import installed_versions
-    from casp_plugin.models import load_model, read_model_config
-    from casp_plugin.records import load_records, save_records
+    from casp_plugin.model.load import load_model, read_model_config
+    from casp_plugin.system.machine import installed_versions
 
     for name in models:  # now, not after hours, as all that follows
         config = read_model_config(name, trust_remote_code)
@@ -174,11 +174,11 @@ def score(
     stride,
 ):
     """Measurements on texts, or on questions about images, in all and by task."""
+    from casp_plugin.data.sources import adds_special_tokens
     from casp_plugin.evaluation.answers import evaluate_answers
     from casp_plugin.evaluation.text import evaluate as evaluate_text
     from casp_plugin.kv_cache import with_kv_cache
-    from casp_plugin.models import load_model
-    from casp_plugin.sources import adds_special_tokens
+    from casp_plugin.model.load import load_model
 
     processor = load_processor(model, trust_remote_code)
     loaded = load_model(model, trust_remote_code)
@@ -240,7 +240,7 @@ def bench(
     """Size, prefill time, decode throughput and peak memory, in turns with a baseline's."""
     from casp_plugin.bench.engines import ENGINES, Workload
     from casp_plugin.bench.runs import measure, speed_table
-    from casp_plugin.records import save_records
+    from casp_plugin.evaluation.records import save_records
 
     if (model is None) == (random_weights is None):
         raise ValueError("bench takes either OUT or --random-weights")

@@ -36,10 +36,10 @@ def report(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML page about a checkpoint, and its model card, OUT/README.md."""
-    from casp_plugin.files import write_whole
     from casp_plugin.report.card import MARK, card
     from casp_plugin.report.facts import read_facts
     from casp_plugin.report.page import page
+    from casp_plugin.system.files import write_whole
 
     path = checkpoint / CARD_NAME
     facts = read_facts(checkpoint, evals or [], benches or [], trust_remote_code)
@@ -57,7 +57,7 @@ def report(
 
 def _of_base(path: Path, facts) -> bool:
     """Whether a card is that of the base model, copied with its other files."""
-    from casp_plugin.source import source_folder
+    from casp_plugin.checkpoint.source import source_folder
 
     base = source_folder(facts.base_model or "")
     card = None if base is None else base / CARD_NAME

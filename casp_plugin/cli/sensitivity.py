@@ -94,7 +94,9 @@ def sensitivity(
     The grid and the analysis are those of arXiv 2601.15287. Writes points.parquet, analysis.json,
     sensitivity.md, pictures, and sensitivity.json for BitAllocationModifier(importance: ...).
     """
-    from casp_plugin.machine import installed_versions
+    from casp_plugin.data.sources import adds_special_tokens
+    from casp_plugin.evaluation.sweep import begin
+    from casp_plugin.model.units import OUTPUT_HEAD
     from casp_plugin.sensitivity.grid import UNIFORM
     from casp_plugin.sensitivity.study import (
         Calibration,
@@ -106,9 +108,7 @@ def sensitivity(
         processes_of,
     )
     from casp_plugin.sensitivity.summary import analyse_all, summarise
-    from casp_plugin.sources import adds_special_tokens
-    from casp_plugin.sweep import begin
-    from casp_plugin.units import OUTPUT_HEAD
+    from casp_plugin.system.machine import installed_versions
 
     if metric not in METRICS:
         raise ValueError(f"--metric {metric!r} must be one of {', '.join(METRICS)}")

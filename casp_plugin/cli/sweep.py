@@ -78,15 +78,15 @@ def sweep(
     seed: Seed = 0,
 ) -> None:
     """Compress a model to many sizes and score each: what is measured of it is measured once."""
-    from casp_plugin.drawing.results import draw_frontier
     from casp_plugin.evaluation.results import Evaluation
-    from casp_plugin.files import write_whole
+    from casp_plugin.evaluation.sweep import Point, begin, finished, frontier_table
     from casp_plugin.kv_cache import CompressedCache
-    from casp_plugin.machine import installed_versions
-    from casp_plugin.models import bytes_on_disk, load_model
+    from casp_plugin.model.load import bytes_on_disk, load_model
     from casp_plugin.modifiers.recipes import load_recipe
-    from casp_plugin.plan import CompressionPlan
-    from casp_plugin.sweep import Point, begin, finished, frontier_table
+    from casp_plugin.plan.plan import CompressionPlan
+    from casp_plugin.report.figures.results import draw_frontier
+    from casp_plugin.system.files import write_whole
+    from casp_plugin.system.machine import installed_versions
 
     budgets = _numbers([*average_bits, *context.args])
     bare = skeleton(model, trust_remote_code)

@@ -10,11 +10,11 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, ProcessorMixin
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
+from casp_plugin.data.conversation_batches import processed
+from casp_plugin.data.conversations import Conversation
 from casp_plugin.evaluation.results import Measurement
 from casp_plugin.evaluation.text import Scores, TextScore, token_scores
-from casp_plugin.image_text import Conversation
 from casp_plugin.kv_cache import CompressedCache
-from casp_plugin.processing import processed
 
 __all__ = ["AnswerScore", "AnswerScores", "evaluate_answers"]
 

@@ -10,8 +10,8 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from casp_plugin.data.tokens import token_ids
 from casp_plugin.evaluation.results import Measurement
-from casp_plugin.tokens import token_ids
 
 __all__ = ["Scores", "TextScore", "evaluate", "token_scores", "windows"]
 

@@ -2,12 +2,12 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
-from casp_plugin import tracing
 from casp_plugin.modifiers import awq
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier, estimate_recipe, plan_recipe
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
+from casp_plugin.statistics import tracing
 
 __all__ = [
     "AutoRoundModifier",

@@ -11,8 +11,8 @@ from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_map
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import nn
 
+from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.modifiers.base import CaspModifier
-from casp_plugin.modules import LowRankLinear
 
 __all__ = ["awq_mappings", "exactly", "point_awq", "register"]
 

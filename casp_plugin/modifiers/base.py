@@ -29,21 +29,21 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 from transformers import PreTrainedModel
 
-from casp_plugin.cache import MeasurementCache
-from casp_plugin.checkpoint import save_with_plan
-from casp_plugin.components import LANGUAGE, component_of, find_components, outside_language
-from casp_plugin.estimate import Data, Estimate, estimate
-from casp_plugin.experts import linearize_experts, name_experts_as_on_disk
-from casp_plugin.machine import trim_memory
-from casp_plugin.measured import Measured
-from casp_plugin.measuring import measure, noted, try_first_batch
-from casp_plugin.models import skeleton
+from casp_plugin.checkpoint.format import save_with_plan
+from casp_plugin.model.components import LANGUAGE, component_of, find_components, outside_language
+from casp_plugin.model.experts import linearize_experts, name_experts_as_on_disk
+from casp_plugin.model.load import skeleton
+from casp_plugin.model.low_rank_linear import LowRankLinear, stored_tensors
+from casp_plugin.model.transforms import check_transforms, input_block
 from casp_plugin.modifiers.rehearsal import find_copied, rehearse
-from casp_plugin.modules import LowRankLinear, stored_tensors
-from casp_plugin.plan import CompressionPlan, CopiedTensor
-from casp_plugin.ranks import barrier, shared
-from casp_plugin.statistics import Request, Statistics
-from casp_plugin.transforms import check_transforms, input_block
+from casp_plugin.modifiers.run_estimate import Data, Estimate, estimate
+from casp_plugin.plan.plan import CompressionPlan, CopiedTensor
+from casp_plugin.statistics.cache import MeasurementCache
+from casp_plugin.statistics.layer_by_layer import measure, noted, try_first_batch
+from casp_plugin.statistics.layer_notes import Measured
+from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.system.distributed import barrier, shared
+from casp_plugin.system.machine import trim_memory
 
 __all__ = ["CaspModifier", "estimate_recipe", "plan_recipe", "shape_model"]
 

@@ -20,11 +20,15 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from casp_plugin.allocation import choose, closed_form_bits, distance_costs, pareto
-from casp_plugin.components import LANGUAGE
-from casp_plugin.coupling import Coupled
-from casp_plugin.latent import Latent
-from casp_plugin.measured import Measured
+from casp_plugin.maths.coupled_knapsack import Coupled
+from casp_plugin.maths.knapsack import choose, closed_form_bits, distance_costs, pareto
+from casp_plugin.model.components import LANGUAGE
+from casp_plugin.model.latent import Latent
+from casp_plugin.model.location import find_parts
+from casp_plugin.model.low_rank_linear import LowRankLinear, stored_tensors
+from casp_plugin.model.schemes import quantized_bytes, weight_args
+from casp_plugin.model.transforms import stored_transforms
+from casp_plugin.model.units import OUTPUT_HEAD, Unit, decoder_layers, find_units, matched_linears
 from casp_plugin.modifiers.awq import point_awq
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.factoring import install
@@ -37,16 +41,12 @@ from casp_plugin.modifiers.quantizer import (
     rounds_to_nearest,
     tunes_layers,
 )
-from casp_plugin.modules import LowRankLinear, stored_tensors
-from casp_plugin.parts import find_parts
-from casp_plugin.plan import CompressionPlan, ParetoPoint, UnitPlan
-from casp_plugin.pricing import Pricing, joined, stored_shapes
-from casp_plugin.ranks import shared
-from casp_plugin.schemes import quantized_bytes, weight_args
-from casp_plugin.shares import Sensitivity
-from casp_plugin.statistics import Request, Statistics
-from casp_plugin.transforms import stored_transforms
-from casp_plugin.units import OUTPUT_HEAD, Unit, decoder_layers, find_units, matched_linears
+from casp_plugin.plan.plan import CompressionPlan, ParetoPoint, UnitPlan
+from casp_plugin.plan.sensitivity_file import Sensitivity
+from casp_plugin.pricing.candidates import Pricing, joined, stored_shapes
+from casp_plugin.statistics.layer_notes import Measured
+from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.system.distributed import shared
 
 __all__ = ["BitAllocationModifier"]
 
@@ -587,7 +587,7 @@ class BitAllocationModifier(CaspModifier):
             shares = self._study.of_method(method, list(dict.fromkeys(groups)))
         except ValueError as error:
             raise ValueError(f"BitAllocationModifier.importance: {error}") from None
-        return Coupled(groups, shares)
+        return Coupled(groups, shares.parts, shares.pairs)
 
     def _choose(self, plan: CompressionPlan, coupled: Coupled | None) -> None:
         """Pick a candidate for every unit, unless what it takes is still unknown."""

@@ -3,9 +3,9 @@
 from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
 from torch import nn
 
-from casp_plugin.latent import Latent
+from casp_plugin.model.latent import Latent
 from casp_plugin.modifiers.base import CaspModifier
-from casp_plugin.plan import CompressionPlan, LowRankPlan
+from casp_plugin.plan.plan import CompressionPlan, LowRankPlan
 
 __all__ = ["install"]
 

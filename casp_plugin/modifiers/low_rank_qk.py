@@ -11,18 +11,18 @@ from pydantic import Field, field_validator
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.latent import Latent, global_ranks
-from casp_plugin.lowrank import Spectrum, uniform_rank, whitened_spectrum
-from casp_plugin.measured import Measured
+from casp_plugin.maths.low_rank import Spectrum, uniform_rank, whitened_spectrum
+from casp_plugin.model.latent import Latent, global_ranks
+from casp_plugin.model.low_rank_linear import named_linears
+from casp_plugin.model.units import matched_linears, reading_together
 from casp_plugin.modifiers.awq import point_awq
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.factoring import install
-from casp_plugin.modules import named_linears
-from casp_plugin.plan import AttentionPlan, CompressionPlan, SpectrumPlan
-from casp_plugin.ranks import shared
-from casp_plugin.statistics import Request, Statistics
-from casp_plugin.units import matched_linears, reading_together
+from casp_plugin.plan.plan import AttentionPlan, CompressionPlan, SpectrumPlan
+from casp_plugin.statistics.layer_notes import Measured
+from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.system.distributed import shared
 
 __all__ = ["LowRankQKModifier"]
 

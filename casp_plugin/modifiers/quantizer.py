@@ -14,10 +14,10 @@ from llmcompressor.modifiers.quantization import QuantizationMixin, Quantization
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch import nn
 
+from casp_plugin.model.schemes import DEFAULT_OBSERVER, FORMAT
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
-from casp_plugin.plan import CompressionPlan
-from casp_plugin.schemes import DEFAULT_OBSERVER, FORMAT
+from casp_plugin.plan.plan import CompressionPlan
 
 __all__ = [
     "find_quantizer",

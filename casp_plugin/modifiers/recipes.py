@@ -10,10 +10,10 @@ import yaml
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.recipe import Recipe
 
-from casp_plugin.errors import one_line
+from casp_plugin.data.sources import check_utf8
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
-from casp_plugin.sources import check_utf8
+from casp_plugin.system.messages import one_line
 
 __all__ = ["allocates_bits", "load_recipe"]
 

@@ -27,21 +27,21 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import _get_tied_weight_keys
 
-from casp_plugin.check import compare_tensors, expected_shapes
-from casp_plugin.checkpoint import (
+from casp_plugin.checkpoint.check import compare_tensors, expected_shapes
+from casp_plugin.checkpoint.format import (
     SECTION,
     casp_section,
     read_config,
     unsavable_generation_config,
 )
-from casp_plugin.experts import name_experts_as_on_disk
-from casp_plugin.loading import bare_from_config
-from casp_plugin.models import runs_remote_code
-from casp_plugin.plan import CompressionPlan, CopiedTensor
-from casp_plugin.runtime.architectures import refusal, reordered
-from casp_plugin.schemes import FORMAT, weight_args
-from casp_plugin.source import source_folder, unbuilt_tensors
-from casp_plugin.weights import Header, tensor_bytes
+from casp_plugin.checkpoint.load import bare_from_config
+from casp_plugin.checkpoint.source import source_folder, unbuilt_tensors
+from casp_plugin.checkpoint.vllm_support import refusal, reordered
+from casp_plugin.model.experts import name_experts_as_on_disk
+from casp_plugin.model.load import runs_remote_code
+from casp_plugin.model.schemes import FORMAT, weight_args
+from casp_plugin.model.weights import Header, tensor_bytes
+from casp_plugin.plan.plan import CompressionPlan, CopiedTensor
 
 __all__ = ["find_copied", "planned_groups", "rehearse"]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from casp_plugin.bench.runs import Speed
-from casp_plugin.checkpoint import RECIPE_NAME, SECTION, read_config
+from casp_plugin.checkpoint.format import RECIPE_NAME, SECTION, read_config
+from casp_plugin.checkpoint.sizes import size_breakdown
+from casp_plugin.evaluation.records import load_records
 from casp_plugin.evaluation.results import Comparison, Evaluation, Measurement, compare_all
-from casp_plugin.models import is_multimodal, read_model_config
-from casp_plugin.plan import PLAN_NAME, CompressionPlan
-from casp_plugin.records import load_records
-from casp_plugin.sizes import size_breakdown
+from casp_plugin.model.load import is_multimodal, read_model_config
+from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
 
 __all__ = ["Facts", "read_facts"]
 

@@ -7,10 +7,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from casp_plugin.bench.runs import Speed
-from casp_plugin.drawing import plans, results
+from casp_plugin.checkpoint.sizes import KINDS
 from casp_plugin.report.facts import Facts
+from casp_plugin.report.figures import plans, results
 from casp_plugin.report.templates import render
-from casp_plugin.sizes import KINDS
 
 __all__ = ["conditions", "page", "quality_rows", "speed_rows"]
 

@@ -17,11 +17,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from casp_plugin.checkpoint import SECTION, read_section
-from casp_plugin.runtime.architectures import refusal
+from casp_plugin.checkpoint.format import SECTION, read_section
+from casp_plugin.checkpoint.vllm_support import refusal
+from casp_plugin.model.transforms import check_transforms, input_block
 from casp_plugin.runtime.kernels import WNA16
 from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
-from casp_plugin.transforms import check_transforms, input_block
 
 __all__ = ["METHOD", "CaspConfig"]
 

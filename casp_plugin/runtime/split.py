@@ -19,8 +19,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
+from casp_plugin.model.transforms import hadamard, input_block, rotate
 from casp_plugin.runtime.packing import narrow_packed
-from casp_plugin.transforms import hadamard, input_block, rotate
 
 __all__ = ["Rows", "Shard", "SplitLinearMethod", "can_join", "rows_of_rank"]
 

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from casp_plugin.parts import AXES, Part, levels
-from casp_plugin.schemes import stored_bytes, weight_args
+from casp_plugin.model.location import AXES, Part, levels
+from casp_plugin.model.schemes import stored_bytes, weight_args
 
 __all__ = [
     "METHODS",

@@ -15,9 +15,9 @@ from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from casp_plugin.components import LANGUAGE, component_of, outside_language
+from casp_plugin.model.components import LANGUAGE, component_of, outside_language
+from casp_plugin.model.schemes import weight_args
 from casp_plugin.modifiers.awq import awq_mappings, exactly
-from casp_plugin.schemes import weight_args
 
 __all__ = ["changed_by", "mappings_of", "uniform"]
 

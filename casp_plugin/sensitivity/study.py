@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from casp_plugin.data.conversations import Conversation
 from casp_plugin.evaluation.answers import evaluate_answers
 from casp_plugin.evaluation.text import evaluate
-from casp_plugin.experts import linearize_experts
-from casp_plugin.files import whole_file
-from casp_plugin.image_text import Conversation
-from casp_plugin.models import load_model
-from casp_plugin.parts import find_parts, levels
+from casp_plugin.model.experts import linearize_experts
+from casp_plugin.model.load import load_model
+from casp_plugin.model.location import find_parts, levels
+from casp_plugin.model.units import matched_linears
 from casp_plugin.sensitivity.grid import (
     METHODS,
     UNIFORM,
@@ -37,7 +37,7 @@ from casp_plugin.sensitivity.grid import (
     space_filling,
 )
 from casp_plugin.sensitivity.rounding import changed_by, mappings_of, uniform
-from casp_plugin.units import matched_linears
+from casp_plugin.system.files import whole_file
 
 __all__ = [
     "POINTS_NAME",

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from casp_plugin.drawing.sensitivity import draw_importances, draw_quality
-from casp_plugin.files import write_whole
-from casp_plugin.parts import AXES
-from casp_plugin.records import save_records
+from casp_plugin.evaluation.records import save_records
+from casp_plugin.model.location import AXES
+from casp_plugin.plan.sensitivity_file import Sensitivity, Shares, shares_of
 from casp_plugin.sensitivity.analysis import Analysis, analyse, best_models, losses_together
+from casp_plugin.sensitivity.figures import draw_importances, draw_quality
 from casp_plugin.sensitivity.grid import Layer, weights_of
-from casp_plugin.shares import Sensitivity, Shares, shares_of
+from casp_plugin.system.files import write_whole
 
 __all__ = ["analyse_all", "summarise"]
 

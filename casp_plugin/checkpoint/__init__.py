@@ -1,0 +1,1 @@
+"""Checkpoints: written, named, read back, checked, folded."""

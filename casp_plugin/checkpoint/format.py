@@ -1,0 +1,290 @@
+"""Checkpoints on disk: what is written beside the weights, whole or not at all.
+
+A checkpoint is compressed-tensors' own format. Ours is a section ``casp`` inside
+``quantization_config`` of ``config.json``, which lists the factored layers, and the plan.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from casp_plugin.checkpoint.probe import Probe, Record, probe
+from casp_plugin.checkpoint.source import copy_files, copy_tensors, source_folder
+from casp_plugin.model.load import runs_remote_code
+from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.model.weights import checksums, read_headers
+from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
+from casp_plugin.system.distributed import is_source_process
+from casp_plugin.system.files import whole_folder
+from casp_plugin.system.messages import one_line
+
+__all__ = [
+    "RECIPE_NAME",
+    "SECTION",
+    "SECTION_FORMAT",
+    "Section",
+    "casp_section",
+    "copy_processor",
+    "read_config",
+    "read_section",
+    "save_with_plan",
+    "unsavable_generation_config",
+    "write_config",
+]
+
+#: key inside ``quantization_config``
+SECTION = "casp"
+#: raised when an older version could not read the section any more; 2: shared latents
+SECTION_FORMAT = 2
+_READABLE = (1, 2)
+RECIPE_NAME = "recipe.yaml"
+_CODES = re.compile(r"\.experts\.\d+\.\w+\.weight_\w+$")
+_WEIGHTS = re.compile(r"model(-[\w-]+)?\.safetensors(\.index\.json)?")
+#: files of tokenizers and processors
+_PROCESSOR = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*")
+
+
+@dataclass(frozen=True)
+class Section:
+    """What our section says.
+
+    :param ranks: rank of every factored layer, by module name
+    :param latent_of: the layer whose ``down`` a layer uses, for those that have none
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    latent_of: dict[str, str] = field(default_factory=dict)
+
+
+def casp_section(model: nn.Module) -> dict:
+    """The section for a model: the rank of every factored layer, and who shares a latent."""
+    factored = {m: n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {
+        "format": SECTION_FORMAT,
+        "low_rank": {name: module.rank for module, name in factored.items()},
+        "latent_of": {
+            name: factored[module.latent_of]
+            for module, name in factored.items()
+            if module.latent_of is not None
+        },
+    }
+
+
+def read_config(folder: Path | str) -> dict:
+    """``config.json`` of a checkpoint folder.
+
+    :raises ValueError: if the folder holds no readable config
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder} is not a checkpoint folder: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder} is not a checkpoint folder: config.json holds no table")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise ValueError(f"{folder}: quantization_config in config.json is no table")
+    return config
+
+
+def read_section(quantization: dict) -> Section:
+    """Our section of a checkpoint; an empty one for a checkpoint that is not ours.
+
+    :param quantization: ``quantization_config`` of a checkpoint
+    :raises ValueError: if the section is malformed or of another format
+    """
+    where = f"quantization_config.{SECTION}"
+    section = quantization.get(SECTION)
+    if section is None:
+        return Section()
+    ranks = section.get("low_rank") if isinstance(section, dict) else None
+    if not isinstance(ranks, dict):
+        raise ValueError(f"{where} is malformed: no table 'low_rank'")
+    if section.get("format") not in _READABLE:
+        raise ValueError(
+            f"{where}.format is {section.get('format')!r}; this version of casp-plugin reads "
+            f"formats up to {SECTION_FORMAT}: upgrade casp-plugin"
+        )
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"{where}.low_rank: rank of {name} must be positive, got {rank!r}")
+    latent_of = section.get("latent_of", {})
+    if not isinstance(latent_of, dict):
+        raise ValueError(f"{where} is malformed: 'latent_of' is no table")
+    for name, owner in latent_of.items():
+        known = isinstance(owner, str) and owner not in latent_of and name in ranks
+        if not known or ranks.get(owner) != ranks[name]:
+            raise ValueError(
+                f"{where}.latent_of: {name} cannot use the latent of {owner!r}: both must be "
+                "factored layers of one rank, and the other must have a latent of its own"
+            )
+    return Section(ranks, latent_of)
+
+
+def write_config(folder: Path, config: dict) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_section(folder: Path, section: dict, tied: bool = True) -> None:
+    """Add our section to the ``quantization_config`` that compressed-tensors wrote.
+
+    :param tied: False for an output head that is not what the config ties it to
+    """
+    config = read_config(folder)
+    if not tied:
+        text = config.get("text_config")
+        (text if isinstance(text, dict) else config)["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = False
+    config.pop("transformers_weights", None)  # a file of the source
+    quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
+    quantization[SECTION] = section
+    write_config(folder, config)
+
+
+def copy_processor(source: Path | str, folder: Path) -> None:
+    """Put a model's own files of tokenizer and processor beside its checkpoint, byte for byte, for
+    those that llm-compressor saved: transformers writes them in another form.
+
+    :param source: the original model, a folder or Hugging Face id
+    :param folder: the checkpoint
+    :raises ValueError: if the model cannot be reached
+    """
+    found = source_folder(str(source))
+    if found is None:
+        raise ValueError(f"{source} is neither a folder nor a Hugging Face id that can be reached")
+    for pattern in _PROCESSOR:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink()
+        for path in found.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def save_with_plan(
+    model: PreTrainedModel,
+    plan: CompressionPlan | None,
+    recipe: str | None = None,
+    probes: list[Probe] | None = None,
+    experts: bool = False,
+) -> None:
+    """Make ``model.save_pretrained`` write our section and the plan, all that the model's own
+    checkpoint holds beside what its class builds, and nothing half-way.
+
+    llm-compressor rebuilds ``config.json`` from the source checkpoint on every save, so the
+    section has to be added after it. The plan is kept as ``model.casp_plan``.
+
+    :param model: the model whose method is wrapped
+    :param plan: the plan to store, None where there is none
+    :param recipe: text of the recipe that made a reloaded checkpoint; llm-compressor writes
+        that of a fresh one itself
+    :param probes: what that checkpoint said in the run that made it; None to ask the model when it
+        is saved
+    :param experts: whether that checkpoint has quantized experts, dense in memory: their codes are
+        copied
+    """
+    model.casp_plan = plan
+    save = model.save_pretrained
+
+    @wraps(save)  # keeps llm-compressor's mark that it has wrapped the method already
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        with whole_folder(save_directory) as partial:
+            source, said = self.name_or_path, probes
+            if said is None:
+                said, _ = probe(self, source, runs_remote_code(self))
+            with _savable_generation_config(self, partial):
+                save(str(partial), *args, **kwargs)
+            if not is_source_process():
+                return
+            write_section(partial, casp_section(self), tied=not _differs(self))
+            folder = source_folder(source)
+            if folder is not None:
+                _complete(partial, folder, plan, experts)
+            elif experts or (plan is not None and plan.copied):
+                raise ValueError(
+                    f"{source} is gone, which holds tensors that are copied unchanged: put it back"
+                )
+            Record(probes=said, checksums=checksums(partial)).save(partial)
+            _drop_stale_weights(Path(save_directory), partial)
+            if plan is not None:
+                plan.save(partial / PLAN_NAME)
+            if recipe is not None:
+                (partial / RECIPE_NAME).write_text(recipe)
+
+    model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def _drop_stale_weights(target: Path, partial: Path) -> None:
+    """Remove weights that an older checkpoint left in a folder, which transformers would read
+    instead of the new ones or beside them."""
+    for path in target.glob("model*.safetensors*"):
+        if _WEIGHTS.fullmatch(path.name) and not (partial / path.name).exists():
+            path.unlink()
+
+
+def unsavable_generation_config(model: PreTrainedModel) -> str | None:
+    """Tell why transformers would not save the generation settings of a model, or has not read
+    those of its source; None if all is well."""
+    if not model.can_generate():
+        return None
+    source = source_folder(model.name_or_path)
+    try:
+        if source is not None and (source / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(source)
+        model.generation_config.validate(strict=True)
+    except Exception as error:  # settings that contradict each other; no table in JSON
+        return one_line(error)
+    return None
+
+
+def _differs(model: PreTrainedModel) -> bool:
+    """Whether a model's output head is another dense matrix than its embedding: transformers does
+    not tie them then, whatever the config says; vLLM would."""
+    try:
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    one, other = (getattr(end, "weight", None) for end in ends)
+    dense = one is not None and other is not None and one is not other
+    alike = dense and (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and not torch.equal(one, other)
+
+
+@contextmanager
+def _savable_generation_config(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Generation settings that transformers saves: the model's own, or none in the folder where it
+    would refuse them; then the file of the source is copied."""
+    if unsavable_generation_config(model) is None:
+        yield
+        return
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+        (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _complete(folder: Path, source: Path, plan: CompressionPlan | None, experts: bool) -> None:
+    """Put beside a checkpoint what its source holds and `save_pretrained` leaves out."""
+    copy_files(source, folder)
+    copied = [each.name for each in plan.copied] if plan is not None else []
+    codes = [n for n in read_headers(source) if _CODES.search(n)] if experts else []
+    copy_tensors(source, copied + codes, folder)
+    layers = [name.removesuffix(".weight") for name in copied if name.endswith(".weight")]
+    if layers:  # for runtimes that build them
+        config = read_config(folder)
+        quantization = config["quantization_config"]
+        ignored = quantization.get("ignore") or []
+        quantization["ignore"] = ignored + [name for name in layers if name not in ignored]
+        write_config(folder, config)

@@ -1,0 +1,1 @@
+"""Text and questions about images, read from anywhere and made into batches."""

@@ -1,1 +1,0 @@
-"""Pictures of plans and of results, by matplotlib (the extra ``report``)."""

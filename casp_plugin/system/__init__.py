@@ -1,0 +1,1 @@
+"""The machine underneath: files, processes, memory, patches of dependencies."""
