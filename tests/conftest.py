@@ -1,64 +1,34 @@
-"""Tiny random models in real checkpoint folders, and calibration batches for them."""
+"""A tiny model, a compressed one, and calibration data for them.
 
-import json
+Fixtures of a session are made once for each worker of pytest-xdist, and only read.
+"""
+
+import gc
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.command_line import RECIPE, casp, run_arguments
+from support.samples import save_texts
+from support.threads import Threads
+from support.tiny_models import VOCABULARY, save_tiny_model
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    default_data_collator,
-)
-
-VOCABULARY = 96
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def save_tiny_model(folder, model_type="llama", dtype=torch.float32, **overrides):
-    """A random model of a family, saved with a word-level tokenizer; returns its path."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **overrides})
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-def save_texts(path):
-    """Eight texts of words that the tiny models know, as JSON lines."""
-    rows = [{"text": " ".join(f"w{(i * 7 + j) % 90 + 3}" for j in range(24))} for i in range(8)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+from transformers import AutoModelForCausalLM, default_data_collator
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory):
-    """What `casp` measures in tests is kept apart from what a developer's runs keep."""
+    """Keep what `casp` measures in tests apart from what a developer's runs keep."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CASP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """Keep what was imported out of garbage collections, which libraries ask for again and again:
+    of a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +50,30 @@ def batches():
     ids = torch.randint(3, VOCABULARY, (8, 24), generator=generator)
     samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     return DataLoader(samples, batch_size=2, collate_fn=default_data_collator)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with a recipe and calibration texts."""
+    return _save_files(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def compressed_llama(tiny_llama, cache_of_its_own, tmp_path_factory):
+    """Path of the tiny llama after `casp run` with the recipe of `files`."""
+    folder = _save_files(tmp_path_factory.mktemp("compressed_llama"))
+    result = casp(*run_arguments(tiny_llama, folder))
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture
+def bench_in_threads(monkeypatch):
+    """`casp bench` without processes of its own."""
+    monkeypatch.setattr("casp_plugin.bench.runs.multiprocessing", Threads)
+
+
+def _save_files(folder):
+    (folder / "recipe.yaml").write_text(RECIPE)
+    save_texts(folder / "data.jsonl")
+    return folder

@@ -1,1 +1,1 @@
-"""How large, fast and hungry for memory a checkpoint is, beside another one in the same run."""
+"""Size, speed and memory of a checkpoint, beside others in the same run."""

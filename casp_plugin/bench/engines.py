@@ -1,4 +1,4 @@
-"""One model in one runtime, that answers a prompt again and again."""
+"""Engines: one model in one runtime, which answers one prompt again and again."""
 
 import os
 import time
@@ -14,15 +14,16 @@ __all__ = ["ENGINES", "Engine", "Round", "Workload", "answer"]
 
 
 class Workload(BaseModel):
-    """What every model is asked.
+    """The request that every model answers.
 
-    :param prompt_tokens: of random text; a prompt with images is as long as the processor makes it
-    :param new_tokens: to generate, however the text would end
+    :param prompt_tokens: tokens of a prompt of random text; the processor decides the length of
+        prompts with images
+    :param new_tokens: tokens to generate, even past the end of the text
     :param batch_size: prompts at a time
-    :param images: in each prompt, random ones
-    :param frames: of one random video in each prompt, instead of images
+    :param images: random images in every prompt
+    :param frames: frames of one random video in every prompt, instead of images
     :param image_size: edge of an image or frame, pixels
-    :param seed: of what is random
+    :param seed: seed of all random numbers
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,13 +37,16 @@ class Workload(BaseModel):
     seed: int = 0
 
     def token_ids(self, vocabulary: int) -> list[list[int]]:
-        """Random prompts of text; (batch_size, prompt_tokens)."""
+        """Return random prompts of text, (batch_size, prompt_tokens).
+
+        :param vocabulary: number of tokens in the vocabulary
+        """
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.batch_size, self.prompt_tokens)
         return torch.randint(vocabulary, shape, generator=generator).tolist()
 
     def conversation(self):
-        """A question about random images, or a video."""
+        """Return a question about random images, or about a random video."""
         from PIL import Image
 
         from casp_plugin.data.conversations import Conversation
@@ -60,13 +64,13 @@ class Workload(BaseModel):
 
 
 class Round(BaseModel):
-    """One prompt answered.
+    """Measurements of one answer.
 
-    :param prompt_tokens: of one prompt, those of images counted
+    :param prompt_tokens: tokens of one prompt, with those of images
     :param prefill: seconds to the first new token
-    :param total: seconds to the last
+    :param total: seconds to the last new token
     :param prefill_memory: peak memory until the first new token, bytes; see ``memory.py``
-    :param memory: peak memory until the last
+    :param memory: peak memory until the last new token, bytes
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,16 +83,22 @@ class Round(BaseModel):
 
 
 class Engine(Protocol):
-    """A model, loaded, and a prompt."""
+    """A loaded model and a prompt.
+
+    Engines are made from a model (folder or Hugging Face id), a workload and more arguments of
+    the runtime.
+
+    :param prompt_tokens: tokens of one prompt
+    """
 
     prompt_tokens: int
 
     def generate(self, tokens: int) -> None:
-        """Answer the prompt with this many tokens."""
+        """Answer the prompt with exactly so many tokens."""
 
 
 def answer(engine: Engine, workload: Workload) -> Round:
-    """Answer the prompt twice, once with a single token."""
+    """Answer the prompt with a single token and then with all; return times and peak memory."""
     reset_peak_memory()
     prefill = _timed(engine, 1)
     prefill_memory = peak_memory()
@@ -104,6 +114,7 @@ def answer(engine: Engine, workload: Workload) -> Round:
 
 
 def _timed(engine: Engine, tokens: int) -> float:
+    """Return the seconds that an answer takes."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     start = time.perf_counter()
@@ -114,7 +125,7 @@ def _timed(engine: Engine, tokens: int) -> float:
 
 
 class TransformersEngine:
-    """transformers, as it loads the model."""
+    """A model in transformers; more arguments are those of ``from_pretrained``."""
 
     def __init__(self, model: str, workload: Workload, **arguments):
         from transformers import AutoProcessor
@@ -139,13 +150,14 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, tokens: int) -> None:
+        """Answer the prompt with exactly so many tokens."""
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        made = self.model.generate(**self.inputs, **length, do_sample=False)
-        assert made.shape[1] - self.prompt_tokens == tokens or made.shape[1] == tokens
+        ids = self.model.generate(**self.inputs, **length, do_sample=False)
+        assert ids.shape[1] - self.prompt_tokens == tokens or ids.shape[1] == tokens
 
 
 class VLLMEngine:
-    """vLLM in this process."""
+    """A model in vLLM, in this process; more arguments are those of ``vllm.LLM``."""
 
     def __init__(self, model: str, workload: Workload, **arguments):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # memory is measured in this process
@@ -176,10 +188,11 @@ class VLLMEngine:
         self.generate(1)
 
     def generate(self, tokens: int) -> None:
+        """Answer the prompt with exactly so many tokens."""
         params = self.params(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        made = self.llm.generate(self.prompts, params, use_tqdm=False)
-        self.prompt_tokens = len(made[0].prompt_token_ids)
-        assert all(len(one.outputs[0].token_ids) == tokens for one in made)
+        answers = self.llm.generate(self.prompts, params, use_tqdm=False)
+        self.prompt_tokens = len(answers[0].prompt_token_ids)
+        assert all(len(answer.outputs[0].token_ids) == tokens for answer in answers)
 
 
 ENGINES = {"hf": TransformersEngine, "vllm": VLLMEngine}

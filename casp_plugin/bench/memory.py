@@ -8,7 +8,7 @@ __all__ = ["peak_memory", "reset_peak_memory"]
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far.
+    """Reset the peak memory to the memory in use.
 
     :raises OSError: without an accelerator, where the system is not Linux
     """
@@ -19,7 +19,8 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: allocated by torch on the accelerator, or resident on the host (VmHWM)."""
+    """Return peak memory in bytes: allocated by torch on the accelerator, else resident on the host
+    (VmHWM)."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()

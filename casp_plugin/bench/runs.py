@@ -1,5 +1,5 @@
-"""Models side by side: a process for each, asked in turns, so that what else the machine does falls
-on all of them alike."""
+"""Rounds of a benchmark: every model runs in a process of its own, and all answer in turns, so that
+other load on the machine affects all of them alike."""
 
 import multiprocessing
 import traceback
@@ -23,10 +23,12 @@ class Speed(BaseModel):
     """Rounds of one model.
 
     :param model: folder or Hugging Face id
-    :param engine: ``hf`` or ``vllm``
-    :param bytes_on_disk: of its safetensors files; None where it is no folder
-    :param device: what it ran on
-    :param versions: of the packages that took part
+    :param engine: a key of ``ENGINES``
+    :param device: name of the device that it ran on
+    :param versions: versions of the packages that took part
+    :param workload: request that it answered
+    :param bytes_on_disk: bytes of its safetensors files; None if it is no folder
+    :param rounds: measurements of all answers
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,46 +44,45 @@ class Speed(BaseModel):
     @property
     def prefill(self) -> float:
         """Median seconds to the first new token."""
-        return median(each.prefill for each in self.rounds)
+        return median(answered.prefill for answered in self.rounds)
 
     @property
     def decode(self) -> float:
-        """Median tokens a second after the first, all prompts of the batch together.
+        """Median tokens per second after the first token, of all prompts of the batch together.
 
-        :raises ValueError: if the tokens are so few that they took no longer than one
+        :raises ValueError: if all tokens of an answer took no longer than one
         """
         return median(map(self._decode, self.rounds))
 
     @property
     def prefill_memory(self) -> int:
         """Largest memory until the first new token, bytes."""
-        return max(each.prefill_memory for each in self.rounds)
+        return max(answered.prefill_memory for answered in self.rounds)
 
     @property
     def memory(self) -> int:
         """Largest memory until the last token, bytes."""
-        return max(each.memory for each in self.rounds)
+        return max(answered.memory for answered in self.rounds)
 
-    def _decode(self, one: Round) -> float:
-        made = self.workload.batch_size * (self.workload.new_tokens - 1)
-        if one.total <= one.prefill:
+    def _decode(self, answered: Round) -> float:
+        """Return the tokens per second of one round after the first token."""
+        tokens = self.workload.batch_size * (self.workload.new_tokens - 1)
+        if answered.total <= answered.prefill:
             raise ValueError(
                 f"{self.model}: {self.workload.new_tokens} new tokens took no longer than one: "
                 "more are needed to tell the time of each"
             )
-        return made / (one.total - one.prefill)
+        return tokens / (answered.total - answered.prefill)
 
     def against(self, baseline: "Speed") -> dict[str, tuple[float, float, float]]:
-        """Ratios to a baseline asked in the same rounds: median, lowest, highest of the rounds'."""
-
-        def of(ratios: list[float]) -> tuple[float, float, float]:
-            return median(ratios), min(ratios), max(ratios)
-
+        """Return ratios of ``prefill`` and ``decode`` to a baseline in the same rounds: their
+        median, the lowest and the highest."""
         pairs = list(zip(self.rounds, baseline.rounds, strict=True))
-        return {
-            "prefill": of([one.prefill / other.prefill for one, other in pairs]),
-            "decode": of([self._decode(one) / baseline._decode(other) for one, other in pairs]),
+        ratios = {
+            "prefill": [ours.prefill / theirs.prefill for ours, theirs in pairs],
+            "decode": [self._decode(ours) / baseline._decode(theirs) for ours, theirs in pairs],
         }
+        return {name: (median(rows), min(rows), max(rows)) for name, rows in ratios.items()}
 
 
 def measure(
@@ -92,24 +93,24 @@ def measure(
     warmup: int = 1,
     arguments: dict | None = None,
 ) -> list[Speed]:
-    """Ask models in turns, all of which are in memory at the same time.
+    """Measure models in turns, with all of them in memory at the same time.
 
     :param models: folders or Hugging Face ids
-    :param workload: what they are asked
+    :param workload: request that they answer
     :param engine: a key of ``ENGINES``
-    :param rounds: that count
-    :param warmup: rounds before, that do not
-    :param arguments: more for ``from_pretrained`` or ``vllm.LLM``
+    :param rounds: rounds that count
+    :param warmup: rounds before these, which do not count
+    :param arguments: more arguments of ``from_pretrained`` or ``vllm.LLM``
     :raises ChildProcessError: if a model cannot be loaded or run
     """
-    found = [[] for _ in models]
+    measured = [[] for _ in models]
     with _workers(models, workload, engine, arguments or {}) as workers:
         for index in tqdm(range(warmup + rounds), desc="Rounds"):
-            for model, worker, rows in zip(models, workers, found, strict=True):
+            for model, worker, rows in zip(models, workers, measured, strict=True):
                 worker.send("round")
-                one = _received(worker, model)
+                answered = _received(worker, model)
                 if index >= warmup:
-                    rows.append(one)
+                    rows.append(answered)
     shared = {"engine": engine, "device": device_name(), "versions": installed_versions()}
     return [
         Speed(
@@ -119,12 +120,12 @@ def measure(
             rounds=rows,
             **shared,
         )
-        for model, rows in zip(models, found, strict=True)
+        for model, rows in zip(models, measured, strict=True)
     ]
 
 
 def speed_table(speeds: Sequence[Speed]) -> Table:
-    """A column a model, with ratios to the first."""
+    """Return a table with a column for every model, and ratios to the first model."""
     first = speeds[0]
     table = Table(title=f"{first.engine}, {first.device}", title_justify="left")
     for column in ("", *(speed.model for speed in speeds)):
@@ -132,34 +133,35 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
 
     def cells(value, spec, ratio=None, scale=1.0):
         for speed in speeds:
-            one = value(speed)
-            text = "" if one is None else f"{one * scale:{spec}}"
-            if speed is not first and None not in (one, value(first)):
-                middle, *ends = ratio(speed) if ratio else [one / value(first)]
+            number = value(speed)
+            text = "" if number is None else f"{number * scale:{spec}}"
+            if speed is not first and None not in (number, value(first)):
+                middle, *ends = ratio(speed) if ratio else [number / value(first)]
                 text += f"  x{middle:.3g}"
                 text += f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else ""
             yield text
 
-    gib = {"spec": ".3f", "scale": 1 / 2**30}
-    table.add_row("files, GiB", *cells(lambda speed: speed.bytes_on_disk, **gib))
+    gb = {"spec": ".3f", "scale": 1e-9}
+    table.add_row("files, GB", *cells(lambda speed: speed.bytes_on_disk, **gb))
     ratios = {speed.model: speed.against(first) for speed in speeds}
     for name, value, spec in (
         ("prefill, s", "prefill", ".4f"),
         ("decode, tokens/s", "decode", ".2f"),
     ):
-        found = cells(
+        row = cells(
             lambda speed, value=value: getattr(speed, value),
             spec,
             lambda speed, value=value: ratios[speed.model][value],
         )
-        table.add_row(name, *found)
-    table.add_row("peak memory, prefill, GiB", *cells(lambda speed: speed.prefill_memory, **gib))
-    table.add_row("peak memory, GiB", *cells(lambda speed: speed.memory, **gib))
+        table.add_row(name, *row)
+    table.add_row("peak memory, prefill, GB", *cells(lambda speed: speed.prefill_memory, **gb))
+    table.add_row("peak memory, GB", *cells(lambda speed: speed.memory, **gb))
     return table
 
 
 @contextmanager
 def _workers(models, workload, engine, arguments) -> Iterator[list[Connection]]:
+    """Start a process for every model; end them afterwards."""
     context = multiprocessing.get_context("spawn")
     started = []
     try:
@@ -170,7 +172,7 @@ def _workers(models, workload, engine, arguments) -> Iterator[list[Connection]]:
             process.start()
             theirs.close()
             started.append((process, ours))
-            _received(ours, model)  # loaded: one after the other, peaks of loading do not meet
+            _received(ours, model)  # one model loads at a time, so that peaks of memory do not add
         yield [ours for _, ours in started]
     finally:
         for process, ours in started:
@@ -179,24 +181,29 @@ def _workers(models, workload, engine, arguments) -> Iterator[list[Connection]]:
             process.terminate()
 
 
-def _received(worker: Connection, model: str):
+def _received(worker: Connection, model: str) -> Round | None:
+    """Return the message of a worker: None when its model is loaded, then rounds.
+
+    :raises ChildProcessError: if the worker failed
+    """
     try:
-        found = worker.recv()
+        message = worker.recv()
     except EOFError:
         raise ChildProcessError(f"{model}: the process that ran it died; out of memory?") from None
-    if isinstance(found, str):
-        raise ChildProcessError(f"{model}: {found}")
-    return found
+    if isinstance(message, str):
+        raise ChildProcessError(f"{model}: {message}")
+    return message
 
 
-def _work(asked: Connection, model: str, workload: Workload, engine: str, arguments: dict) -> None:
+def _work(parent: Connection, model: str, workload: Workload, engine: str, arguments: dict) -> None:
+    """Load a model, and answer the workload whenever the parent asks."""
     try:
         loaded = ENGINES[engine](model, workload, **arguments)
-        asked.send(None)
-        while asked.recv():
-            asked.send(answer(loaded, workload))
+        parent.send(None)
+        while parent.recv():
+            parent.send(answer(loaded, workload))
     except EOFError:  # no more rounds
         return
     except Exception as error:
         traceback.print_exc()
-        asked.send(f"{type(error).__name__}: {error}")
+        parent.send(f"{type(error).__name__}: {error}")

@@ -1,5 +1,5 @@
-"""Checkpoints of the right shapes with random weights: speed and memory of models that are not at
-hand."""
+"""Checkpoints with random weights of the right shapes, for speed and memory of models whose weights
+are not at hand."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from casp_plugin.checkpoint.format import copy_processor, save_with_plan
 from casp_plugin.model.load import bare_model, read_model_config
 from casp_plugin.modifiers import CaspModifier
-from casp_plugin.modifiers.base import shape_model
+from casp_plugin.modifiers.recipe_run import shape_model
 from casp_plugin.modifiers.rehearsal import planned_groups
 from casp_plugin.plan.plan import CompressionPlan
 from casp_plugin.system.files import whole_folder
@@ -26,11 +26,11 @@ __all__ = ["Shapes", "without_data"]
 
 @dataclass
 class Shapes:
-    """A model to make up.
+    """A model without weights, to be written with random ones.
 
     :param source: folder or Hugging Face id of its config
     :param bare: the model on the meta device, with factors where a recipe puts them
-    :param plan: what the recipe makes of it; None for the model as it is
+    :param plan: plan of the recipe; None for the model as it is
     :param transforms: modifiers of the recipe that rotate inputs
     """
 
@@ -43,10 +43,11 @@ class Shapes:
     def of(
         cls, source: str, recipe: str | None = None, trust_remote_code: bool = False
     ) -> "Shapes":
-        """
-        :param source: folder with a ``config.json``, and files of tokenizer and processor for what
-            takes images; or a Hugging Face id
-        :param recipe: of casp, see :func:`without_data`; None for the model as it is
+        """Return the model of a config, as a recipe shapes it.
+
+        :param source: folder with a ``config.json``, and with files of tokenizer and processor for
+            a vision-language model; or a Hugging Face id
+        :param recipe: casp recipe, applied as by :func:`without_data`; None for the model as it is
         :param trust_remote_code: whether Python code that comes with the model may run
         :raises ValueError: if the recipe cannot work on this model
         """
@@ -60,7 +61,7 @@ class Shapes:
         bare, plan = shape_model(bare, modifiers)
         if not plan.decided:
             raise ValueError(f"{recipe} has no BitAllocationModifier, so that nothing is quantized")
-        transforms = [each for each in modifiers if isinstance(each, QuIPModifier)]
+        transforms = [modifier for modifier in modifiers if isinstance(modifier, QuIPModifier)]
         return cls(source, bare, plan, transforms)
 
     def write(self, folder: Path) -> None:
@@ -71,7 +72,7 @@ class Shapes:
         if self.plan is not None:
             rounding = QuantizationModifier(config_groups=planned_groups(self.plan))
             oneshot(model=model, recipe=[*self.transforms, rounding])
-            save_with_plan(model, self.plan, probes=[])  # its buffers are made up
+            save_with_plan(model, self.plan, probes=[])  # buffers are zero until a reload
         with whole_folder(folder) as partial:
             model.save_pretrained(partial)
             if self.plan is None:
@@ -79,16 +80,18 @@ class Shapes:
 
 
 def without_data(modifiers: list[Modifier]) -> list[Modifier]:
-    """Return a recipe that asks for no data: where data would choose, factors keep a quarter in
-    every layer and bits are spread evenly."""
+    """Return a recipe that needs no data: where data would choose, factors keep a quarter of every
+    layer's parameters and bits are spread evenly."""
     return [
-        each.without_data() if isinstance(each, CaspModifier) else each.model_copy(deep=True)
-        for each in modifiers
+        modifier.without_data()
+        if isinstance(modifier, CaspModifier)
+        else modifier.model_copy(deep=True)
+        for modifier in modifiers
     ]
 
 
 def _fill(model: nn.Module) -> None:
-    """Random matrices; norms as they are before training."""
+    """Fill matrices with random numbers, and norms, biases and buffers as before training."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:

@@ -1,1 +1,1 @@
-"""Checkpoints: written, named, read back, checked, folded."""
+"""Checkpoints on disk: writing, loading, checking and folding."""

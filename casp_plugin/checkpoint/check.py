@@ -1,4 +1,4 @@
-"""Does a checkpoint hold what it should, and does it come back?"""
+"""Checks of a checkpoint folder: tensors, sizes, contents, kernels, a reload, vLLM."""
 
 import re
 from collections import Counter
@@ -14,8 +14,8 @@ from compressed_tensors.transform import TransformConfig
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from casp_plugin.checkpoint.bare import BareCheckpoint, bare_checkpoint
 from casp_plugin.checkpoint.format import read_config, read_section
-from casp_plugin.checkpoint.load import BareCheckpoint, bare_checkpoint
 from casp_plugin.checkpoint.probe import PROBES_NAME, Record, difference, probe, tolerance
 from casp_plugin.checkpoint.vllm_support import TESTED, quantized_experts, refusal, targets_of
 from casp_plugin.model.load import load_model
@@ -27,7 +27,7 @@ from casp_plugin.system.messages import one_line
 
 __all__ = ["Finding", "check", "compare_tensors", "expected_shapes"]
 
-_EXPERT = re.compile(r"\.(\d+)\.(?=[^.]*\.[^.]*$)")
+_EXPERT_NUMBER = re.compile(r"\.(\d+)\.(?=[^.]*\.[^.]*$)")
 
 #: tensors that a quantizer's `kv_cache_scheme` adds
 _KV_CACHE_SCALES = tuple(f".{kind.value}" for kind in KVCacheScaleType)
@@ -35,11 +35,11 @@ _KV_CACHE_SCALES = tuple(f".{kind.value}" for kind in KVCacheScaleType)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The outcome of one check.
 
-    :param what: what was checked
+    :param what: subject of the check
     :param passed: False if the checkpoint is broken, None for a remark
-    :param detail: what was found
+    :param detail: the result in words
     """
 
     what: str
@@ -50,14 +50,14 @@ class Finding:
 def check(
     folder: Path | str, reload: bool = True, trust_remote_code: bool = False
 ) -> list[Finding]:
-    """Look at a checkpoint folder: section, tensors, sizes, kernels, reload, vLLM.
+    """Check a checkpoint folder: section, tensors, sizes, kernels, contents, reload, vLLM.
 
     :param folder: checkpoint folder
-    :param reload: also load the model, and hold what it says against what it said in the run that
+    :param reload: whether to load the model too, and compare its logits with those of the run that
         made it
     :param trust_remote_code: whether Python code that comes with the model may run
-    :return: findings, in order; the checkpoint is sound if none has ``passed`` False
-    :raises ValueError: if the folder is no checkpoint at all
+    :return: findings in order; the checkpoint is sound if ``passed`` is False in none
+    :raises ValueError: if the folder is no quantized checkpoint at all
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -90,40 +90,41 @@ def check(
 def compare_tensors(
     on_disk: Mapping[str, Header], bare: BareCheckpoint, plan: CompressionPlan | None
 ) -> Finding:
-    """Hold the tensors of a checkpoint against what its config promises, name by name.
+    """Compare the tensors of a checkpoint with those that its config promises, name by name.
 
     :param on_disk: headers by name on disk
-    :param bare: what the config promises
-    :param plan: which says what is copied unchanged; None where there is none
+    :param bare: the model that the config promises
+    :param plan: names the tensors that are copied unchanged; None without a plan
     """
     what = "tensor names and shapes"
     expected, merged = expected_shapes(bare.model, bare.transforms), {}
     names, parted = bare.names_in_memory(on_disk), bare.parted_in_memory(on_disk)
-    parts = Counter(names.values())
-    found: dict[str, tuple[int, ...]] = {}
+    sources = Counter(names.values())  # tensors on disk, by the name that they load into
+    stored: dict[str, tuple[int, ...]] = {}
     for name, (shape, _) in on_disk.items():
         in_memory = names[name]
         if in_memory in parted:
             continue
-        if parts[in_memory] > 1 or ("experts" in in_memory and in_memory != name):
+        if sources[in_memory] > 1 or ("experts" in in_memory and in_memory != name):
             merged.setdefault(in_memory, {})[name] = shape
         else:
-            found[in_memory] = shape
-    copied = {names.get(each.name, each.name) for each in plan.copied} if plan else set()
-    lost = [each.name for each in plan.copied if each.name not in on_disk] if plan else []
+            stored[in_memory] = shape
+    unbuilt = [tensor.name for tensor in plan.copied] if plan else []
+    copied = {names.get(name, name) for name in unbuilt}
+    lost = [name for name in unbuilt if name not in on_disk]
     unknown = [name for name in merged if name not in expected]
-    missing = sorted(expected.keys() - found.keys() - merged.keys() - parted) + sorted(lost)
-    # weights that a config ties are there where they differ, and are not tied then
+    missing = sorted(expected.keys() - stored.keys() - merged.keys() - parted) + sorted(lost)
+    # weights that the config ties are stored where they differ: then they are not tied
     tied = bare.model.all_tied_weights_keys.keys()
-    surplus = sorted((found.keys() | {*unknown}) - expected.keys() - copied - tied)
-    wrong = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
+    surplus = sorted((stored.keys() | {*unknown}) - expected.keys() - copied - tied)
+    wrong = [name for name in expected.keys() & stored.keys() if expected[name] != stored[name]]
     if missing:
         return Finding(what, False, f"{len(missing)} missing, first {missing[0]}")
     if surplus and plan is not None:
         return Finding(what, False, f"{len(surplus)} unexpected, first {surplus[0]}")
     if wrong:
         name = min(wrong)
-        detail = f"{len(wrong)} of the wrong shape, first {name}: {found[name]} on disk, "
+        detail = f"{len(wrong)} of the wrong shape, first {name}: {stored[name]} on disk, "
         return Finding(what, False, f"{detail}{expected[name]} expected")
     for name, files in merged.items():
         if name in expected and (why := _incomplete_experts(expected[name], files)):
@@ -135,17 +136,17 @@ def compare_tensors(
 def expected_shapes(
     model: PreTrainedModel, transforms: TransformConfig | None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that a checkpoint must hold, by the names that the model has
-    for them; tied ones once.
+    """Return the shapes of the tensors that a checkpoint must hold, by their names in the model;
+    tied tensors count once.
 
-    :param model: compressed, on the meta device
+    :param model: the compressed model, on the meta device
     :param transforms: rotations whose weights are stored
     """
     tensors = model.state_dict() | stored_transforms(transforms, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, module in model.named_modules():
         zeros = f"{name}.weight_zero_point"
-        if zeros in shapes:  # packed along the rows, which compressing on meta leaves out
+        if zeros in shapes:  # packed along the rows, unlike those of a model on meta
             rows, groups = shapes[zeros]
             bits = module.quantization_scheme.weights.num_bits
             shapes[zeros] = (ceil(rows * bits / 32), groups)
@@ -157,18 +158,18 @@ def expected_shapes(
 def _incomplete_experts(
     stacked: tuple[int, ...], files: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """What is wrong with the tensors that loading stacks into one; None for nothing.
+    """Tell which experts a checkpoint lacks; None if it has all.
 
-    :param stacked: shape of that, the number of experts first
-    :param files: shapes by name on disk
+    :param stacked: shape of the weight that loading stacks them into, experts first
+    :param files: shapes of the experts' tensors, by name on disk
     """
     numbers: dict[str, set[int]] = {}
     for name in files:
-        if number := _EXPERT.search(name):
+        if number := _EXPERT_NUMBER.search(name):
             kind = f"{name[: number.start()]}.*.{name[number.end() :]}"
             numbers.setdefault(kind, set()).add(int(number[1]))
-    for kind, found in numbers.items():
-        lost = sorted({*range(stacked[0])} - found)
+    for kind, present in numbers.items():
+        lost = sorted({*range(stacked[0])} - present)
         if lost:
             return f"{len(lost)} missing, first {kind.replace('*', str(lost[0]))}"
     return None
@@ -190,11 +191,11 @@ def _sizes(on_disk: Mapping[str, Header], plan: CompressionPlan | None) -> Findi
 
 
 def _contents(folder: Path, record: Record) -> Finding:
-    """Whether the data of all tensors is what was written."""
+    """Compare the data of all tensors with the checksums of the run."""
     if not record.checksums:
         return Finding("contents", None, f"no {PROBES_NAME} to compare with")
-    found = checksums(folder)
-    changed = sorted(n for n, each in record.checksums.items() if found.get(n) != each)
+    stored = checksums(folder)
+    changed = sorted(name for name, crc in record.checksums.items() if stored.get(name) != crc)
     if changed:
         detail = f"{len(changed)} tensors are not what was written, first {changed[0]}"
         return Finding("contents", False, detail)
@@ -219,7 +220,7 @@ def _kernels(quantization: dict) -> Finding:
 def _served(architectures: list[str], quantization: dict) -> Finding:
     """Tell whether vLLM with this plugin runs the architecture."""
     if (why := refusal(architectures, quantization)) is not None:
-        # most of the model, and no way out
+        # a remark only: experts are most of a model, so such checkpoints are for transformers
         if why == quantized_experts(architectures, targets_of(quantization)):
             return Finding("vLLM", None, f"transformers only: {why}")
         return Finding("vLLM", False, why)
@@ -229,23 +230,23 @@ def _served(architectures: list[str], quantization: dict) -> Finding:
 
 
 def _reload(folder: Path, record: Record, trust_remote_code: bool) -> list[Finding]:
-    """Load the model and ask it what it was asked in the run."""
+    """Load the model, and compare its logits with those of the run that made it."""
     try:
         model = load_model(str(folder), trust_remote_code)
-        said, errors = probe(model, folder, trust_remote_code)
-    except Exception as error:  # whatever a user would meet when loading
+        measured, errors = probe(model, folder, trust_remote_code)
+    except Exception as error:  # any error that a user would meet when loading
         return [Finding("reload", False, f"{type(error).__name__}: {error}")]
-    expected = {each.sample: each for each in record.probes}
-    found = []
-    for sample, why in errors.items():  # a class may want more than tokens, and did so in the run
+    expected = {logits.sample: logits for logits in record.probes}
+    findings = []
+    for sample, why in errors.items():  # a class that takes more than tokens failed in the run too
         worse = sample in expected or record == Record()
-        found.append(Finding("reload", False if worse else None, f"{sample}: {why}"))
-    for one in said:
-        finite = bool(np.isfinite(one.logits).all())
+        findings.append(Finding("reload", False if worse else None, f"{sample}: {why}"))
+    for logits in measured:
+        finite = bool(np.isfinite(logits.logits).all())
         words = "finite logits" if finite else "logits hold NaN or infinity"
-        found.append(Finding("reload", finite, f"{words} for {one.sample}"))
-        if finite and one.sample in expected:
-            apart, limit = difference(one, expected[one.sample]), tolerance(one)
-            detail = f"{apart:.1e} apart for {one.sample}, at most {limit:.0e}"
-            found.append(Finding("logits of the run", apart <= limit, detail))
-    return found
+        findings.append(Finding("reload", finite, f"{words} for {logits.sample}"))
+        if finite and logits.sample in expected:
+            apart, limit = difference(logits, expected[logits.sample]), tolerance(logits)
+            detail = f"{apart:.1e} apart for {logits.sample}, at most {limit:.0e}"
+            findings.append(Finding("logits of the run", apart <= limit, detail))
+    return findings

@@ -1,4 +1,4 @@
-"""Fold a low-rank checkpoint back to dense q/k, so that stock transformers and vLLM load it."""
+"""Folding of low-rank layers into dense ones, so that stock transformers and vLLM load them."""
 
 import shutil
 from collections import Counter
@@ -14,8 +14,8 @@ from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from loguru import logger
 from safetensors import safe_open
 
+from casp_plugin.checkpoint.bare import bare_checkpoint
 from casp_plugin.checkpoint.format import SECTION, read_config, read_section, write_config
-from casp_plugin.checkpoint.load import bare_checkpoint
 from casp_plugin.checkpoint.probe import PROBES_NAME
 from casp_plugin.model.weights import INDEX, weight_files
 from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
@@ -25,8 +25,8 @@ __all__ = ["fold"]
 
 
 class _Tensors(Mapping):
-    """Tensors of a checkpoint folder, read from its shards one at a time, by the names that the
-    loaded model has for them; those that loading merges into one (experts) by their own."""
+    """Tensors of a checkpoint folder, read from its shards one at a time, by their names in the
+    loaded model; tensors that loading merges (experts) by their names on disk."""
 
     def __init__(self, folder: Path, trust_remote_code: bool):
         shards = {}
@@ -34,10 +34,11 @@ class _Tensors(Mapping):
             shard = safe_open(path, framework="pt")
             shards |= dict.fromkeys(shard.keys(), shard)
         names = bare_checkpoint(folder, trust_remote_code).names_in_memory(shards)
-        parts = Counter(names.values())
+        sources = Counter(names.values())  # tensors on disk, by the name that they load into
         #: name in memory -> name on disk
         self.on_disk = {
-            in_memory if parts[in_memory] == 1 else name: name for name, in_memory in names.items()
+            in_memory if sources[in_memory] == 1 else name: name
+            for name, in_memory in names.items()
         }
         self._shards = shards
 
@@ -52,26 +53,26 @@ class _Tensors(Mapping):
         return len(self.on_disk)
 
     def layer_on_disk(self, layer: str) -> str:
-        """What a layer is called on disk."""
-        some = next(name for name in self if name.startswith(f"{layer}."))
-        return self.on_disk[some].removesuffix(some.removeprefix(layer))
+        """Return the name of a layer on disk."""
+        tensor = next(name for name in self if name.startswith(f"{layer}."))
+        return self.on_disk[tensor].removesuffix(tensor.removeprefix(layer))
 
 
-#: files that tell of the checkpoint with factors; the last two are of `casp report`
-_OF_THE_SOURCE = {"config.json", PLAN_NAME, PROBES_NAME, INDEX, "README.md", "report.html"}
+#: files that describe the checkpoint with factors; the last two are of `casp report`
+_NOT_COPIED = {"config.json", PLAN_NAME, PROBES_NAME, INDEX, "README.md", "report.html"}
 
 
 def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False) -> list[str]:
     """Write a copy of a checkpoint in which every factored layer is one dense weight again.
 
-    Layers that stock vLLM fuses with a factored one (v with q, k) are stored dense too: one
-    fused layer cannot mix quantized and dense parts. So are those that it fuses but that have
-    unequal schemes (granularity ``matrix``). Everything else keeps its bits.
+    Layers that stock vLLM fuses with a factored layer (v with q and k) become dense too, because
+    a fused layer cannot mix quantized and dense weights, and so do layers that vLLM fuses but that
+    have unequal schemes (granularity ``matrix``). All others keep their bits.
 
     :param source: checkpoint folder
     :param target: folder to write; must not exist
     :param trust_remote_code: whether Python code that comes with the model may run
-    :return: names of the layers that are dense now
+    :return: names of the layers that became dense
     :raises ValueError: if there is nothing to fold, or the target exists
     """
     source, target = Path(source), Path(target)
@@ -111,13 +112,13 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
     for layer in dense:
         latent = section.latent_of.get(layer, layer) if layer in section.ranks else None
         stored = tensors.layer_on_disk(layer)
-        for part, tensor in _dense_layer(layer, latent, tensors, schemes).items():
-            state[f"{stored}.{part}"] = tensor
+        for name, tensor in _dense_layer(layer, latent, tensors, schemes).items():
+            state[f"{stored}.{name}"] = tensor
 
     with whole_folder(target) as partial:
         save_torch_state_dict(state, str(partial), metadata={"format": "pt"})
         for path in source.iterdir():
-            if ".safetensors" not in path.name and path.name not in _OF_THE_SOURCE:
+            if ".safetensors" not in path.name and path.name not in _NOT_COPIED:
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, partial / path.name)
         config["quantization_config"] = schemes.without(dense)
@@ -128,17 +129,19 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
 
 
 def _copied(source: Path) -> set[str]:
-    """Tensors that no class builds, by name on disk."""
-    known = (source / PLAN_NAME).exists()
-    return {each.name for each in CompressionPlan.load(source).copied} if known else set()
+    """Return the names on disk of the tensors that the model's class does not build."""
+    if not (source / PLAN_NAME).exists():
+        return set()
+    return {tensor.name for tensor in CompressionPlan.load(source).copied}
 
 
 def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes") -> set[str]:
-    """Quantized layers that stock vLLM fuses with a factored one, or at unequal schemes."""
+    """Return the quantized layers that stock vLLM would fuse with a factored layer, or with layers
+    of another scheme."""
     packed = ".weight_packed"  # experts share one width, and have names of their own on disk
     names = (name for name in tensors if name.endswith(packed) and ".experts." not in name)
     quantized = {name.removesuffix(packed) for name in names}
-    found = set()
+    unfusable = set()
     for layer in quantized | factored.keys():
         parent, _, leaf = layer.rpartition(".")
         for group in FUSED_LAYER_NAMES:
@@ -147,20 +150,20 @@ def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes"
             members = {f"{parent}.{other}" for other in group} & quantized
             kinds = {str(schemes.scheme(member)) for member in members}
             if layer in factored or len(kinds) > 1:
-                found |= members
-    return found
+                unfusable |= members
+    return unfusable
 
 
 def _dense_layer(
     layer: str, latent: str | None, tensors: Mapping, schemes: "_Schemes"
 ) -> dict[str, torch.Tensor]:
-    """``weight`` and ``bias`` of one layer, dequantized, factors multiplied in float32.
+    """Return ``weight`` and ``bias`` of one layer, dequantized, factors multiplied in float32.
 
-    :param latent: the factored layer that holds its ``down``; None for a dense one
+    :param latent: the factored layer that holds its ``down``; None for a dense layer
     """
     if latent is not None:
-        up = schemes.weight(f"{layer}.up", tensors)
-        down = schemes.weight(f"{latent}.down", tensors)
+        up = schemes.weight(f"{layer}.up", tensors)  # (out, rank)
+        down = schemes.weight(f"{latent}.down", tensors)  # (rank, in)
         state = {"weight": (up.float() @ down.float()).to(up.dtype)}
         bias = f"{layer}.up.bias"
     else:
@@ -172,13 +175,17 @@ def _dense_layer(
 
 
 class _Schemes:
-    """The quantization config of a checkpoint, by module name."""
+    """The quantization config of a checkpoint, looked up by module name."""
 
     def __init__(self, quantization: dict):
-        self._dict = {"config_groups": {}, **quantization}  # none where nothing is quantized
+        self._dict = {"config_groups": {}, **quantization}  # no groups if nothing is quantized
         self._config = QuantizationConfig.model_validate(self._dict)
 
     def scheme(self, module: str) -> QuantizationScheme:
+        """Return the scheme of a module; targets by name come before those by class.
+
+        :raises ValueError: if there is none
+        """
         for by_class in (False, True):
             for scheme in self._config.config_groups.values():
                 for target in scheme.targets:
@@ -187,7 +194,7 @@ class _Schemes:
         raise ValueError(f"config_groups hold no scheme for {module}")
 
     def weight(self, module: str, tensors: Mapping) -> torch.Tensor:
-        """The dequantized weight of a module, or its weight as it is."""
+        """Return the weight of a module, dequantized where it is quantized, (out, in)."""
         if f"{module}.weight_packed" not in tensors:
             return tensors[f"{module}.weight"]
         scheme = self.scheme(module)
@@ -197,8 +204,8 @@ class _Schemes:
         return compressor.decompress(local, scheme)["weight"]
 
     def without(self, layers: list[str]) -> dict | None:
-        """The config with these layers unquantized and our section gone; None if empty."""
-        gone = {f"{layer}{part}" for layer in layers for part in ("", ".down", ".up")}
+        """Return the config without these layers and without our section; None if that is empty."""
+        gone = {f"{layer}{suffix}" for layer in layers for suffix in ("", ".down", ".up")}
         groups = {}
         for name, group in self._dict["config_groups"].items():
             targets = [target for target in group["targets"] if target not in gone]

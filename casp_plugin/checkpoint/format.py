@@ -1,7 +1,7 @@
-"""Checkpoints on disk: what is written beside the weights, whole or not at all.
+"""The format of our checkpoints, and their saving, whole or not at all.
 
-A checkpoint is compressed-tensors' own format. Ours is a section ``casp`` inside
-``quantization_config`` of ``config.json``, which lists the factored layers, and the plan.
+A checkpoint has compressed-tensors' own format. We add the plan, and a section ``casp`` inside
+``quantization_config`` of ``config.json``, which lists the factored layers.
 """
 
 import json
@@ -44,22 +44,23 @@ __all__ = [
 
 #: key inside ``quantization_config``
 SECTION = "casp"
-#: raised when an older version could not read the section any more; 2: shared latents
+#: increased when older versions cannot read the section; 2: shared latents
 SECTION_FORMAT = 2
-_READABLE = (1, 2)
+_READABLE_FORMATS = (1, 2)
 RECIPE_NAME = "recipe.yaml"
-_CODES = re.compile(r"\.experts\.\d+\.\w+\.weight_\w+$")
-_WEIGHTS = re.compile(r"model(-[\w-]+)?\.safetensors(\.index\.json)?")
+#: codes, scales and zero points of quantized experts
+_EXPERT_CODES = re.compile(r"\.experts\.\d+\.\w+\.weight_\w+$")
+_WEIGHT_FILE = re.compile(r"model(-[\w-]+)?\.safetensors(\.index\.json)?")
 #: files of tokenizers and processors
 _PROCESSOR = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor*")
 
 
 @dataclass(frozen=True)
 class Section:
-    """What our section says.
+    """The contents of our section.
 
     :param ranks: rank of every factored layer, by module name
-    :param latent_of: the layer whose ``down`` a layer uses, for those that have none
+    :param latent_of: owner of the ``down`` that a layer uses, for layers without one of their own
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -67,8 +68,10 @@ class Section:
 
 
 def casp_section(model: nn.Module) -> dict:
-    """The section for a model: the rank of every factored layer, and who shares a latent."""
-    factored = {m: n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    """Return the section for a model: ranks of factored layers, and owners of shared latents."""
+    factored = {
+        module: name for name, module in model.named_modules() if isinstance(module, LowRankLinear)
+    }
     return {
         "format": SECTION_FORMAT,
         "low_rank": {name: module.rank for module, name in factored.items()},
@@ -81,7 +84,7 @@ def casp_section(model: nn.Module) -> dict:
 
 
 def read_config(folder: Path | str) -> dict:
-    """``config.json`` of a checkpoint folder.
+    """Return the ``config.json`` of a checkpoint folder.
 
     :raises ValueError: if the folder holds no readable config
     """
@@ -98,7 +101,7 @@ def read_config(folder: Path | str) -> dict:
 
 
 def read_section(quantization: dict) -> Section:
-    """Our section of a checkpoint; an empty one for a checkpoint that is not ours.
+    """Return our section of a checkpoint; an empty section for a checkpoint without it.
 
     :param quantization: ``quantization_config`` of a checkpoint
     :raises ValueError: if the section is malformed or of another format
@@ -110,7 +113,7 @@ def read_section(quantization: dict) -> Section:
     ranks = section.get("low_rank") if isinstance(section, dict) else None
     if not isinstance(ranks, dict):
         raise ValueError(f"{where} is malformed: no table 'low_rank'")
-    if section.get("format") not in _READABLE:
+    if section.get("format") not in _READABLE_FORMATS:
         raise ValueError(
             f"{where}.format is {section.get('format')!r}; this version of casp-plugin reads "
             f"formats up to {SECTION_FORMAT}: upgrade casp-plugin"
@@ -132,41 +135,44 @@ def read_section(quantization: dict) -> Section:
 
 
 def write_config(folder: Path, config: dict) -> None:
+    """Write the ``config.json`` of a checkpoint folder."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_section(folder: Path, section: dict, tied: bool = True) -> None:
     """Add our section to the ``quantization_config`` that compressed-tensors wrote.
 
-    :param tied: False for an output head that is not what the config ties it to
+    :param folder: checkpoint folder
+    :param section: as ``casp_section`` returns it
+    :param tied: False if the output head differs from the embedding that the config ties it to
     """
     config = read_config(folder)
     if not tied:
         text = config.get("text_config")
         (text if isinstance(text, dict) else config)["tie_word_embeddings"] = False
         config["tie_word_embeddings"] = False
-    config.pop("transformers_weights", None)  # a file of the source
+    config.pop("transformers_weights", None)  # names a file of the source
     quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
     quantization[SECTION] = section
     write_config(folder, config)
 
 
 def copy_processor(source: Path | str, folder: Path) -> None:
-    """Put a model's own files of tokenizer and processor beside its checkpoint, byte for byte, for
-    those that llm-compressor saved: transformers writes them in another form.
+    """Replace the tokenizer and processor files of a checkpoint by the original model's, byte for
+    byte, because transformers saves them in another form.
 
     :param source: the original model, a folder or Hugging Face id
-    :param folder: the checkpoint
+    :param folder: checkpoint folder
     :raises ValueError: if the model cannot be reached
     """
-    found = source_folder(str(source))
-    if found is None:
+    original = source_folder(str(source))
+    if original is None:
         raise ValueError(f"{source} is neither a folder nor a Hugging Face id that can be reached")
     for pattern in _PROCESSOR:
         for path in folder.glob(pattern):
             if path.is_file():
                 path.unlink()
-        for path in found.glob(pattern):
+        for path in original.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
 
@@ -178,20 +184,20 @@ def save_with_plan(
     probes: list[Probe] | None = None,
     experts: bool = False,
 ) -> None:
-    """Make ``model.save_pretrained`` write our section and the plan, all that the model's own
-    checkpoint holds beside what its class builds, and nothing half-way.
+    """Wrap ``model.save_pretrained``, so that it also writes our section, the plan, and all tensors
+    and files of the original checkpoint that the model's class does not build; whole or not at all.
 
     llm-compressor rebuilds ``config.json`` from the source checkpoint on every save, so the
-    section has to be added after it. The plan is kept as ``model.casp_plan``.
+    section is added after it. The plan is kept as ``model.casp_plan``.
 
     :param model: the model whose method is wrapped
-    :param plan: the plan to store, None where there is none
-    :param recipe: text of the recipe that made a reloaded checkpoint; llm-compressor writes
-        that of a fresh one itself
-    :param probes: what that checkpoint said in the run that made it; None to ask the model when it
-        is saved
-    :param experts: whether that checkpoint has quantized experts, dense in memory: their codes are
-        copied
+    :param plan: plan to store; None without one
+    :param recipe: text of the recipe that made a reloaded checkpoint; llm-compressor itself writes
+        the recipe of a new one
+    :param probes: logits of a reloaded checkpoint in the run that made it; None to compute them
+        when the model is saved
+    :param experts: whether a reloaded checkpoint has quantized experts, which are dense in memory:
+        their codes are copied from it
     """
     model.casp_plan = plan
     save = model.save_pretrained
@@ -199,14 +205,14 @@ def save_with_plan(
     @wraps(save)  # keeps llm-compressor's mark that it has wrapped the method already
     def save_pretrained(self, save_directory, *args, **kwargs):
         with whole_folder(save_directory) as partial:
-            source, said = self.name_or_path, probes
-            if said is None:
-                said, _ = probe(self, source, runs_remote_code(self))
+            source, logits = self.name_or_path, probes
+            if logits is None:
+                logits, _ = probe(self, source, runs_remote_code(self))
             with _savable_generation_config(self, partial):
                 save(str(partial), *args, **kwargs)
             if not is_source_process():
                 return
-            write_section(partial, casp_section(self), tied=not _differs(self))
+            write_section(partial, casp_section(self), tied=not _head_differs(self))
             folder = source_folder(source)
             if folder is not None:
                 _complete(partial, folder, plan, experts)
@@ -214,7 +220,7 @@ def save_with_plan(
                 raise ValueError(
                     f"{source} is gone, which holds tensors that are copied unchanged: put it back"
                 )
-            Record(probes=said, checksums=checksums(partial)).save(partial)
+            Record(probes=logits, checksums=checksums(partial)).save(partial)
             _drop_stale_weights(Path(save_directory), partial)
             if plan is not None:
                 plan.save(partial / PLAN_NAME)
@@ -225,16 +231,16 @@ def save_with_plan(
 
 
 def _drop_stale_weights(target: Path, partial: Path) -> None:
-    """Remove weights that an older checkpoint left in a folder, which transformers would read
-    instead of the new ones or beside them."""
+    """Remove weights of an older checkpoint from a folder, which transformers would read instead of
+    the new weights or beside them."""
     for path in target.glob("model*.safetensors*"):
-        if _WEIGHTS.fullmatch(path.name) and not (partial / path.name).exists():
+        if _WEIGHT_FILE.fullmatch(path.name) and not (partial / path.name).exists():
             path.unlink()
 
 
 def unsavable_generation_config(model: PreTrainedModel) -> str | None:
-    """Tell why transformers would not save the generation settings of a model, or has not read
-    those of its source; None if all is well."""
+    """Tell why transformers would not save the generation settings of a model, or could not read
+    those of its source; None if it can do both."""
     if not model.can_generate():
         return None
     source = source_folder(model.name_or_path)
@@ -242,28 +248,28 @@ def unsavable_generation_config(model: PreTrainedModel) -> str | None:
         if source is not None and (source / "generation_config.json").exists():
             GenerationConfig.from_pretrained(source)
         model.generation_config.validate(strict=True)
-    except Exception as error:  # settings that contradict each other; no table in JSON
+    except Exception as error:  # contradictory settings, malformed JSON
         return one_line(error)
     return None
 
 
-def _differs(model: PreTrainedModel) -> bool:
-    """Whether a model's output head is another dense matrix than its embedding: transformers does
-    not tie them then, whatever the config says; vLLM would."""
+def _head_differs(model: PreTrainedModel) -> bool:
+    """Whether the output head and the embedding of a model are two different dense matrices:
+    transformers then does not tie them, whatever the config says, but vLLM would."""
     try:
         ends = model.get_input_embeddings(), model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return False
-    one, other = (getattr(end, "weight", None) for end in ends)
-    dense = one is not None and other is not None and one is not other
-    alike = dense and (one.shape, one.dtype) == (other.shape, other.dtype)
-    return alike and not torch.equal(one, other)
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    dense = embedding is not None and head is not None and embedding is not head
+    alike = dense and (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+    return alike and not torch.equal(embedding, head)
 
 
 @contextmanager
 def _savable_generation_config(model: PreTrainedModel, folder: Path) -> Iterator[None]:
-    """Generation settings that transformers saves: the model's own, or none in the folder where it
-    would refuse them; then the file of the source is copied."""
+    """Give a model default generation settings for a while where transformers would refuse to save
+    its own, and leave their file out: the source's is copied later."""
     if unsavable_generation_config(model) is None:
         yield
         return
@@ -276,13 +282,13 @@ def _savable_generation_config(model: PreTrainedModel, folder: Path) -> Iterator
 
 
 def _complete(folder: Path, source: Path, plan: CompressionPlan | None, experts: bool) -> None:
-    """Put beside a checkpoint what its source holds and `save_pretrained` leaves out."""
+    """Copy the tensors and files of the source that ``save_pretrained`` leaves out."""
     copy_files(source, folder)
-    copied = [each.name for each in plan.copied] if plan is not None else []
-    codes = [n for n in read_headers(source) if _CODES.search(n)] if experts else []
+    copied = [tensor.name for tensor in plan.copied] if plan is not None else []
+    codes = [name for name in read_headers(source) if _EXPERT_CODES.search(name)] if experts else []
     copy_tensors(source, copied + codes, folder)
     layers = [name.removesuffix(".weight") for name in copied if name.endswith(".weight")]
-    if layers:  # for runtimes that build them
+    if layers:  # runtimes that build them must load them dense
         config = read_config(folder)
         quantization = config["quantization_config"]
         ignored = quantization.get("ignore") or []

@@ -1,16 +1,14 @@
-"""transformers loads our checkpoints: ``import casp_plugin`` is all it takes.
+"""Loading of our checkpoints by transformers, once ``casp_plugin`` is imported.
 
-The compressed-tensors quantizer and config of transformers are replaced by subclasses that
-know the ``casp`` section, and transforms, which transformers 5.17 leaves out without a word. For
-checkpoints without either they do nothing else.
+Subclasses replace the compressed-tensors quantizer and config of transformers. They read the
+``casp`` section, and transforms, which transformers 5.17 drops silently; other checkpoints load as
+they do without them.
 """
 
-import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import get_direct_state_dict
 from packaging.version import Version
 from transformers import CompressedTensorsConfig as _CompressedTensorsConfig
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -40,38 +38,25 @@ from casp_plugin.checkpoint.format import (
 )
 from casp_plugin.checkpoint.probe import PROBES_NAME, Record
 from casp_plugin.model.expert_weights import STACKED, read_each_expert, reads_each_expert
-from casp_plugin.model.load import (
-    bare_model,
-    names_in_memory,
-    parted_in_memory,
-    read_model_config,
-)
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.transforms import check_transforms, stored_transforms
 from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
 
-__all__ = [
-    "BareCheckpoint",
-    "CaspHfQuantizer",
-    "CompressedTensorsConfig",
-    "bare_checkpoint",
-    "bare_from_config",
-    "register",
-]
+__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "drop_stand_ins", "register"]
 
-_METHOD = "compressed-tensors"
-#: the first version that packs all widths as a dense bit stream
-_PACKING = Version("0.19")
+_QUANT_METHOD = "compressed-tensors"
+#: the first version of compressed-tensors that packs all widths as a dense bit stream
+_DENSE_PACKING = Version("0.19")
 
 
 class CompressedTensorsConfig(_CompressedTensorsConfig):
-    """transformers' config plus our section, which survives ``to_dict``.
+    """transformers' config plus our section and transforms, which survive ``to_dict``.
 
     It bears the name of its base because transformers compares names where a user passes a
-    config of their own to ``from_pretrained``.
+    config to ``from_pretrained``.
 
-    :param casp: the section, None for checkpoints that are not ours
-    :param transform_config: rotations of inputs, which transformers itself leaves out
+    :param casp: our section; None for checkpoints of others
+    :param transform_config: rotations of inputs, which transformers itself drops
     """
 
     def __init__(
@@ -88,6 +73,7 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
             self.transform_config = TransformConfig.model_validate(transform_config)
 
     def to_dict(self) -> dict:
+        """Return the config as it is saved."""
         transforms, self.transform_config = self.transform_config, None
         config = super().to_dict()
         self.transform_config = transforms
@@ -95,13 +81,14 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
             config["transform_config"] = transforms.model_dump(mode="json")
         if self.casp is not None:
             config[SECTION] = self.casp
-            if self.is_quantized:  # what is saved is compressed, also after a forward pass
+            if self.is_quantized:  # weights are saved compressed, also after a forward pass
                 config["quantization_status"] = QuantizationStatus.COMPRESSED.value
         return config
 
 
 class CaspHfQuantizer(CompressedTensorsHfQuantizer):
-    """Puts the factored layers in place before the weights load."""
+    """transformers' quantizer, which also puts factored layers in place before weights load, and
+    rotations of inputs and the saving of our files after."""
 
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
@@ -112,19 +99,23 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
             check_transforms(self.transforms)
 
     def validate_environment(self, *args, **kwargs):
+        """Check that the installed compressed-tensors reads our packing.
+
+        :raises ImportError: if it does not
+        """
         super().validate_environment(*args, **kwargs)
         installed = version("compressed-tensors")
-        if self.section is not None and Version(installed) < _PACKING:
+        if self.section is not None and Version(installed) < _DENSE_PACKING:
             raise ImportError(
-                f"transformers needs compressed-tensors>={_PACKING} to read this checkpoint, "
+                f"transformers needs compressed-tensors>={_DENSE_PACKING} to read this checkpoint, "
                 f"found {installed}: pip install 'casp-plugin[compress]' in an environment of its "
                 "own (vLLM reads it as it is)"
             )
 
     def update_weight_conversions(self, weight_conversions: list) -> list:
-        """transformers takes all experts for quantized, under one scheme; ours have one each, and
-        dense ones load as they always do."""
-        if self.compressor.quantization_config is None:  # nothing is
+        """Return the conversions for experts that each have a scheme of their own; transformers
+        itself takes all experts for quantized under one scheme. Dense experts load as always."""
+        if self.compressor.quantization_config is None:  # nothing is quantized
             return weight_conversions
         updated = super().update_weight_conversions(weight_conversions)
         if self.section is None and not self._names_all_layers:
@@ -135,7 +126,7 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.section is not None:
             install_factored_layers(model, read_section({SECTION: self.section}))
-        # made again from the config below
+        # rotations are made from the config once the weights are loaded
         ignored = {re.escape(name) for name in stored_transforms(self.transforms, model)}
         known = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
@@ -144,26 +135,29 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
                 super()._process_model_before_weight_loading(model, **kwargs)
         _stand_in_for_weights(model)
         tied, coded = getattr(model, "all_tied_weights_keys", {}), _coded(model)
-        model.all_tied_weights_keys = {  # each has codes of its own
-            one: other for one, other in tied.items() if not {one, other} & coded
+        # quantized weights have codes of their own and are not tied
+        model.all_tied_weights_keys = {
+            name: source for name, source in tied.items() if not {name, source} & coded
         }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
-        _drop_stand_ins(model)
-        # nothing turns dense experts into codes again: they are saved as they are on disk
+        drop_stand_ins(model)
+        # experts that load dense are saved from their codes on disk, not converted back
         known = getattr(model, "_weight_conversions", None)
         if known is not None:
-            model._weight_conversions = [each for each in known if not reads_each_expert(each)]
+            model._weight_conversions = [
+                conversion for conversion in known if not reads_each_expert(conversion)
+            ]
         super()._process_model_after_weight_loading(model, **kwargs)
         rotate_inputs(model, self.transforms)
         if self.section is not None:
-            plan, recipe = _beside(model, PLAN_NAME), _beside(model, RECIPE_NAME)
-            said = _beside(model, PROBES_NAME)
+            plan, recipe = _checkpoint_file(model, PLAN_NAME), _checkpoint_file(model, RECIPE_NAME)
+            record = _checkpoint_file(model, PROBES_NAME)
             save_with_plan(
                 model,
                 plan and CompressionPlan.load(plan),
                 recipe and recipe.read_text(),
-                Record.load(said).probes if said else [],
+                Record.load(record).probes if record else [],
                 bool(self._quantized_experts(model)),
             )
 
@@ -175,24 +169,24 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
 
     @property
     def _names_all_layers(self) -> bool:
-        """Whether the config names the layers one by one, as ours and folded ones do."""
-        return all("." in each and not each.startswith("re:") for each in self._targets)
+        """Whether the config names layers one by one, as our and folded checkpoints do."""
+        return all("." in name and not name.startswith("re:") for name in self._targets)
 
     @property
     def _expert_targets(self) -> set[str]:
-        """Layers of experts that the config names, one by one."""
-        return {each for each in self._targets if re.search(r"^(?!re:).*\.experts\.\d+\.", each)}
+        """Layers of experts that the config names one by one."""
+        return {name for name in self._targets if re.search(r"^(?!re:).*\.experts\.\d+\.", name)}
 
     @contextmanager
     def _without_experts(self, model: PreTrainedModel) -> Iterator[None]:
-        """The config without targets that are stacked weights in memory, of each of which
-        compressed-tensors would say that it finds no layer."""
+        """Take the experts out of the config for a while: in memory they are stacked weights, and
+        compressed-tensors would warn of every one that it finds no such layer."""
         config = self.compressor.quantization_config
         known = {name for name, _ in model.named_modules()}
         groups = {}
         for name, group in config.config_groups.items():
             gone = self._expert_targets - known
-            kept = [each for each in group.targets if each not in gone]
+            kept = [target for target in group.targets if target not in gone]
             if len(kept) == len(group.targets):
                 groups[name] = group
             elif kept:
@@ -204,16 +198,16 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
             self.compressor.quantization_config = config
 
     def _quantized_experts(self, model: PreTrainedModel) -> set[str]:
-        """Stacked weights, dense in memory, of experts that are quantized on disk."""
-        known, found = model.state_dict(), set()
+        """Return the stacked weights, dense in memory, of experts that are quantized on disk."""
+        known, stacked = model.state_dict(), set()
         for target in self._expert_targets:
             experts, _, layer = target.rpartition(".experts.")
             leaf = layer.partition(".")[2]
-            found |= {f"{experts}.experts.{name}" for name in STACKED if leaf in STACKED[name]}
-        return found & known.keys()
+            stacked |= {f"{experts}.experts.{name}" for name in STACKED if leaf in STACKED[name]}
+        return stacked & known.keys()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
-        """The compressed state, also where a forward pass has decompressed the weights."""
+        """Return the compressed state, also where a forward pass has decompressed the weights."""
         if self.section is None:
             return super().get_state_dict_and_metadata(model)
         state = model.state_dict()
@@ -234,68 +228,11 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
         return state, {}
 
 
-@dataclass(frozen=True)
-class BareCheckpoint:
-    """The model of a checkpoint without its weights, as loading builds it.
-
-    :param model: on the meta device
-    :param quantizer: that would load it
-    """
-
-    model: PreTrainedModel
-    quantizer: CaspHfQuantizer
-
-    @property
-    def transforms(self) -> TransformConfig | None:
-        """Rotations of inputs."""
-        return self.quantizer.transforms
-
-    def names_in_memory(self, names: Iterable[str]) -> dict[str, str]:
-        """Return what tensors are called once they are loaded, by their name on disk; all that
-        merges into the stacked weights of experts has one name."""
-        return names_in_memory(names, self.model, self.quantizer)
-
-    def parted_in_memory(self, names: Iterable[str]) -> set[str]:
-        """Return the tensors of the model that loading cuts out of larger ones (q, k and v of one
-        matrix).
-
-        :param names: of tensors on disk
-        """
-        return parted_in_memory(names, self.model, self.quantizer)
-
-
-def bare_checkpoint(folder: Path | str, trust_remote_code: bool = False) -> BareCheckpoint:
-    """Return the model of a checkpoint folder without its weights.
-
-    :param trust_remote_code: whether Python code that comes with the model may run
-    :raises ValueError: if our section names layers that the model has not, or the class that
-        ``architectures`` names is neither a causal language nor an image-text model
-    """
-    return bare_from_config(read_model_config(folder, trust_remote_code), trust_remote_code)
-
-
-def bare_from_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> BareCheckpoint:
-    """Return the model that a config with a ``quantization_config`` promises, without weights; the
-    config is used up.
-
-    :raises ValueError: as ``bare_checkpoint``
-    """
-    quantization = CompressedTensorsConfig.from_dict(config.quantization_config)
-    del config.quantization_config
-    model = bare_model(config, trust_remote_code)
-    quantizer = CaspHfQuantizer(quantization, pre_quantized=True)
-    quantizer.validate_environment()
-    with redirect_stderr(io.StringIO()):  # progress bars of what takes no time
-        quantizer.preprocess_model(model)
-    _drop_stand_ins(model)
-    return BareCheckpoint(model, quantizer)
-
-
 def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
-    """Replace linears by empty factored ones.
+    """Replace linear layers by empty factored ones.
 
     :param model: the dense model, usually on the meta device
-    :param section: which layers are factored
+    :param section: ranks of the factored layers
     :raises ValueError: if a layer is missing or too small for its rank
     """
     where = f"quantization_config.{SECTION}.low_rank"
@@ -303,7 +240,7 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
     for name in section.ranks:
         if name not in linears:
             raise ValueError(f"{where}: no linear layer {name!r}")
-    rows = Counter()  # of all that share a latent
+    rows = Counter()  # of all layers that share a latent, by its owner
     for name in section.ranks:
         rows[section.latent_of.get(name, name)] += linears[name].out_features
     # owners of a latent come before the layers that share it
@@ -317,9 +254,8 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
 
 
 def _stand_in_for_weights(model: torch.nn.Module) -> None:
-    """Let ``_init_weights`` of a family meet the ``weight`` and ``bias`` that it asks of its
-    layers, which compressed and factored ones lack: some that count as loaded, outside the state.
-    """
+    """Give compressed and factored layers the ``weight`` and ``bias`` that a model's
+    ``_init_weights`` asks for: empty tensors that count as loaded, outside of the state dict."""
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             vars(module)["bias"] = module.up.bias
@@ -336,12 +272,13 @@ def _stand_in_for_weights(model: torch.nn.Module) -> None:
 
 
 def _coded(model: torch.nn.Module) -> set[str]:
-    """Names of the weights that a compressed model has codes for."""
+    """Return the names of the weights that a compressed model has codes for."""
     modules = model.named_modules()
     return {f"{name}.weight" for name, module in modules if "weight" in vars(module)}
 
 
-def _drop_stand_ins(model: torch.nn.Module) -> None:
+def drop_stand_ins(model: torch.nn.Module) -> None:
+    """Remove the empty weights and biases that stood in while a compressed model was built."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding | LowRankLinear):
             vars(module).pop("weight", None)
@@ -350,24 +287,25 @@ def _drop_stand_ins(model: torch.nn.Module) -> None:
 
 
 def rotate_inputs(model: torch.nn.Module, transforms: TransformConfig | None) -> None:
-    """Put in place the transforms of a checkpoint that run each time; its weights are rotated."""
+    """Put in place the rotations of inputs; those of weights are in the stored weights."""
     if transforms is None:
         return
     online = transforms.model_copy(deep=True)
     for scheme in online.config_groups.values():
         scheme.apply = [args for args in scheme.apply if args.is_online()]
     apply_transform_config(model, online)
-    setattr(model, TRANSFORM_CONFIG_NAME, transforms)  # what is saved again
+    setattr(model, TRANSFORM_CONFIG_NAME, transforms)  # for saving
 
 
 def register() -> None:
-    """Let transformers' Auto classes use the classes above for compressed-tensors."""
-    AUTO_QUANTIZER_MAPPING[_METHOD] = CaspHfQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = CompressedTensorsConfig
+    """Make transformers' Auto classes use this quantizer and config for compressed-tensors."""
+    AUTO_QUANTIZER_MAPPING[_QUANT_METHOD] = CaspHfQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_QUANT_METHOD] = CompressedTensorsConfig
 
 
-def _beside(model: PreTrainedModel, name: str) -> Path | None:
-    """A file stored beside the checkpoint that a model came from, local or on the hub."""
+def _checkpoint_file(model: PreTrainedModel, name: str) -> Path | None:
+    """Return a file of the checkpoint that a model came from, local or on the hub; None if the
+    checkpoint has none of this name."""
     path = cached_file(
         model.name_or_path,
         name,

@@ -1,4 +1,4 @@
-"""What a compressed model says about a fixed sample: a reload is held against the run by it."""
+"""Logits of a compressed model on fixed samples: a reloaded checkpoint is compared with them."""
 
 from pathlib import Path
 
@@ -14,19 +14,19 @@ from casp_plugin.system.messages import one_line
 __all__ = ["PROBES_NAME", "Probe", "Record", "difference", "probe", "tolerance"]
 
 PROBES_NAME = "casp_probes.json"
-#: tokens of a sample of text, and entries of the vocabulary that are kept
+#: tokens of a text sample, and entries of the vocabulary whose logits are kept
 TOKENS, ENTRIES = 16, 32
-#: what logits may differ by, relative to their spread: of devices and kernels, not of weights
+#: differences of logits, relative to their spread, that devices and kernels explain
 _TOLERANCES = {"float32": 1e-4}
 _TOLERANCE = 2e-2
 
 
 class Probe(BaseModel):
-    """What the compressed model said in the run that made it, which a reload must say again.
+    """Logits of a compressed model on one sample, which a reloaded checkpoint must give again.
 
-    :param sample: what it was shown
-    :param dtype: of the model
-    :param logits: some of them, (tokens, entries of the vocabulary)
+    :param sample: name of the sample
+    :param dtype: dtype of the model
+    :param logits: a part of the logits, (tokens, entries of the vocabulary)
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,9 +37,9 @@ class Probe(BaseModel):
 
 
 class Record(BaseModel):
-    """What a checkpoint is held against.
+    """Data that a checkpoint is checked against.
 
-    :param probes: what the compressed model said
+    :param probes: logits of the compressed model in the run that made it
     :param checksums: CRC-32 of the data of each tensor, by its name on disk
     """
 
@@ -49,14 +49,14 @@ class Record(BaseModel):
     checksums: dict[str, int] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write it beside a checkpoint."""
+        """Write the record into a checkpoint folder."""
         (folder / PROBES_NAME).write_text(self.model_dump_json() + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        """Return the record of a checkpoint; an empty one where it has none.
+        """Return the record of a checkpoint; an empty record where it has none.
 
-        :param path: folder or file
+        :param path: checkpoint folder, or the record's file
         :raises pydantic.ValidationError: if it is malformed
         """
         path = path / PROBES_NAME if path.is_dir() else path
@@ -66,69 +66,71 @@ class Record(BaseModel):
 def _samples(
     model: PreTrainedModel, folder: Path | str, trust_remote_code: bool
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """What a model can be shown: tokens, and a grey image where it takes images. Arguments of the
-    model by what they are."""
+    """Return the model's arguments for every sample, by the sample's name: tokens, and a grey image
+    where the model takes images."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 1 + TOKENS)[None] % vocabulary
-    found = {"text": {"input_ids": ids.to(model.device)}}
+    samples = {"text": {"input_ids": ids.to(model.device)}}
     if not is_multimodal(model.config):
-        return found
+        return samples
     try:
         from casp_plugin.data.conversation_batches import (
-            image_prefix,  # takes what only calibration needs
+            image_prefix,  # imports packages that only calibration needs
         )
 
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         image = numpy.full((224, 224, 3), 128, dtype=numpy.uint8)
         text = [f"{image_prefix(processor)} a"]
-        made = processor(text=text, images=[[image]], return_tensors="pt")
-        return found | {"an image": dict(made.to(model.device))}
-    except Exception as error:  # packages of its own, files that are not there
+        inputs = processor(text=text, images=[[image]], return_tensors="pt")
+        return samples | {"an image": dict(inputs.to(model.device))}
+    except Exception as error:  # packages of the processor's own, missing files
         why = f"{type(error).__name__}: {one_line(error)[:80]}"
         logger.warning(f"{folder} is not shown an image: {why}")
-        return found
+        return samples
 
 
 @torch.no_grad()
 def probe(
     model: PreTrainedModel, folder: Path | str, trust_remote_code: bool = False
 ) -> tuple[list[Probe], dict[str, str]]:
-    """Return what a model says about every sample that it can be shown, and the errors of others.
+    """Return the model's logits on every sample it takes, and errors by the names of the others.
 
-    :param folder: with the files of its processor
+    :param model: any model with logits; its mode and config are restored
+    :param folder: folder with the files of the model's processor
     :param trust_remote_code: whether Python code that comes with the model may run
     """
-    found, errors, training = [], {}, model.training
+    probes, errors, training = [], {}, model.training
     config = model.config.get_text_config()
     had_cache, cached = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
     model.eval()
-    config.use_cache = False  # what is said does not hang on it, and some caches need more
+    config.use_cache = False  # logits do not depend on it, and some caches take more arguments
     for name, arguments in _samples(model, folder, trust_remote_code).items():
         try:
             logits = model(**arguments).logits.flatten(0, -2)  # (tokens, vocabulary)
-        except Exception as error:  # a class that takes more than that
+        except Exception as error:  # a class that takes more arguments
             errors[name] = f"{type(error).__name__}: {one_line(error)}"
             continue
         columns = torch.linspace(0, logits.shape[1] - 1, ENTRIES).long()
-        kept = logits[-TOKENS:, columns.to(logits.device)].float()
+        kept = logits[-TOKENS:, columns.to(logits.device)].float()  # (TOKENS, ENTRIES)
         dtype = str(model.dtype).removeprefix("torch.")
-        found.append(Probe(sample=name, dtype=dtype, logits=kept.tolist()))
+        probes.append(Probe(sample=name, dtype=dtype, logits=kept.tolist()))
     model.train(training)
     if had_cache:
         config.use_cache = cached
     else:
         del config.use_cache
-    return found, errors
+    return probes, errors
 
 
-def difference(found: Probe, expected: Probe) -> float:
-    """Return by how much two probes differ: the root mean square of the differences over the
-    standard deviation of the expected logits; NaN and infinite ones are infinitely far."""
-    ours, theirs = (torch.tensor(each.logits, dtype=torch.float64) for each in (found, expected))
-    if ours.shape != theirs.shape or not torch.isfinite(ours).all():
+def difference(measured: Probe, expected: Probe) -> float:
+    """Return the root mean square difference of two probes over the standard deviation of the
+    expected logits; infinity where logits are NaN, infinite or of another shape."""
+    logits = torch.tensor(measured.logits, dtype=torch.float64)  # (tokens, entries)
+    wanted = torch.tensor(expected.logits, dtype=torch.float64)
+    if logits.shape != wanted.shape or not torch.isfinite(logits).all():
         return float("inf")
-    spread = (theirs - theirs.mean(1, keepdim=True)).square().mean().sqrt()
-    return ((ours - theirs).square().mean().sqrt() / spread.clamp_min(1e-12)).item()
+    spread = (wanted - wanted.mean(1, keepdim=True)).square().mean().sqrt()
+    return ((logits - wanted).square().mean().sqrt() / spread.clamp_min(1e-12)).item()
 
 
 def tolerance(probe: Probe) -> float:

@@ -1,18 +1,18 @@
-"""What the bytes of a checkpoint are spent on, read from the headers of its files."""
+"""Bytes of a checkpoint by component and kind of tensor, read from the headers of its files."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from casp_plugin.checkpoint.load import bare_checkpoint
+from casp_plugin.checkpoint.bare import bare_checkpoint
 from casp_plugin.model.components import component_of
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.weights import read_headers, tensor_bytes
 
-__all__ = ["KINDS", "size_breakdown"]
+__all__ = ["TENSOR_KINDS", "size_breakdown"]
 
-#: what tensors hold, in the order that people read
-KINDS = (
+#: kinds of tensors, in the order of reports
+TENSOR_KINDS = (
     "codes",
     "codes of factors",
     "scales",
@@ -34,12 +34,12 @@ def size_breakdown(
     patterns: Mapping[str, Iterable[str]] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """Bytes of a checkpoint's tensors by component of the model, then by kind.
+    """Return the bytes of a checkpoint's tensors by component of the model, then by kind.
 
     :param folder: checkpoint folder
     :param patterns: ``component_patterns`` of the recipe
     :param trust_remote_code: whether Python code that comes with the model may run
-    :return: kinds are those of ``KINDS``, in that order; what takes nothing is left out
+    :return: kinds are those of ``TENSOR_KINDS``, in that order; kinds without bytes are left out
     :raises ValueError: if the folder holds no safetensors file
     """
     headers = read_headers(folder)
@@ -49,7 +49,7 @@ def size_breakdown(
     special = {model.get_output_embeddings(): "output head"}
     special |= {model.get_input_embeddings(): "embedding", None: None}
     names = bare.names_in_memory(headers)
-    found: dict[str, Counter] = {}
+    sizes: dict[str, Counter] = {}
     for name, header in headers.items():
         module = names[name].rpartition(".")[0]
         kind = _quantized(name, header[1]) or special.get(modules.get(module))
@@ -57,16 +57,19 @@ def size_breakdown(
             kind = "codes of factors"
         elif kind is None:
             kind = "other matrices" if len(header[0]) > 1 else "norms, biases, shapes"
-        found.setdefault(component_of(module, patterns), Counter())[kind] += tensor_bytes(header)
+        sizes.setdefault(component_of(module, patterns), Counter())[kind] += tensor_bytes(header)
     return {
-        component: {kind: counts[kind] for kind in KINDS if counts[kind]}
-        for component, counts in found.items()
+        component: {kind: counts[kind] for kind in TENSOR_KINDS if counts[kind]}
+        for component, counts in sizes.items()
     }
 
 
 def _quantized(name: str, dtype: str) -> str | None:
-    """What a tensor of a quantized layer holds, by its name on disk; None if it is of no such."""
+    """Return the kind of a tensor of a quantized layer; None for tensors of other layers.
+
+    :param name: name on disk
+    """
     tensor = name.rpartition(".")[2]
-    if tensor == "weight" and dtype.startswith(("I8", "F8")):  # stored as they are
+    if tensor == "weight" and dtype.startswith(("I8", "F8")):  # codes that are not packed
         return "codes"
     return _QUANTIZED.get(tensor)

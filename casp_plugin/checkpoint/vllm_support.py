@@ -1,4 +1,4 @@
-"""What is known of vLLM's models: which were run, and which cannot run our checkpoints."""
+"""vLLM's models: those that are tested with our checkpoints, and those that cannot run them."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ __all__ = [
     "targets_of",
 ]
 
-#: architectures that tests/test_serving.py serves: log-probabilities equal to transformers'
+#: architectures that tests/runtime/test_serving.py serves with transformers' log-probabilities
 TESTED = frozenset(
     {
         "Blip2ForConditionalGeneration",
@@ -53,8 +53,8 @@ _UNSERVED = dict.fromkeys(
     _REORDERS,
 )
 
-#: models whose experts have other names on disk and in vLLM than in transformers, after which
-#: compressed-tensors names its targets
+#: models whose experts have other names on disk and in vLLM than in transformers, whose names
+#: are the targets of compressed-tensors
 _RENAMED_EXPERTS = frozenset({"MixtralForCausalLM", "MiniMaxForCausalLM", "PhiMoEForCausalLM"})
 
 #: models whose connector vLLM builds without asking how it is quantized
@@ -82,22 +82,24 @@ def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
 
 
 def reordered(architectures: Iterable[str], quantization: dict) -> str | None:
-    """Tell which rows vLLM would reorder that lie apart; None for none. As ``refusal``."""
-    what = []
+    """Tell what of a checkpoint vLLM would reorder wrongly, because the rows of a weight are not
+    all in one tensor; None for nothing. Parameters are those of ``refusal``."""
+    features = []
     if read_section(quantization).ranks:
-        what.append("low-rank layers")
+        features.append("low-rank layers")
     groups = (quantization.get("config_groups") or {}).values()
     if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):
-        what.append("zero points")
+        features.append("zero points")
     for name in architectures:
-        if what and name in _UNSERVED:
-            return f"{name} cannot be served with {' or '.join(what)}: {_UNSERVED[name]}"
+        if features and name in _UNSERVED:
+            return f"{name} cannot be served with {' or '.join(features)}: {_UNSERVED[name]}"
     return None
 
 
 def quantized_connector(architectures: Iterable[str], targets: Iterable[str]) -> str | None:
-    """Tell that vLLM keeps the connector of a model as it was; None if it does not.
+    """Tell that vLLM keeps the connector dense although it is quantized; None if it does not.
 
+    :param architectures: ``architectures`` of its ``config.json``
     :param targets: names of quantized layers
     """
     for name in architectures:
@@ -110,8 +112,9 @@ def quantized_connector(architectures: Iterable[str], targets: Iterable[str]) ->
 
 
 def quantized_experts(architectures: Iterable[str], targets: Iterable[str]) -> str | None:
-    """Tell that vLLM would not find experts that transformers reads; None if it would.
+    """Tell that vLLM would not find the quantized experts; None if it would.
 
+    :param architectures: ``architectures`` of its ``config.json``
     :param targets: names of quantized layers
     """
     for name in architectures:

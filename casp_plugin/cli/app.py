@@ -1,17 +1,24 @@
 """The ``casp`` command as a whole."""
 
+import inspect
 import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+import casp_plugin
+from casp_plugin.cli.options import CACHE, with_groups
+from casp_plugin.cli.progress import quiet
 from casp_plugin.system.messages import one_line
 
 app = typer.Typer(
@@ -20,6 +27,43 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+_VERBOSE = inspect.Parameter(
+    "verbose",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Show all progress bars and INFO lines, of dependencies too, not one line.",
+        ),
+    ],
+)
+
+
+def command(name: str | None = None, **settings) -> Callable:
+    """Make a function a command of ``casp``, with ``--verbose`` beside its own options.
+
+    :param name: the function's own unless told
+    :param settings: as typer's ``command`` takes them
+    """
+
+    def decorate(function: Callable) -> Callable:
+        grouped = with_groups(function)
+        signature = inspect.signature(grouped)
+
+        @wraps(grouped)
+        def run(*, verbose: bool, **values) -> None:
+            with nullcontext() if verbose else quiet():
+                casp_plugin.register()  # not before: --help does without all that it imports
+                grouped(**values)
+
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _VERBOSE])
+        app.command(name, **settings)(run)
+        return function
+
+    return decorate
 
 
 def main() -> None:
@@ -42,12 +86,10 @@ def _fail(message: str) -> NoReturn:
 
 
 def _keep_traceback() -> str:
-    """Write that of the exception being handled to a file.
+    """Write the traceback of the exception being handled to a file.
 
     :return: the file, in the folder of measurements or that of temporary files
     """
-    from casp_plugin.cli.options import CACHE
-
     name = f"traceback-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
     for folder in (Path(os.environ.get("CASP_CACHE", CACHE)), Path(tempfile.gettempdir())):
         try:

@@ -1,98 +1,121 @@
-"""Data that a command line names: what to calibrate on, what to score on."""
+"""Groups of options that name data: what to calibrate on, what to score on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-from casp_plugin.cli.options import console
-from casp_plugin.system.messages import one_line
+import typer
 
-__all__ = ["DataSource", "calibration_batches", "load_processor", "within_positions"]
+from casp_plugin.cli.options import Seed, console
+
+__all__ = [
+    "DATASET",
+    "CalibrationOptions",
+    "DataOptions",
+    "HeldoutOptions",
+    "TaskColumn",
+    "tell_text_alone",
+    "within_positions",
+]
+
+DATASET = typer.Option(
+    help="Calibration text: .jsonl, .parquet, .csv or .txt file, a datasets folder, a hub id, or "
+    "'bundled' for the text that ships with casp-plugin.",
+)
+TaskColumn = Annotated[str | None, typer.Option(help="Column that tells kinds of questions apart.")]
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """A dataset and the columns that hold text, or images, questions and answers."""
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A dataset and its columns."""
 
-    dataset: str
-    split: str
-    config_name: str | None
-    text: str
-    image: str
-    video: str | None
-    question: str
-    answer: str
+    dataset: Annotated[str, DATASET]
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text"
+    image_column: Annotated[
+        str, typer.Option(help="Column that holds images, for models that see.")
+    ] = "image"
+    video_column: Annotated[
+        str | None, typer.Option(help="Column that holds a video's frames, instead of images.")
+    ] = None
+    question_column: Annotated[
+        str, typer.Option(help="Column that holds the questions about them.")
+    ] = "question"
+    answer_column: Annotated[str, typer.Option(help="Column that holds the answers.")] = "answer"
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train"
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = (
+        None
+    )
 
-    def shows_images(self, config) -> bool:
-        """Whether the model sees and the dataset has questions about images for it.
+    def source(self):
+        """Return the ``DataSource`` that they name."""
+        from casp_plugin.data.data_source import DataSource
+
+        return DataSource(
+            self.dataset,
+            self.split,
+            self.dataset_config,
+            text=self.text_column,
+            image=self.image_column,
+            video=self.video_column,
+            question=self.question_column,
+            answer=self.answer_column,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(DataOptions):
+    """What a model is calibrated on."""
+
+    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 512
+    max_length: Annotated[int, typer.Option(help="Tokens a sample at most.", min=2)] = 2048
+    seed: Seed = 0
+
+    def batches(self, config, processor, batch_size: int = 1):
+        """Return calibration batches; say so where the model sees and the data has text alone.
 
         :param config: of the model
+        :param processor: its processor or tokenizer
         """
-        from casp_plugin.data.chats import CHAT_COLUMNS
-        from casp_plugin.data.sources import read_source
-        from casp_plugin.model.load import is_multimodal
+        from casp_plugin.data.data_source import calibration_batches
 
-        if not is_multimodal(config):
-            return False
-        found = read_source(self.dataset, self.split, self.config_name).column_names
-        shown = self.video or self.image
-        if shown in found or not {self.text, *CHAT_COLUMNS} & set(found):
-            return True
-        console.print(f"{self.dataset} has no column {shown!r}: text alone")
-        return False
+        source, max_length = self.source(), within_positions(config, self.max_length)
+        tell_text_alone(source, config)
+        amount = (self.samples, max_length, self.seed, batch_size)
+        return calibration_batches(config, processor, source, *amount)
 
-    def read(self, config, processor, samples: int, seed: int, **more):
-        """Questions about images where the model sees and the dataset has any, else texts.
 
-        :param more: of ``conversations``
+@dataclass(frozen=True, kw_only=True)
+class HeldoutOptions:
+    """What models that a command makes are scored on, in the columns of the calibration data."""
+
+    heldout: Annotated[str, typer.Option(help="What to score on, in the same columns.")] = (
+        "bundled-heldout"
+    )
+    heldout_split: Annotated[str, typer.Option(help="Split of it.")] = "test"
+    heldout_samples: Annotated[int, typer.Option(help="Texts or questions at most.", min=1)] = 512
+
+    def source(self, calibration: DataOptions):
+        """Return the ``DataSource`` that they name.
+
+        :param calibration: whose columns it has
         """
-        if self.shows_images(config):
-            return self.conversations(samples, seed, **more)
-        return self.texts(getattr(processor, "tokenizer", processor), samples, seed)
-
-    def conversations(self, samples: int, seed: int, **more):
-        """Questions about images, shuffled."""
-        from casp_plugin.data.conversations import load_conversations
-
-        return load_conversations(
-            self.dataset,
-            samples,
-            image_column=self.image,
-            video_column=self.video,
-            question_column=self.question,
-            answer_column=self.answer,
-            split=self.split,
-            config_name=self.config_name,
-            seed=seed,
-            **more,
-        )
-
-    def texts(self, tokenizer, samples: int, seed: int):
-        """Texts, shuffled."""
-        from casp_plugin.data.sources import load_text
-
-        return load_text(
-            self.dataset, tokenizer, samples, self.text, self.split, self.config_name, seed
-        )
+        return replace(calibration.source(), dataset=self.heldout, split=self.heldout_split)
 
 
-def load_processor(model: str, trust_remote_code: bool = False):
-    """Tokenizer of a language model, processor of one that takes images too."""
-    from transformers import AutoProcessor, AutoTokenizer
+def tell_text_alone(source, config) -> None:
+    """Say so where a model takes images but a dataset has none for it.
 
-    from casp_plugin.model.load import is_multimodal, read_model_config
+    :param source: a ``DataSource``
+    :param config: of the model
+    """
+    from casp_plugin.model.load import is_multimodal
 
-    sees = is_multimodal(read_model_config(model, trust_remote_code))
-    kind = AutoProcessor if sees else AutoTokenizer
-    try:
-        return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # whatever its files hold
-        what = "processor" if sees else "tokenizer"
-        raise ValueError(f"the {what} of {model} cannot be loaded: {one_line(error)}") from error
+    if is_multimodal(config) and not source.shows_images(config):
+        column = source.video or source.image
+        console.print(f"{source.dataset} has no column {column!r}: text alone")
 
 
 def within_positions(config, max_length: int) -> int:
-    """A ``--max-length`` that the model has positions for; says so where it is another.
+    """Return a ``--max-length`` that the model has positions for; say so where it is another.
 
     :param config: of the model
     """
@@ -107,23 +130,3 @@ def within_positions(config, max_length: int) -> int:
         soft_wrap=True,
     )
     return most
-
-
-def calibration_batches(config, processor, source, samples, max_length, seed, batch_size=1):
-    """Batches of questions about images where the model sees and the data has any, else of text.
-
-    :param config: of the model
-    :param source: a ``DataSource``
-    :param max_length: tokens at most; no more than the model has positions for
-    """
-    from casp_plugin.data.conversation_batches import conversation_loader
-    from casp_plugin.data.text_batches import calibration_loader
-
-    max_length = within_positions(config, max_length)
-    if source.shows_images(config):
-        if batch_size > 1:
-            raise ValueError("--batch-size is for text: questions about images run one by one")
-        return conversation_loader(source.conversations(samples, seed), processor, max_length)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts = source.texts(tokenizer, samples, seed)
-    return calibration_loader(texts, tokenizer, max_length, batch_size)

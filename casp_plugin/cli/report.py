@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from casp_plugin.cli.app import app
+from casp_plugin.cli.app import command
 from casp_plugin.cli.options import Checkpoint, TrustRemoteCode, console
 
 CARD_NAME, PAGE_NAME = "README.md", "report.html"
 
 
-@app.command()
+@command()
 def report(
     checkpoint: Checkpoint,
     evals: Annotated[

@@ -1,1 +1,1 @@
-"""Text and questions about images, read from anywhere and made into batches."""
+"""Texts and questions about images, read from files and the hub and made into batches."""

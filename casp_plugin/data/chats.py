@@ -1,4 +1,4 @@
-"""Chats become text, by a tokenizer's chat template."""
+"""Chats as text, by a tokenizer's chat template."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,10 @@ _VALID = "a list of {role, content} or {from, value} tables"
 
 
 def chat_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], str | None]:
-    """Make a function that turns a cell of a dataset into text.
+    """Return a function that turns a chat, a cell of a dataset, into text.
 
-    It takes a chat as ``messages_of`` does, gives None for one that is empty, and raises ValueError
-    where the chat template refuses it.
+    It takes the chats that :func:`messages_of` takes, returns None for an empty chat, and raises
+    ValueError for a chat that the chat template refuses.
 
     :raises ValueError: if the tokenizer has no chat template
     """
@@ -36,48 +36,48 @@ def chat_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], str | Non
         if not messages:
             return None
         if in_parts:
-            parts = [[{"type": "text", "text": each["content"]}] for each in messages]
             messages = [
-                {**each, "content": content} for each, content in zip(messages, parts, strict=True)
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                for message in messages
             ]
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # whatever a template stumbles over
+        except Exception as error:  # templates raise anything
             raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
 
     return write
 
 
 def messages_of(cell: Any) -> list[dict]:
-    """The turns of a chat as ``role`` and ``content``, a string, and what else a turn has.
+    """Return the turns of a chat as tables of ``role``, ``content`` (a string) and other keys.
 
     :param cell: a list of {role, content} tables, whose content may be a list of texts, or of
-        ShareGPT's {from, value} tables; or None
-    :raises ValueError: if it is no such list
+        ShareGPT's {from, value} tables; None for an empty chat
+    :raises ValueError: if it is anything else
     """
     if cell is None:
         return []
     if not isinstance(cell, list):
         raise ValueError(f"it holds {cell!r:.60}, not {_VALID}")
-    return [_message(turn) for turn in cell]
+    return [_message_of_turn(turn) for turn in cell]
 
 
-def _message(turn: Any) -> dict:
-    # a table of Arrow has all keys that any row has
+def _message_of_turn(turn: Any) -> dict:
+    # Arrow gives every table the keys of all rows, None where a row lacks them
     turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
     if "role" in turn:
-        return {**turn, "content": _words(turn.get("content"))}
+        return {**turn, "content": _content_text(turn.get("content"))}
     if "from" not in turn:
         raise ValueError(f"it is not {_VALID}")
     if turn["from"] not in _ROLES:
         raise ValueError(f"speaker {turn['from']!r} is none of {', '.join(_ROLES)}")
-    return {"role": _ROLES[turn["from"]], "content": _words(turn.get("value"))}
+    return {"role": _ROLES[turn["from"]], "content": _content_text(turn.get("value"))}
 
 
-def _words(content: Any) -> str:
-    """What a turn says; nothing where it only calls tools."""
+def _content_text(content: Any) -> str:
+    """Return the text of a turn; an empty text where the turn only calls tools."""
     if isinstance(content, list):
-        return "".join(_words(_text_of_part(part)) for part in content)
+        return "".join(_content_text(_text_of_part(part)) for part in content)
     if not isinstance(content, str | None):
         raise ValueError(f"a turn says {content!r:.60}, which is no text")
     return content or ""
@@ -90,11 +90,11 @@ def _text_of_part(part: Any) -> str:
 
 
 def _reads_strings(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template writes a content that is a string: that of LLaVA leaves it out."""
-    said = "casp"
+    """Tell whether the template writes contents that are strings; LLaVA's leaves them out."""
+    probe = "casp"
     try:
-        return said in tokenizer.apply_chat_template(
-            [{"role": "user", "content": said}], tokenize=False
+        return probe in tokenizer.apply_chat_template(
+            [{"role": "user", "content": probe}], tokenize=False
         )
-    except Exception:  # said with the row that it refuses
+    except Exception:  # raised again with the row that the template refuses
         return True

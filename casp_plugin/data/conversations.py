@@ -1,6 +1,6 @@
 """Questions about images and their answers, read from files, folders and the hub.
 
-What stays in memory of an image is its file: it is decoded when it is asked for.
+Memory holds the files of images, which are decoded when they are used.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from casp_plugin.data.sources import read_source
 
-__all__ = ["Conversation", "load_conversations", "tell_broken"]
+__all__ = ["Conversation", "load_conversations", "warn_broken"]
 
 #: share of the rows whose images may be unreadable before it is an error
 BROKEN_SHARE = 0.1
@@ -26,8 +26,10 @@ BROKEN_SHARE = 0.1
 class Conversation:
     """A question about images, and its answer.
 
-    :param images: each a file's bytes or its path; none for plain text
-    :param task: what kind of question it is, to tell scores apart
+    :param images: bytes or path of an image file; none for plain text
+    :param question: the user's text
+    :param answer: the assistant's text
+    :param task: kind of the question, to tell scores apart
     :param video: whether the images are the frames of one video
     """
 
@@ -38,11 +40,11 @@ class Conversation:
     video: bool = False
 
     def decoded(self) -> list[PILImage.Image]:
-        """The images in RGB, turned as their cameras say.
+        """Return the images in RGB, rotated as their EXIF data says.
 
-        :raises OSError: if one cannot be read
+        :raises OSError: if an image cannot be read
         """
-        files = [BytesIO(each) if isinstance(each, bytes) else each for each in self.images]
+        files = [BytesIO(image) if isinstance(image, bytes) else image for image in self.images]
         images = [ImageOps.exif_transpose(PILImage.open(file)) for file in files]
         return [image.convert("RGB") for image in images]
 
@@ -59,8 +61,10 @@ def load_conversations(
     task_column: str | None = None,
     video_column: str | None = None,
 ) -> list[Conversation]:
-    """Questions about images, shuffled. Rows with an image that cannot be read, or with neither
-    question nor answer, are left out, with a warning that counts them.
+    """Read questions about images, shuffled.
+
+    Rows with an image that cannot be read, or with neither question nor answer, are left out, with
+    a warning that counts them.
 
     :param source: a .jsonl, .json, .parquet or .csv file, in which paths of images are relative to
         it; a folder made by ``save_to_disk``; a folder of images beside a ``metadata.jsonl`` or
@@ -87,46 +91,48 @@ def load_conversations(
     else:
         data = read_source(source, split, config_name)
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    seen = video_column or image_column
-    columns = [seen, question_column, answer_column, *filter(None, [task_column])]
+    visual_column = video_column or image_column
+    columns = [visual_column, question_column, answer_column, *filter(None, [task_column])]
     missing = [column for column in columns if column not in data.column_names]
     if missing:
         raise ValueError(
             f"dataset {source!r} has no column {missing[0]!r}; its columns are {data.column_names}"
         )
-    data = _undecoded(data.select_columns(columns), seen).shuffle(seed=seed)
-    found, broken, empty = [], [], 0
+    data = _undecoded(data.select_columns(columns), visual_column).shuffle(seed=seed)
+    conversations, broken, empty = [], [], 0
     for row in tqdm(data, desc="Reading images", total=min(samples, len(data))):
-        words = [_words(row[column], column, source) for column in (question_column, answer_column)]
-        if not any(map(str.strip, words)):
+        texts = [
+            _cell_text(row[column], column, source) for column in (question_column, answer_column)
+        ]
+        if not any(map(str.strip, texts)):
             empty += 1
             continue
         task = str(row[task_column]) if task_column else ""
         try:
-            images = tuple(_file(image, folder) for image in _listed(row[seen]))
-            one = Conversation(images, *words, task, video=bool(video_column and images))
-            one.decoded()
+            images = tuple(_image_file(image, folder) for image in _listed(row[visual_column]))
+            conversation = Conversation(images, *texts, task, video=bool(video_column and images))
+            conversation.decoded()
         except (OSError, SyntaxError, ValueError, TypeError, PILImage.DecompressionBombError) as e:
-            broken.append(f"{type(e).__name__}: {e}")  # what Pillow raises for broken files
+            broken.append(f"{type(e).__name__}: {e}")  # Pillow raises all these for broken files
             continue
-        found.append(one)
-        if len(found) == samples:
+        conversations.append(conversation)
+        if len(conversations) == samples:
             break
     if broken:
-        rows = len(broken) + len(found)
-        tell_broken(broken, rows, f"images that cannot be read, of dataset {source!r}")
+        rows = len(broken) + len(conversations)
+        warn_broken(broken, rows, f"images that cannot be read, of dataset {source!r}")
     if empty:
-        rows = empty + len(broken) + len(found)
+        rows = empty + len(broken) + len(conversations)
         logger.warning(
             f"{empty} of {rows} rows of dataset {source!r} left out: no question and no answer"
         )
-    if not found:
+    if not conversations:
         raise ValueError(f"dataset {source!r} holds no rows with a question or an answer")
-    return found
+    return conversations
 
 
 def _undecoded(data: Dataset, column: str) -> Dataset:
-    """Images as files: decoding is ours, a broken one must not stop the reading."""
+    """Return a dataset whose images stay files: a broken image must not stop the reading."""
     feature = data.features[column]
     if isinstance(feature, Image):
         return data.cast_column(column, Image(decode=False))
@@ -135,20 +141,24 @@ def _undecoded(data: Dataset, column: str) -> Dataset:
     return data
 
 
-def tell_broken(errors: list[str], rows: int, what: str) -> None:
+def warn_broken(errors: list[str], rows: int, problem: str) -> None:
+    """Warn of broken rows that are left out.
+
+    :param errors: one message per broken row
+    :param rows: number of all rows
+    :param problem: words for what is wrong, after "rows have"
+    :raises ValueError: if more than ``BROKEN_SHARE`` of the rows are broken
     """
-    :raises ValueError: if they are more than ``BROKEN_SHARE`` of the rows
-    """
-    message = f"{len(errors)} of {rows} rows have {what}: {errors[0]}"
+    message = f"{len(errors)} of {rows} rows have {problem}: {errors[0]}"
     if len(errors) > BROKEN_SHARE * rows:
         raise ValueError(message)
     logger.warning(f"{message}; left out")
 
 
-def _words(value: Any, column: str, source: str) -> str:
-    """Text of a cell.
+def _cell_text(value: Any, column: str, source: str) -> str:
+    """Return the text of a cell.
 
-    :raises ValueError: if it holds several
+    :raises ValueError: if the cell holds a list or a table
     """
     if isinstance(value, list | dict):
         raise ValueError(
@@ -163,9 +173,10 @@ def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _file(image: str | bytes | dict, folder: Path) -> bytes | Path:
-    """
-    :raises TypeError: if it is neither the path nor the bytes of a file
+def _image_file(image: str | bytes | dict, folder: Path) -> bytes | Path:
+    """Return the bytes or the path of an image.
+
+    :raises TypeError: if the cell holds neither
     """
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or ""

@@ -1,4 +1,4 @@
-"""Text from files, folders and the hub."""
+"""Texts from files, folders and the hub."""
 
 import glob
 import json
@@ -22,14 +22,14 @@ from casp_plugin.data.chats import CHAT_COLUMNS, chat_writer
 
 __all__ = ["BUNDLED", "adds_special_tokens", "check_utf8", "load_text", "read_source"]
 
-#: texts that ship with the package (the Jargon File, public domain): to calibrate and to score on
+#: texts that ship with the package (the Jargon File, public domain), to calibrate and to score on
 BUNDLED = {"bundled": "calibration.jsonl", "bundled-heldout": "heldout.jsonl"}
-#: reader of a kind of file, and its settings
+#: reader of `datasets` and its settings, by suffix of a file
 _READERS = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
-    # a cell that says NA or None says so; only an empty one is empty
+    # only an empty cell is empty; NA and None are words
     ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
     ".txt": ("text", {"sample_by": "paragraph", "encoding": "utf-8-sig"}),
 }
@@ -45,11 +45,11 @@ def load_text(
     config_name: str | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Texts to calibrate on, one sample a row, shuffled. Rows without text are left out, with a
-    warning that counts them.
+    """Read texts to calibrate on, one sample per row, shuffled.
 
-    A column of chats, lists of {role, content} or ShareGPT's {from, value}, is turned into text by
-    the tokenizer's chat template; ``messages`` or ``conversations`` where there is no ``column``.
+    Rows without text are left out, with a warning that counts them. A column of chats, lists of
+    {role, content} or ShareGPT's {from, value}, is turned into text by the tokenizer's chat
+    template. Where ``column`` is missing, ``messages`` or ``conversations`` is read.
 
     :param source: one of ``BUNDLED``; a .jsonl, .json, .parquet, .csv or .txt file in UTF-8 (a .txt
         file is cut at empty lines); a folder made by ``save_to_disk``; or a dataset id on the
@@ -60,10 +60,10 @@ def load_text(
     :param split: split to read, where the source has several
     :param config_name: configuration of a hub dataset
     :param seed: seed of the shuffle
-    :return: a dataset with the column ``text``; that of chats has ``add_special_tokens`` too, False
-        as the tokenizer takes it
+    :return: a dataset with the column ``text``; for chats also ``add_special_tokens``, False, an
+        argument of the tokenizer
     :raises ValueError: if the source does not exist, has no such column or split, or no text; if a
-        row holds something else, or a chat that the template refuses
+        row holds neither text nor a chat, or a chat that the template refuses
     """
     data = read_source(source, split, config_name)
     names = (column, *CHAT_COLUMNS)
@@ -75,9 +75,9 @@ def load_text(
     data = data.select_columns([column]).rename_columns(
         {column: "text"} if column != "text" else {}
     )
-    kind = data.features["text"]
-    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string", "null"):
-        data = _written(data, tokenizer, f"dataset {source!r}", column)
+    feature = data.features["text"]
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
+        data = _column_as_text(data, tokenizer, f"dataset {source!r}", column)
     rows = len(data)
     data = data.filter(lambda row: bool(row["text"] and row["text"].strip()))
     if not len(data):
@@ -91,24 +91,26 @@ def load_text(
 
 
 def adds_special_tokens(texts: Dataset) -> bool:
-    """Whether the tokenizer is to add its special tokens to the texts of ``load_text``: not to
-    chats, whose template writes them."""
+    """Tell whether the tokenizer must add its special tokens to the texts of :func:`load_text`.
+
+    It must not for chats, whose template writes them.
+    """
     return _MARK not in texts.column_names
 
 
-def _written(
+def _column_as_text(
     data: Dataset, tokenizer: PreTrainedTokenizerBase, source: str, column: str
 ) -> Dataset:
-    """The column ``text`` where it holds more than strings: chats become text.
+    """Return a dataset whose column ``text`` holds strings, made from strings or from chats.
 
-    :param source: what errors call the dataset
-    :param column: what they call the column
-    :raises ValueError: if a row holds neither text nor a chat, or not what the others do
+    :param source: name of the dataset in errors
+    :param column: name of the column in errors
+    :raises ValueError: if a row holds neither text nor a chat, or another type than the first
     """
     first = next((cell for cell in data["text"] if cell not in (None, [])), None)
     chats = isinstance(first, list)
     try:
-        write = chat_writer(tokenizer) if chats else _text
+        write = chat_writer(tokenizer) if chats else _cell_as_text
     except ValueError as error:
         raise ValueError(f"{source}, column {column!r}: {error}") from None
 
@@ -129,7 +131,7 @@ def _written(
     )
 
 
-def _text(cell: Any) -> str | None:
+def _cell_as_text(cell: Any) -> str | None:
     if cell is None or cell == []:
         return None
     if isinstance(cell, str):
@@ -138,7 +140,8 @@ def _text(cell: Any) -> str | None:
 
 
 def read_source(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
-    """
+    """Read a dataset.
+
     :param source: a file, a folder, a hub id or one of ``BUNDLED``, as in ``load_text``
     :raises ValueError: if it cannot be read
     """
@@ -153,30 +156,30 @@ def read_source(source: str, split: str = "train", config_name: str | None = Non
         if path.suffix.lower() in _READERS or path.is_absolute():
             raise FileNotFoundError("no such file")
         return load_dataset(source, config_name, split=split)
-    except Exception as error:  # each reader has exceptions of its own
-        told = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+    except Exception as error:  # readers have exceptions of their own
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise ValueError(
-            f"cannot read dataset {source!r} (split {split!r}): {told or error}"
+            f"cannot read dataset {source!r} (split {split!r}): {cause or error}"
         ) from error
 
 
 def _read_file(path: Path) -> Dataset:
-    """All rows of a file.
+    """Read all rows of a file.
 
-    :raises ValueError: if it is of another kind, empty, not UTF-8 or no JSON
+    :raises ValueError: if its suffix is unknown, or it is empty, not UTF-8 or no JSON
     """
-    kind = path.suffix.lower()
-    if kind not in _READERS:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
         raise ValueError(
-            f"a file of kind {kind!r} is not read; those that are: {', '.join(_READERS)}"
+            f"a file of kind {suffix!r} is not read; those that are: {', '.join(_READERS)}"
         )
     if not path.stat().st_size:
         raise ValueError("the file is empty")
-    reader, settings = _READERS[kind]
+    reader, settings = _READERS[suffix]
     if reader != "parquet":
         check_utf8(path)
     try:
-        # data_files are patterns
+        # escaped: data_files are patterns
         return load_dataset(reader, data_files=glob.escape(str(path)), split="train", **settings)
     except ValueError as error:
         if "corresponds to no data" in str(error):
@@ -189,7 +192,7 @@ def _read_file(path: Path) -> Dataset:
 
 
 def _read_folder(path: Path, split: str) -> Dataset:
-    """A split of a folder of images with a table about them, or of ``save_to_disk``.
+    """Read a split of a folder: images with a table, or a dataset of ``save_to_disk``.
 
     :raises ValueError: if there is no such split, or the table is not in UTF-8
     """
@@ -211,8 +214,9 @@ def _read_folder(path: Path, split: str) -> Dataset:
 
 
 def check_utf8(path: Path) -> None:
-    """
-    :raises ValueError: if a file is not in UTF-8; names the first line that is not
+    """Check that a file is in UTF-8.
+
+    :raises ValueError: if it is not; the message names the first wrong line
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -226,8 +230,9 @@ def check_utf8(path: Path) -> None:
 
 
 def _check_json(path: Path) -> None:
-    """
-    :raises ValueError: if a file is neither JSON nor JSON lines; names the first line that is not
+    """Check that a file is JSON or JSON lines.
+
+    :raises ValueError: if it is neither; the message names the first wrong line
     """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):

@@ -1,4 +1,4 @@
-"""Texts become the batches that llm-compressor calibrates on."""
+"""Batches of texts that llm-compressor calibrates on."""
 
 from itertools import groupby
 
@@ -18,29 +18,31 @@ __all__ = ["calibration_loader"]
 def calibration_loader(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, batch_size: int = 1
 ) -> DataLoader:
-    """Batches of texts as ``oneshot`` takes them, the longest first; of the share of this rank,
-    where several calibrate together.
+    """Return a loader of batches of texts for ``oneshot``, the longest texts first.
 
-    The texts of a batch have the same number of tokens, so that none is cut to the shortest and
-    none padded: llm-compressor's GPTQ and observers count padding as they count tokens (it offers
-    a mask for AWQ alone). Where fewer than ``batch_size`` texts are of a length, a batch is
-    smaller.
+    Where several ranks calibrate together, it holds this rank's share. The texts of a batch have
+    the same number of tokens, so that no text is cut to the shortest and none is padded:
+    llm-compressor's GPTQ and observers count padding as tokens (only AWQ takes a mask). Where fewer
+    than ``batch_size`` texts have one length, a batch is smaller.
 
-    :param texts: as ``load_text`` gives them, or any dataset with a column ``text``; rows without
-        tokens are left out, with a warning that counts them
-    :param max_seq_length: tokens of a text at most
-    :param batch_size: texts of a batch at most
-    :raises ValueError: if no text has tokens, or fewer have than there are ranks
+    :param texts: result of :func:`~casp_plugin.data.sources.load_text`, or any dataset with a
+        column ``text``; rows without tokens are left out, with a warning that counts them
+    :param max_seq_length: largest number of tokens of a text
+    :param batch_size: largest number of texts of a batch
+    :return: loader of ``input_ids`` and ``attention_mask``, shape (texts, tokens)
+    :raises ValueError: if fewer texts have tokens than there are ranks
     """
     special = adds_special_tokens(texts)
-    found = [token_ids(text, tokenizer, max_seq_length, special) for text in texts["text"]]
-    rows, found = len(found), [ids for ids in found if ids]
-    if len(found) < rows:
-        logger.warning(f"{rows - len(found)} of {rows} texts left out: they have no tokens")
-    if len(found) < number_of_ranks():
-        raise ValueError(f"{len(found)} of {rows} texts have tokens to calibrate on")
-    masks = [[1] * len(ids) for ids in found]
-    data = Dataset.from_dict({"input_ids": found, "attention_mask": masks})
+    rows = [token_ids(text, tokenizer, max_seq_length, special) for text in texts["text"]]
+    kept = [ids for ids in rows if ids]
+    if len(kept) < len(rows):
+        logger.warning(
+            f"{len(rows) - len(kept)} of {len(rows)} texts left out: they have no tokens"
+        )
+    if len(kept) < number_of_ranks():
+        raise ValueError(f"{len(kept)} of {len(rows)} texts have tokens to calibrate on")
+    masks = [[1] * len(ids) for ids in kept]
+    data = Dataset.from_dict({"input_ids": kept, "attention_mask": masks})
     data = data.shard(number_of_ranks(), rank(), contiguous=True)
     lengths = [len(ids) for ids in data["input_ids"]]
     batches = [

@@ -1,2 +1,2 @@
-"""How good a checkpoint is: on text, on questions about images, on tasks of lm-eval and lmms-eval,
-with intervals, and against another checkpoint on the same documents."""
+"""The quality of a checkpoint: on text, on questions about images, on tasks of lm-eval and
+lmms-eval; with 95 % intervals, and against another checkpoint on the same documents."""

@@ -1,4 +1,4 @@
-"""What chance does to a mean over documents, alone and paired with a baseline's."""
+"""The part of chance in a mean over documents: 95 % intervals, alone and paired with a baseline."""
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
@@ -6,45 +6,46 @@ from scipy.stats import binomtest, bootstrap
 __all__ = ["difference_interval", "mcnemar", "mean_interval"]
 
 _RESAMPLES = 9999
-#: numbers that one step of a bootstrap holds
+#: numbers in memory in one step of a bootstrap
 _BATCH = 10_000_000
 
 
 def mean_interval(totals: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """95 % interval of ``totals.sum() / weights.sum()``.
+    """Return the 95 % interval of ``totals.sum() / weights.sum()``.
 
-    Wilson's for shares of right answers, else a bootstrap over documents (percentile, 9999
-    resamples, seed 0).
+    It is Wilson's (1927) for shares of right answers, else that of a bootstrap over documents
+    (percentile, 9999 resamples, seed 0); NaN for a single document.
 
-    :param totals: what is averaged, summed inside each document; (documents,)
-    :param weights: how many values each total sums, such as tokens; (documents,)
+    :param totals: sums of the averaged values over each document, (documents,)
+    :param weights: number of values in each total, such as tokens, (documents,)
     """
     if _binary(totals, weights):
-        found = binomtest(int(totals.sum()), len(totals)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        interval = binomtest(int(totals.sum()), len(totals)).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
     return _bootstrap(totals, weights)
 
 
 def difference_interval(
     totals: np.ndarray, baseline: np.ndarray, weights: np.ndarray
 ) -> tuple[float, float]:
-    """95 % interval of the difference of two means over the same documents: a paired bootstrap
-    over documents (percentile, 9999 resamples, seed 0). It sees what differs between the two, not
-    how much documents differ.
+    """Return the 95 % interval of the difference of two means over the same documents.
 
-    :param totals: those of one model; (documents,)
-    :param baseline: those of the other; (documents,)
-    :param weights: as in ``mean_interval``; (documents,)
+    A paired bootstrap over documents (percentile, 9999 resamples, seed 0) sees the differences
+    between the two models, not those between the documents.
+
+    :param totals: totals of one model, (documents,)
+    :param baseline: totals of the other model, (documents,)
+    :param weights: as in ``mean_interval``, (documents,)
     """
     return _bootstrap(totals - baseline, weights)
 
 
 def mcnemar(right: np.ndarray, baseline: np.ndarray) -> float:
-    """Probability, if two models were equally good, of answers that differ at least as unevenly
-    as these: McNemar's exact test (1947), two-sided.
+    """Return the p value of McNemar's exact test (1947), two-sided: the probability, if two models
+    were equally good, of answers that differ at least as unevenly as these.
 
-    :param right: 1 where a model is right, else 0; (documents,)
-    :param baseline: the same of the other model; (documents,)
+    :param right: 1 where a model is right, else 0, (documents,)
+    :param baseline: the same of the other model, (documents,)
     """
     gained = int(((right == 1) & (baseline == 0)).sum())
     lost = int(((right == 0) & (baseline == 1)).sum())
@@ -62,7 +63,7 @@ def _bootstrap(totals: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     def mean(totals, weights, axis):
         return totals.sum(axis) / weights.sum(axis)
 
-    found = bootstrap(
+    interval = bootstrap(
         (totals, weights),
         mean,
         paired=True,
@@ -72,4 +73,4 @@ def _bootstrap(totals: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
         batch=max(1, _BATCH // len(totals)),
         rng=0,
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)

@@ -1,4 +1,4 @@
-"""Measurements of checkpoints and comparisons of two, with tables."""
+"""Measurements of one checkpoint, comparisons of two, and their tables."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "Measurement",
+    "bracketed",
     "compare",
     "compare_all",
     "comparison_table",
@@ -26,13 +27,14 @@ class Measurement(BaseModel):
     :param metric: name, as the harness calls it
     :param value: the metric; in nats, or a share from 0 to 1, unless the harness says otherwise
     :param low: lower end of its 95 % interval; None where it is not known
-    :param high: upper end
+    :param high: upper end of the interval
     :param higher_is_better: None where the harness does not say
-    :param totals: what is averaged, summed inside each document; empty where a metric is no mean
-        over documents
-    :param weights: how many values each total sums
+    :param totals: sums of the averaged values over each document, (documents,); empty where the
+        metric is no mean over documents
+    :param weights: number of values in each total, (documents,)
     :param exponential: whether the value is exp of the mean
-    :param documents: fingerprint of what was asked; equal ones can be compared in pairs
+    :param documents: fingerprint of the documents; measurements with equal fingerprints can be
+        compared in pairs
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,9 +54,12 @@ class Measurement(BaseModel):
     def of_mean(
         cls, totals: Sequence[float], weights: Sequence[float], exponential: bool = False, **fields
     ) -> "Measurement":
-        """A mean over documents, with its interval.
+        """Return a measurement that is a mean over documents, with its 95 % interval.
 
-        :param fields: the others
+        :param totals: as the field, (documents,)
+        :param weights: as the field, (documents,)
+        :param exponential: as the field
+        :param fields: the other fields
         """
         low, high = mean_interval(np.array(totals, float), np.array(weights, float))
         value = math.fsum(totals) / math.fsum(weights)
@@ -73,7 +78,7 @@ class Measurement(BaseModel):
 
 
 def _exp(value: float) -> float:
-    """Infinite where a float cannot hold it."""
+    """Return exp of a value; infinity where a float cannot hold it."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -81,11 +86,11 @@ def _exp(value: float) -> float:
 
 
 class Evaluation(BaseModel):
-    """What was measured of one model.
+    """All measurements of one model in one run.
 
     :param model: folder or Hugging Face id
-    :param settings: what it was measured by: backend, data, lengths, limits
-    :param versions: of the packages that took part
+    :param settings: conditions of the run: backend, data, lengths, limits
+    :param versions: versions of the packages that took part
     :param measurements: in the order of the tasks
     """
 
@@ -97,22 +102,26 @@ class Evaluation(BaseModel):
     measurements: tuple[Measurement, ...]
 
     def table(self) -> Table:
-        """What was measured, with 95 % intervals."""
+        """Return a table with a row for each measurement and its 95 % interval."""
         table = Table("task", "metric", "value", "95 %", title=self.model, title_justify="left")
-        for one in self.measurements:
-            interval = "" if one.low is None else f"{one.low:.4g} to {one.high:.4g}"
-            table.add_row(one.task, one.metric, f"{one.value:.4g}", interval)
+        for measured in self.measurements:
+            interval = "" if measured.low is None else f"{measured.low:.4g} to {measured.high:.4g}"
+            table.add_row(measured.task, measured.metric, f"{measured.value:.4g}", interval)
         return table
 
 
 class Comparison(BaseModel):
     """One metric of two models on the same documents.
 
-    :param change: ratio of the values if they are exp of a mean, as perplexities, else difference
-    :param low: lower end of the 95 % interval of the change, documents taken in pairs; None where
-        they cannot be
-    :param high: upper end
-    :param p: McNemar's, where answers are right or wrong
+    :param value: the metric of the model
+    :param baseline: the metric of the baseline
+    :param change: ratio of the values if they are exp of a mean, as perplexities are, else their
+        difference
+    :param ratio: whether the change is a ratio
+    :param low: lower end of the 95 % interval of the change, from documents in pairs; None where
+        there are no pairs
+    :param high: upper end of the interval
+    :param p: p value of McNemar's test, where answers are right or wrong
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -130,7 +139,7 @@ class Comparison(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """Better, worse, or no difference that chance would not explain."""
+        """``better``, ``worse``, or ``within chance``; empty where it is not known."""
         if self.low is None or self.higher_is_better is None:
             return ""
         same = 1.0 if self.ratio else 0.0
@@ -138,68 +147,88 @@ class Comparison(BaseModel):
             return "within chance"
         return "better" if (self.low > same) == self.higher_is_better else "worse"
 
+    @property
+    def change_text(self) -> str:
+        """The change for tables: ratios begin with x, differences with a sign."""
+        return f"x{self.change:.3f}" if self.ratio else f"{self.change:+.3g}"
 
-def compare(one: Measurement, baseline: Measurement) -> Comparison:
-    """One metric of two models, documents taken in pairs where they can be.
+    @property
+    def interval_text(self) -> str:
+        """The interval of the change for tables; empty where it is not known."""
+        return bracketed(self.low, self.high, ".3f" if self.ratio else "+.3g")
 
-    :raises ValueError: if they were measured on other documents, or other tokens of them
+
+def bracketed(low: float | None, high: float | None, spec: str) -> str:
+    """Return an interval as ``[low, high]``, its ends formatted by ``spec``; empty for None."""
+    return "" if low is None else f"[{low:{spec}}, {high:{spec}}]"
+
+
+def compare(measured: Measurement, baseline: Measurement) -> Comparison:
+    """Compare one metric of two models, documents in pairs where the metric is a mean over them.
+
+    :raises ValueError: if the two were measured on other documents, or other tokens of them
     """
-    if (one.documents, one.weights) != (baseline.documents, baseline.weights):
+    if (measured.documents, measured.weights) != (baseline.documents, baseline.weights):
         raise ValueError(
-            f"{one.task}: {one.metric} was measured on other documents than the baseline's, or "
-            "asked about them in other words: such values cannot be compared"
+            f"{measured.task}: {measured.metric} was measured on other documents than the "
+            "baseline's, or asked about them in other words: such values cannot be compared"
         )
     low = high = p = None
-    if one.totals and baseline.totals:
-        totals, others = np.array(one.totals), np.array(baseline.totals)
-        low, high = difference_interval(totals, others, np.array(one.weights))
-        if set(one.totals) | set(baseline.totals) <= {0.0, 1.0} and set(one.weights) == {1.0}:
+    if measured.totals and baseline.totals:
+        totals, others = np.array(measured.totals), np.array(baseline.totals)  # (documents,)
+        weights = np.array(measured.weights)  # (documents,)
+        low, high = difference_interval(totals, others, weights)
+        if set(measured.totals) | set(baseline.totals) <= {0.0, 1.0} and (weights == 1).all():
             p = mcnemar(totals, others)
-        if one.exponential:
+        if measured.exponential:
             low, high = math.exp(low), math.exp(high)
         if math.isnan(low):
             low = high = None
-    ratio = one.exponential
+    ratio = measured.exponential
     return Comparison(
-        task=one.task,
-        metric=one.metric,
-        value=one.value,
+        task=measured.task,
+        metric=measured.metric,
+        value=measured.value,
         baseline=baseline.value,
-        change=one.value / baseline.value if ratio else one.value - baseline.value,
+        change=measured.value / baseline.value if ratio else measured.value - baseline.value,
         ratio=ratio,
         low=low,
         high=high,
         p=p,
-        higher_is_better=one.higher_is_better,
+        higher_is_better=measured.higher_is_better,
     )
 
 
 def compare_all(evaluation: Evaluation, baseline: Evaluation) -> list[Comparison]:
-    """What both models were measured by.
+    """Compare two models by every metric that both were measured by.
 
-    :raises ValueError: if that is nothing, or the same task asked other documents
+    :raises ValueError: if they have no metric in common, or a task asked other documents
     """
-    others = {(one.task, one.metric): one for one in baseline.measurements}
-    found = [
-        compare(one, others[one.task, one.metric])
-        for one in evaluation.measurements
-        if (one.task, one.metric) in others
+    others = {(other.task, other.metric): other for other in baseline.measurements}
+    comparisons = [
+        compare(measured, others[measured.task, measured.metric])
+        for measured in evaluation.measurements
+        if (measured.task, measured.metric) in others
     ]
-    if not found:
+    if not comparisons:
         raise ValueError(f"{evaluation.model} and {baseline.model} were measured by other tasks")
-    return found
+    return comparisons
 
 
 def comparison_table(title: str, comparisons: Sequence[Comparison]) -> Table:
-    """Two models side by side: ratios begin with x, differences with a sign."""
+    """Return a table with a row for each metric of two models: ratios begin with x, differences
+    with a sign."""
     columns = ("task", "metric", "value", "baseline", "change [95 %]", "verdict")
     table = Table(*columns, title=title, title_justify="left")
-    for one in comparisons:
-        spec = ".3f" if one.ratio else "+.3g"
-        change = f"{'x' if one.ratio else ''}{one.change:{spec}}"
-        if one.low is not None:
-            change += f" [{one.low:{spec}}, {one.high:{spec}}]"
-        verdict = one.verdict + ("" if one.p is None else f" (McNemar {one.p:.2g})")
-        values = f"{one.value:.4g}", f"{one.baseline:.4g}"
-        table.add_row(one.task, one.metric, *values, change, verdict)
+    for comparison in comparisons:
+        change = f"{comparison.change_text} {comparison.interval_text}".rstrip()
+        p = "" if comparison.p is None else f" (McNemar {comparison.p:.2g})"
+        table.add_row(
+            comparison.task,
+            comparison.metric,
+            f"{comparison.value:.4g}",
+            f"{comparison.baseline:.4g}",
+            change,
+            comparison.verdict + p,
+        )
     return table

@@ -1,6 +1,5 @@
 """One model at many sizes: quality against bytes."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,12 +8,10 @@ from rich import box
 from rich.table import Table
 
 from casp_plugin.evaluation.records import load_records, save_records
-from casp_plugin.evaluation.results import Evaluation, Measurement
-from casp_plugin.system.files import write_whole
+from casp_plugin.evaluation.results import Evaluation, Measurement, bracketed
 
-__all__ = ["Point", "begin", "finished", "frontier_table"]
+__all__ = ["Point", "finished", "frontier_table"]
 
-FACTS_NAME, RECIPES_NAME = "facts.json", "recipes"
 POINTS_NAME = "sweep.json"
 
 
@@ -39,33 +36,6 @@ class Point(BaseModel):
     def quality(self) -> Measurement:
         """What the sweep is about: the first thing that was measured."""
         return self.evaluation.measurements[0]
-
-
-def begin(folder: Path, facts: dict, recipes: Sequence[Path] = (), kind: str = "sweep") -> None:
-    """Note how the points of a folder are made, so that a stopped sweep goes on with it.
-
-    :param facts: all that they depend on but recipes and budgets, as JSON values
-    :param recipes: files; copied into the folder
-    :param kind: what errors call it
-    :raises ValueError: if the folder holds something else, or points made otherwise
-    """
-    path, copies = folder / FACTS_NAME, folder / RECIPES_NAME
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output {folder} is neither empty nor the folder of a {kind}")
-    before = json.loads(path.read_text()) if path.exists() else facts
-    changed = [f"{name} was {before[name]!r}" for name in facts if before[name] != facts[name]]
-    for recipe in recipes:
-        copy = copies / recipe.name
-        if copy.exists() and copy.read_text() != recipe.read_text():
-            changed.append(f"{recipe.name} was another recipe")
-    if changed:
-        raise ValueError(
-            f"--output {folder} holds a {kind} made otherwise ({'; '.join(changed)}): give it "
-            "another folder, or the same settings"
-        )
-    write_whole(path, json.dumps(facts, indent=1) + "\n")
-    for recipe in recipes:
-        write_whole(copies / recipe.name, recipe.read_text())
 
 
 def finished(folder: Path, make: dict[str, Callable[[], Point]]) -> list[Point]:
@@ -93,13 +63,11 @@ def frontier_table(points: Sequence[Point]) -> Table:
     for column in ("", "bytes", "average bits", *metrics):
         table.add_column(column, justify="right" if column else "left")
     for point in points:
-        found = {one.metric: _cell(one) for one in point.evaluation.measurements}
+        found = {
+            one.metric: f"{one.value:.4g} {bracketed(one.low, one.high, '.4g')}".rstrip()
+            for one in point.evaluation.measurements
+        }
         bits = "" if point.average_bits is None else f"{point.average_bits:.4f}"
         values = [found.get(metric, "") for metric in metrics]
         table.add_row(point.name, f"{point.bytes:,}", bits, *values)
     return table
-
-
-def _cell(one: Measurement) -> str:
-    interval = "" if one.low is None else f" [{one.low:.4g}, {one.high:.4g}]"
-    return f"{one.value:.4g}{interval}"

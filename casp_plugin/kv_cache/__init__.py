@@ -1,4 +1,4 @@
-"""Keys and values of attention in few bits, while a model runs in transformers."""
+"""Keys and values of attention in few bits while a model runs in transformers."""
 
 from casp_plugin.kv_cache.cache import CompressedCache
 from casp_plugin.kv_cache.running import with_kv_cache

@@ -1,4 +1,4 @@
-"""Running a model as it is with a compressed cache, where nobody passes one."""
+"""Run a model with a compressed cache in calls that pass no cache."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -14,23 +14,23 @@ from casp_plugin.kv_cache.schemes import CacheScheme
 
 __all__ = ["with_kv_cache"]
 
-#: inputs that have an entry for each token; the first that is given tells how many there are
+#: inputs with an entry for every token; the first of these in a call tells the number of tokens
 _BY_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
 
 
 @contextmanager
 def with_kv_cache(model: PreTrainedModel, scheme: CacheScheme | str | None) -> Iterator[None]:
-    """Let the model keep its keys and values compressed, in ``generate`` and in plain calls.
+    """Let a model keep its keys and values compressed, in ``generate`` and in plain calls.
 
-    A plain call, as that of a perplexity or of a likelihood in lm-eval, reads its tokens as
-    decoding would: in steps of the scheme's residual, each of which sees those before it as the
-    cache stores them. Tokens wait there as long as a step is, so the scores are those of reading
-    token by token. (Where scales are of a whole prompt, that is the first step.)
+    A plain call, as for perplexity or for a likelihood in lm-eval, reads its tokens as decoding
+    would: in steps of the scheme's residual, where every step sees the tokens before it as the
+    cache stores them. The cache quantizes just as many tokens together, so the scores are those of
+    reading token by token. (Scales of a whole prompt are those of the first step.)
 
-    :param model: whose calls and ``generate`` change in here
+    :param model: the model whose calls and ``generate`` change in the context
     :param scheme: as ``CompressedCache`` takes it; None changes nothing
-    :raises ValueError: in a plain call with images, with padding on the left, or with anything
-        else than tokens
+    :raises ValueError: in a plain call with images, with padding on the left, or with any other
+        input than tokens
     """
     if scheme is None:
         yield
@@ -64,20 +64,23 @@ def _in_steps(
     scheme: CacheScheme,
     inputs: dict[str, torch.Tensor],
 ) -> ModelOutput:
-    """A call without a cache: logits of all tokens."""
+    """Run a call without a cache.
+
+    :return: output with the logits of all tokens, (B, T, vocabulary)
+    """
     by_token = {n: inputs.pop(n) for n in _BY_TOKEN if inputs.get(n) is not None}
     mask = inputs.pop("attention_mask", None)
     inputs.pop("use_cache", None)
-    rest = [name for name, value in inputs.items() if not _default(name, value)]
+    rest = [name for name, value in inputs.items() if not _is_default(name, value)]
     if rest:
         raise ValueError(
             f"kv cache {scheme.name!r}: a plain call reads tokens alone, not {', '.join(rest)}; "
             "generate takes them"
         )
-    # tokens never see padding that comes after them
+    # tokens see no padding that comes after them
     if mask is not None and (mask.ndim != 2 or bool((mask.diff(dim=1) > 0).any())):
         raise ValueError(f"kv cache {scheme.name!r}: a plain call takes padding on the right only")
-    for module in model.modules():  # of the images of a call before
+    for module in model.modules():  # kept from the images of an earlier call
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
     cache, step = CompressedCache(model.config, scheme), scheme.residual
@@ -90,8 +93,8 @@ def _in_steps(
     return out
 
 
-def _default(name: str, value) -> bool:
-    """Whether an input of a call says what it would mean without it."""
+def _is_default(name: str, value) -> bool:
+    """Tell whether a call means the same without an input."""
     if name == "return_dict":
         return value is not False
     return value is None or (isinstance(value, int) and not value)
@@ -99,8 +102,8 @@ def _default(name: str, value) -> bool:
 
 @contextmanager
 def _replaced(module: torch.nn.Module, name: str, method: Callable) -> Iterator[None]:
-    """A method of one object, for a while."""
-    before = vars(module).get(name)  # an offloading hook's own
+    """Replace a method of one object in the context."""
+    before = vars(module).get(name)  # set by an offloading hook
     setattr(module, name, method)
     try:
         yield

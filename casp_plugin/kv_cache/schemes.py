@@ -1,4 +1,4 @@
-"""How keys and values are stored: names, widths, groups."""
+"""Schemes by which keys and values are stored: names, widths, groups."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = ["AXES", "CacheScheme", "TensorScheme"]
 
-#: what shares a scale under each name: for keys, and for values
+#: values that share a scale under every name: of keys, and of values
 AXES = {
     "uniform": ("tensor", "tensor"),
     "outlier_reduced": ("tensor", "tensor"),
@@ -19,14 +19,14 @@ _OPTIONS = ("bits", "k_bits", "v_bits", "g", "k_g", "v_g", "residual")
 
 
 class TensorScheme(BaseModel):
-    """How keys, or values, of shape (sequences, heads, tokens, channels) are stored.
+    """The scheme of keys, or of values, of shape (sequences, heads, tokens, channels).
 
-    :param bits: width of a code; 16 leaves them as they are
-    :param axis: what shares a scale: ``tensor``, some tokens with all heads and channels;
-        ``channel``, some tokens of one channel; ``token``, some channels of one token's head
-    :param group: how many tokens or channels that is; None for as many as there are at once, in a
-        sequence or a head
-    :param outliers: share of the values, the largest ones, that stay in 16 bits
+    :param bits: width of a code; 16 leaves the values as they are
+    :param axis: values that share a scale: ``tensor``, some tokens with all heads and channels;
+        ``channel``, some tokens of one channel; ``token``, some channels of one token in one head
+    :param group: number of these tokens or channels; None for all tokens that come at once, or all
+        channels of a head
+    :param outliers: share of the values, 0 to 1, that stay in 16 bits: the largest by magnitude
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,8 +37,9 @@ class TensorScheme(BaseModel):
     outliers: float = Field(0.0, ge=0, lt=1)
 
     def check_channels(self, channels: int) -> None:
-        """
-        :param channels: of a head
+        """Check that groups of channels divide a head.
+
+        :param channels: channels of a head
         :raises ValueError: if groups of channels do not divide them
         """
         size = min(self.group or channels, channels)
@@ -49,17 +50,17 @@ class TensorScheme(BaseModel):
 
 
 class CacheScheme(BaseModel):
-    """How a cache stores keys and values.
+    """The schemes of keys and values in a cache.
 
-    Tokens wait in the model's own type until ``residual`` of them are there, as keys do in KIVI
-    (arXiv 2402.02750); of values KIVI leaves the last ``residual`` so at any time. Where a scale is
-    of a whole sequence (``g=N``, and ``uniform``, ``outlier_reduced`` unless told), that is the
-    prompt; later tokens make groups of ``residual``.
+    Tokens wait in the model's own dtype until there are ``residual`` of them, as keys do in KIVI
+    (arXiv 2402.02750); KIVI never quantizes the last ``residual`` values. Where a whole sequence
+    shares a scale (``g=N``, the default of ``uniform`` and ``outlier_reduced``), that sequence is
+    the prompt, and later tokens form groups of ``residual``.
 
-    :param name: what the user called it
-    :param keys: of the keys
-    :param values: of the values
-    :param residual: tokens that are quantized together
+    :param name: the user's name for it
+    :param keys: scheme of the keys
+    :param values: scheme of the values
+    :param residual: number of tokens that are quantized together
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,35 +72,39 @@ class CacheScheme(BaseModel):
 
     @model_validator(mode="after")
     def _groups_fit(self) -> "CacheScheme":
-        tensors = [each for each in (self.keys, self.values) if each.axis != "token"]
-        if len({each.group is None for each in tensors}) > 1:
+        over_tokens = [tensor for tensor in (self.keys, self.values) if tensor.axis != "token"]
+        if len({tensor.group is None for tensor in over_tokens}) > 1:
             raise ValueError("k_g and v_g must both be N, or neither")
-        for what, tensor in (("k", self.keys), ("v", self.values)):
+        for which, tensor in (("k", self.keys), ("v", self.values)):
             grouped = tensor.axis != "token" and tensor.group is not None
             if grouped and self.residual % tensor.group:
                 raise ValueError(
-                    f"{what}_g: groups of {tensor.group} tokens do not divide the residual of "
+                    f"{which}_g: groups of {tensor.group} tokens do not divide the residual of "
                     f"{self.residual}"
                 )
         return self
 
     @property
     def by_prompt(self) -> bool:
-        """Whether a scale is of a whole prompt."""
+        """Whether a whole prompt shares a scale."""
         tensors = (self.keys, self.values)
-        return any(each.axis != "token" and each.group is None for each in tensors)
+        return any(tensor.axis != "token" and tensor.group is None for tensor in tensors)
 
     @classmethod
     def parse(cls, text: str) -> "CacheScheme":
-        """``NAME:option=value,...``, such as ``kcvt:bits=2,g=128``.
+        """Read a scheme from ``NAME:option=value,...``, such as ``kcvt:bits=2,g=128``.
 
         Names are those of LVLM-Compress-Bench (NAACL 2025): ``uniform``, ``outlier_reduced``,
-        ``per_channel``, ``per_token``, ``kcvt`` (keys per channel, values per token: KIVI's) and
-        ``ktvc``. ``bits`` (``k_bits``, ``v_bits``) is 2, 3, 4, 8, or 16 for none; ``g`` (``k_g``,
-        ``v_g``) tokens or channels of a group, or ``N`` for all; ``residual`` tokens, ``g`` of a
-        channel or 128; ``s`` the share of outliers.
+        ``per_channel``, ``per_token``, ``kcvt`` (keys per channel, values per token, as in KIVI)
+        and ``ktvc``. Options:
 
-        :raises ValueError: if the text says something else
+        - ``bits`` (``k_bits``, ``v_bits``): 2, 3, 4, 8, or 16 for no quantization; default 4
+        - ``g`` (``k_g``, ``v_g``): tokens or channels of a group, or ``N`` for all
+        - ``residual``: tokens that are quantized together; default the largest ``g`` of tokens, or
+          128
+        - ``s``: share of outliers, of ``outlier_reduced`` only; default 0.01
+
+        :raises ValueError: if the text has another form, name or option
         """
         name, _, rest = text.partition(":")
         known = (*_OPTIONS, *(["s"] if name == "outlier_reduced" else []))
@@ -111,10 +116,10 @@ class CacheScheme(BaseModel):
                 option, _, value = pair.partition("=")
                 if option not in known:
                     raise ValueError(f"no option {option!r}; there are {', '.join(known)}")
-                options[option] = _read(option, value)
+                options[option] = _number(option, value)
             if name == "outlier_reduced":
                 options.setdefault("s", 0.01)
-            return cls(name=text, **_filled(AXES[name], **options))
+            return cls(name=text, **_with_defaults(AXES[name], **options))
         except ValidationError as error:
             first = error.errors()[0]
             where = " ".join((f"kv cache {text!r}:", *map(str, first["loc"])))
@@ -123,7 +128,7 @@ class CacheScheme(BaseModel):
             raise ValueError(f"kv cache {text!r}: {error}") from None
 
 
-def _read(option: str, value: str) -> int | float | None:
+def _number(option: str, value: str) -> int | float | None:
     if value == "N" and option.endswith("g"):
         return None
     try:
@@ -132,10 +137,10 @@ def _read(option: str, value: str) -> int | float | None:
         raise ValueError(f"{option}={value!r} must be a number") from None
 
 
-def _filled(axes: tuple[str, str], bits: int = 4, s: float = 0.0, **options) -> dict:
-    """What a scheme is made of, where options leave it open.
+def _with_defaults(axes: tuple[str, str], bits: int = 4, s: float = 0.0, **options) -> dict:
+    """Return the fields of a scheme, with defaults for options that are not given.
 
-    :param axes: of keys, and of values
+    :param axes: axis of keys, and of values
     """
     by_tensor = axes[0] == "tensor"
     group = options.get("g", None if by_tensor else 128)
@@ -148,6 +153,6 @@ def _filled(axes: tuple[str, str], bits: int = 4, s: float = 0.0, **options) -> 
         }
         for which, axis in zip("kv", axes, strict=True)
     ]
-    tokens = [each["group"] or 128 for each in tensors if each["axis"] != "token"]
+    tokens = [tensor["group"] or 128 for tensor in tensors if tensor["axis"] != "token"]
     residual = options.get("residual", max(tokens, default=128))
     return {"keys": tensors[0], "values": tensors[1], "residual": residual}

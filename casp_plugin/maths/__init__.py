@@ -1,1 +1,1 @@
-"""Pure functions on tensors and numbers, each tested against a slow reference in float64."""
+"""Pure functions on tensors and numbers, tested against a slow reference in float64."""

@@ -1,12 +1,12 @@
-"""How many bits each unit gets where losses of groups do not add up: pure functions on numbers.
+"""Bits of every unit where the losses of groups do not add up: pure functions on numbers.
 
-With ``e_g`` the cost of a group over its largest one, what is minimised is ::
+With ``e_g`` the cost of a group divided by its largest cost, this value is minimised ::
 
     sum_g a_g e_g + sum_{g<h} b_gh e_g e_h        (a, b >= 0, summing to 1)
 
-It grows with every e_g, so that its least value lies where each group stands on its own frontier of
-cost against bytes: combinations of points of these are looked at, then each group is solved exactly
-at its share of the bytes.
+It grows with every e_g, so at its minimum every group lies on its own frontier of cost against
+bytes: combinations of points of the frontiers are compared, then every group is solved exactly at
+its share of the bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from casp_plugin.maths.knapsack import BudgetError, choose, reachable_bytes
 
 __all__ = ["Coupled", "Frontier", "choose_coupled", "frontier_of"]
 
-#: points of a frontier at most, and combinations that are looked at; of longer ones some are left
-#: out, evenly over their bytes
+#: limits on the points of a frontier and on the combinations that are compared; longer frontiers
+#: are thinned out, evenly over their bytes
 MOST_POINTS, MOST_COMBINATIONS = 2**14, 2**22
 
 
 class Frontier:
-    """Least cost of some units at every number of bytes.
+    """Frontier of a group of units: the least cost at every number of bytes.
 
     :param bytes: rising, shape (points,), int64
     :param costs: falling, shape (points,), float64
@@ -34,7 +34,7 @@ class Frontier:
         self.bytes, self.costs, self._steps = bytes_, costs, steps
 
     def choice(self, point: int) -> list[int]:
-        """Candidate of each unit at a point."""
+        """Return the candidate of every unit at a point."""
         chosen = []
         for before, candidate in reversed(self._steps):
             chosen.append(int(candidate[point]))
@@ -43,10 +43,10 @@ class Frontier:
 
 
 def frontier_of(costs: Sequence[Sequence[float]], bytes_: Sequence[Sequence[int]]) -> Frontier:
-    """The choices of one candidate a unit that no other choice beats in both bytes and cost.
+    """Return the choices, one candidate per unit, that no other beats in both bytes and cost.
 
-    :param costs: cost of each candidate, one list a unit
-    :param bytes_: bytes of each candidate, same shape
+    :param costs: cost of every candidate, one list per unit
+    :param bytes_: bytes of every candidate, same shape
     """
     grain = max(1, sum(max(row) - min(row) for row in bytes_) // MOST_POINTS)
     taken, spent, steps = np.zeros(1, np.int64), np.zeros(1), []
@@ -57,7 +57,7 @@ def frontier_of(costs: Sequence[Sequence[float]], bytes_: Sequence[Sequence[int]
         least = np.minimum.accumulate(totals[order])
         order = order[np.r_[True, least[1:] < least[:-1]]]
         if len(order) > MOST_POINTS:
-            last = np.r_[np.diff(sizes[order] // grain) > 0, True]  # with the same grain
+            last = np.r_[np.diff(sizes[order] // grain) > 0, True]  # the last of every grain
             last[0] = True
             order = order[last]
         steps.append(np.divmod(order, len(byte_row)))
@@ -71,7 +71,7 @@ def choose_coupled(
     pairs: Mapping[str, float],
     budget: int,
 ) -> tuple[dict[str, int], float]:
-    """The point of each group's frontier at the least value within a budget.
+    """Return the points of the groups' frontiers with the least value within a budget.
 
     :param frontiers: by group
     :param parts: a_g, by group
@@ -82,16 +82,16 @@ def choose_coupled(
     """
     *small, large = sorted(frontiers, key=lambda group: len(frontiers[group].bytes))
     sizes = frontiers[large].bytes
-    least = sum(int(each.bytes[0]) for each in frontiers.values())
+    least = sum(int(frontier.bytes[0]) for frontier in frontiers.values())
     if budget < least:
         raise BudgetError(f"budget of {budget} bytes is below the least reachable {least}")
-    # groups but the largest in combinations; it takes what they leave
+    # combinations of all groups but the one with most points, which takes the bytes they leave
     most = int(MOST_COMBINATIONS ** (1 / max(len(small), 1)))
     grids = np.meshgrid(*(_spread(len(frontiers[g].bytes), most) for g in small), indexing="ij")
     points = {group: grid.ravel() for group, grid in zip(small, grids, strict=True)}
     left = budget - sum((frontiers[g].bytes[points[g]] for g in small), np.zeros(1, np.int64))
     fits = left >= sizes[0]
-    points = {group: each[fits] for group, each in points.items()}
+    points = {group: grid[fits] for group, grid in points.items()}
     points[large] = np.searchsorted(sizes, left[fits], side="right") - 1
     errors = {group: _relative(frontiers[group])[points[group]] for group in frontiers}
     value = sum(parts[group] * errors[group] for group in frontiers)
@@ -103,19 +103,23 @@ def choose_coupled(
 
 
 def _spread(count: int, most: int) -> np.ndarray:
-    """Indices, as many as there may be, the first and the last among them."""
+    """Return at most ``most`` indices, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 def _relative(frontier: Frontier) -> np.ndarray:
-    """Costs over that at the fewest bytes."""
+    """Return costs relative to the cost at the fewest bytes."""
     largest = frontier.costs[0]
     return frontier.costs / largest if largest > 0 else np.zeros_like(frontier.costs)
 
 
+def _bytes_at(frontiers: Mapping[str, Frontier], points: Mapping[str, int]) -> int:
+    return sum(int(frontiers[group].bytes[point]) for group, point in points.items())
+
+
 @dataclass(frozen=True)
 class Coupled:
-    """Units in groups whose costs have the proportions that a study measured.
+    """Units in groups whose costs are weighted as a sensitivity study measured.
 
     :param groups: group of each unit
     :param parts: a_g, by group
@@ -133,12 +137,13 @@ class Coupled:
         budget: int,
         points: int,
     ) -> tuple[list[tuple[int, float]], list[int]]:
-        """
-        :param costs: cost of each candidate, one list a unit
-        :param bytes_: bytes of each candidate, same shape
+        """Choose a candidate for every unit, and the best values at other budgets.
+
+        :param costs: cost of every candidate, one list per unit
+        :param bytes_: bytes of every candidate, same shape
         :param budget: bytes available in all
-        :param points: budgets to tell the value of, over all that can be reached
-        :return: bytes and value at those, and the candidate of each unit at ``budget``
+        :param points: number of other budgets, spread evenly over the reachable bytes
+        :return: (bytes taken, value) at the other budgets; candidate of every unit at ``budget``
         :raises BudgetError: if even the smallest candidates exceed the budget
         """
         members: dict[str, list[int]] = {}
@@ -154,24 +159,25 @@ class Coupled:
 
         curve = []
         for most in np.linspace(*reachable_bytes(bytes_), points).astype(int).tolist():
-            found, value = best(most)
-            taken = sum(int(frontiers[group].bytes[point]) for group, point in found.items())
+            chosen_points, value = best(most)
+            taken = _bytes_at(frontiers, chosen_points)
             curve.append((taken, value))
-        found, _ = best(budget)
-        slope = self._slopes({g: _relative(frontiers[g])[point] for g, point in found.items()})
-        left = budget - sum(int(frontiers[group].bytes[point]) for group, point in found.items())
+        chosen_points, _ = best(budget)
+        errors = {g: _relative(frontiers[g])[point] for g, point in chosen_points.items()}
+        slope = self._slopes(errors)
+        left = budget - _bytes_at(frontiers, chosen_points)
         chosen = {}
-        for group in sorted(members, key=slope.get, reverse=True):  # who gains most takes the rest
+        for group in sorted(members, key=slope.get, reverse=True):  # the steepest takes the rest
             inside = members[group]
             own_costs, own_bytes = [costs[i] for i in inside], [bytes_[i] for i in inside]
-            share = int(frontiers[group].bytes[found[group]]) + left
+            share = int(frontiers[group].bytes[chosen_points[group]]) + left
             picked = choose(own_costs, own_bytes, share, slack=share)
             left = share - sum(row[i] for row, i in zip(own_bytes, picked, strict=True))
             chosen |= dict(zip(inside, picked, strict=True))
         return curve, [chosen[index] for index in range(len(costs))]
 
     def _slopes(self, errors: Mapping[str, float]) -> dict[str, float]:
-        """How fast the value falls with the error of each group."""
+        """Return the derivative of the value by the error of every group."""
         slopes = {group: self.parts[group] for group in errors}
         for pair, share in self.pairs.items():
             one, other = pair.split(" x ")

@@ -1,8 +1,8 @@
-"""How many bits each unit gets: pure functions on numbers.
+"""Bits of every unit within a budget: pure functions on numbers.
 
-Both ways end in one multiple-choice knapsack over integer bytes, solved exactly: it is what
-makes the average meet the budget. They differ in what the knapsack minimises, the measured
-cost of each choice or the distance from the paper's closed form.
+Both methods end in one multiple-choice knapsack over integer bytes, solved exactly, so that the
+average meets the budget. They differ in the cost that the knapsack minimises: the measured cost of
+a candidate, or its distance from the paper's closed form.
 """
 
 import math
@@ -23,33 +23,33 @@ __all__ = [
 
 #: the solver stops once the cost is provably this close to the best
 RELATIVE_GAP = 1e-9
-#: where all costs that matter are this much below the largest, they are solved for again without it
+#: costs this many times smaller than the largest are solved for again without it
 _COARSE = 100
 
 
 class BudgetError(ValueError):
-    """No choice of candidates meets the budget."""
+    """Raised where no choice of candidates meets the budget."""
 
 
 def closed_form_bits(
     importances: Sequence[float], average_bits: float, sizes: Sequence[float]
 ) -> np.ndarray:
-    """Bits that minimise ``sum n_l s_l 4^(-b_l)`` under ``sum n_l b_l = B sum n_l``.
+    """Return the bits that minimise ``sum n_l s_l 4^(-b_l)`` under ``sum n_l b_l = B sum n_l``.
 
-    ``b_l = B + 1/2 log2(s_l / geometric mean of s)`` (CASP, arXiv 2503.05936, eq. 12), the
-    mean weighted by the sizes; with equal sizes it is the paper's.
+    ``b_l = B + 1/2 log2(s_l / geometric mean of s)`` (CASP, arXiv 2503.05936, eq. 12), with the
+    mean weighted by the sizes; equal sizes give the paper's formula.
 
     :param importances: s_l > 0, length L
     :param average_bits: B
-    :param sizes: weights of each unit, n_l > 0, length L
+    :param sizes: number of weights of every unit, n_l > 0, length L
     :return: real-valued bits, shape (L,), float64
     :raises ValueError: if an importance or a size is not positive and finite
     """
     s = np.asarray(importances, dtype=np.float64)
     n = np.asarray(sizes, dtype=np.float64)
-    for what, values in (("importances", s), ("sizes", n)):
+    for name, values in (("importances", s), ("sizes", n)):
         if not (np.isfinite(values).all() and (values > 0).all()):
-            raise ValueError(f"{what} must be positive and finite, got {values.tolist()}")
+            raise ValueError(f"{name} must be positive and finite, got {values.tolist()}")
     log_s = np.log2(s)
     return average_bits + 0.5 * (log_s - np.average(log_s, weights=n))
 
@@ -57,14 +57,14 @@ def closed_form_bits(
 def distance_costs(
     bits: Sequence[float], candidates: Sequence[Sequence[float]], sizes: Sequence[float]
 ) -> list[list[float]]:
-    """Cost of each candidate as its distance from the wished real-valued bits.
+    """Return the cost of every candidate: its squared distance from the wished real-valued bits.
 
     ``n_l (b - b_l)^2`` with b_l clipped to the candidates' range: :func:`choose` on these
     costs rounds the closed form and repairs the budget in one step.
 
     :param bits: wished bits, length L
-    :param candidates: bit widths on offer for each unit, L lists
-    :param sizes: weights of each unit, length L
+    :param candidates: bit widths on offer for every unit, L lists
+    :param sizes: number of weights of every unit, length L
     """
     return [
         [size * (b - min(max(wish, min(row)), max(row))) ** 2 for b in row]
@@ -73,7 +73,7 @@ def distance_costs(
 
 
 def reachable_bytes(bytes_: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Smallest and largest total that the candidates allow."""
+    """Return the smallest and the largest total of bytes that the candidates allow."""
     return sum(min(row) for row in bytes_), sum(max(row) for row in bytes_)
 
 
@@ -83,17 +83,17 @@ def choose(
     budget: int,
     slack: int = 0,
 ) -> list[int]:
-    """Pick one candidate per unit: least total cost within the budget.
+    """Pick one candidate per unit, at the least total cost within the budget.
 
-    A multiple-choice knapsack, solved to optimality by HiGHS (scipy ``milp``). What the user
-    grants is spent: the total lies within ``slack`` bytes of the budget, or, where no choice
-    lands there, within ``slack`` bytes of the largest total that fits.
+    A multiple-choice knapsack, solved to optimality by HiGHS (scipy ``milp``). The budget is spent:
+    the total lies within ``slack`` bytes of it, or, where no choice lands there, within ``slack``
+    bytes of the largest total that fits.
 
-    :param costs: cost of each candidate, L lists
-    :param bytes_: bytes of each candidate, same shape
+    :param costs: cost of every candidate, L lists
+    :param bytes_: bytes of every candidate, same shape
     :param budget: bytes available in all
     :param slack: bytes that may be left over
-    :return: index of the chosen candidate for each unit, length L
+    :return: index of the chosen candidate of every unit, length L
     :raises BudgetError: if even the smallest candidates exceed the budget
     """
     least, most = reachable_bytes(bytes_)
@@ -111,30 +111,30 @@ def choose(
 def pareto(
     costs: Sequence[Sequence[float]], bytes_: Sequence[Sequence[int]], points: int
 ) -> list[tuple[int, float]]:
-    """Least cost at budgets spread evenly over what the candidates reach, both ends included.
+    """Return the least cost at budgets spread evenly from the least to the largest total.
 
-    :param costs: cost of each candidate, L lists
-    :param bytes_: bytes of each candidate, same shape
+    :param costs: cost of every candidate, L lists
+    :param bytes_: bytes of every candidate, same shape
     :param points: number of budgets, at least two
-    :return: (bytes taken, total cost), both monotone
+    :return: (bytes taken, total cost) by rising budget, both monotone
     """
     least, most = reachable_bytes(bytes_)
-    found = []
+    curve = []
     for budget in np.linspace(least, most, points).astype(int).tolist():
         chosen = choose(costs, bytes_, budget, slack=budget)
-        found.append(
+        curve.append(
             (
                 sum(row[i] for row, i in zip(bytes_, chosen, strict=True)),
                 sum(row[i] for row, i in zip(costs, chosen, strict=True)),
             )
         )
-    return found
+    return curve
 
 
 def _knapsack(
     costs: Sequence[Sequence[float]], bytes_: Sequence[Sequence[int]], low: int, high: int
 ) -> list[int] | None:
-    """Least-cost choice whose bytes lie in [low, high], or None if there is none."""
+    """Return the least-cost choice whose bytes lie in [low, high]; None if there is none."""
     base = sum(min(row) for row in bytes_)
     extra = [[b - min(row) for b in row] for row in bytes_]
     # small integers keep the solver's tolerances far below one step
@@ -164,8 +164,8 @@ def _knapsack(
         if result.x is None:
             return None
         picked = np.flatnonzero(result.x > 0.5)
-        # the solver's absolute tolerance is a share of the largest cost: where nothing as good as
-        # this choice holds one so large, choose again without those
+        # the solver's absolute tolerance is a share of the largest cost: candidates too dear for
+        # any choice as good as this one are taken out, and the rest is solved again
         spare = flat[picked].sum() - least.sum()
         allowed = (flat - least[unit] <= spare * (1 + 1e-9)).astype(np.float64)
         allowed[picked] = 1

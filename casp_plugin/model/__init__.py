@@ -1,1 +1,1 @@
-"""A model as this package sees it: its files, its layers, their places, names and schemes."""
+"""A model: its files, its linear layers, their locations, units, transforms and schemes."""

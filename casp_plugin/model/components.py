@@ -1,4 +1,4 @@
-"""Which component of a multimodal model a module belongs to, told from its name."""
+"""Components of a multimodal model, told from the names of its modules."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 __all__ = ["COMPONENTS", "LANGUAGE", "component_of", "find_components", "outside_language"]
 
 LANGUAGE = "language"
-#: part of a module's path that begins a component, the first that matches names it; whatever
-#: matches none is the language model
+#: regular expressions for one part of a module's path, by component; the first match names the
+#: component, and a path without any match belongs to the language model
 COMPONENTS: dict[str, list[str]] = {
     "connector": [
         "multi_modal_projector",  # LLaVA and its kin, PaliGemma, Gemma3
@@ -25,15 +25,16 @@ COMPONENTS: dict[str, list[str]] = {
 
 
 def component_of(name: str, patterns: Mapping[str, Iterable[str]] | None = None) -> str:
-    """
-    :param name: of a module, for instance ``model.visual.merger.mlp.0``
-    :param patterns: more parts of paths for components, known ones or new; they come first
+    """Return the component that a module belongs to.
+
+    :param name: name of the module, for instance ``model.visual.merger.mlp.0``
+    :param patterns: expressions that come before ``COMPONENTS``, for known or new components
     :return: ``connector``, ``vision``, ``language`` or a component of ``patterns``
     """
     parts = name.split(".")
     for table in (patterns or {}, COMPONENTS):
-        for component, wanted in table.items():
-            if any(re.fullmatch(pattern, part) for pattern in wanted for part in parts):
+        for component, expressions in table.items():
+            if any(re.fullmatch(pattern, part) for pattern in expressions for part in parts):
                 return component
     return LANGUAGE
 
@@ -41,16 +42,16 @@ def component_of(name: str, patterns: Mapping[str, Iterable[str]] | None = None)
 def find_components(
     names: Iterable[str], patterns: Mapping[str, Iterable[str]] | None = None
 ) -> dict[str, list[str]]:
-    """Module names by component, in their order."""
-    found: dict[str, list[str]] = {}
+    """Return module names by component, in the order of the names."""
+    members: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(component_of(name, patterns), []).append(name)
-    return found
+        members.setdefault(component_of(name, patterns), []).append(name)
+    return members
 
 
 def outside_language(
     names: Iterable[str], patterns: Mapping[str, Iterable[str]] | None = None
 ) -> list[str]:
-    """Outermost ones of some modules that are not of the language model."""
+    """Return the names outside the language model whose parent module is not among them."""
     outside = dict.fromkeys(name for name in names if component_of(name, patterns) != LANGUAGE)
     return [name for name in outside if name.rpartition(".")[0] not in outside]

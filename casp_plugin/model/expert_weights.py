@@ -1,7 +1,7 @@
-"""Quantized experts as transformers keeps them: dense again, stacked.
+"""Quantized experts read as transformers keeps them: dense, stacked.
 
-transformers 5.17 reads all experts of a model under one scheme and without zero points. Ours differ
-from layer to layer.
+transformers 5.17 reads all experts of a model under one scheme and without zero points; here
+schemes differ from layer to layer.
 """
 
 import torch
@@ -13,7 +13,7 @@ from transformers.integrations.compressed_tensors import DecompressExperts
 
 __all__ = ["STACKED", "read_each_expert", "reads_each_expert"]
 
-#: layers of an expert, as they are quantized, by the stacked weight that they are a part of
+#: quantized layers of an expert, by the stacked weight that they belong to
 STACKED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "up_proj": ("up_proj",),  # without a gate
@@ -23,7 +23,10 @@ _WEIGHT = ".weight_packed$"
 
 
 def read_each_expert(converter: WeightConverter) -> WeightConverter:
-    """The converter, with every expert under its own scheme where it decompresses experts."""
+    """Return a converter that decompresses every expert under its own scheme.
+
+    :param converter: returned as it is where it decompresses no experts
+    """
     operations = getattr(converter, "operations", [])
     packed = [pattern for pattern in converter.source_patterns if pattern.endswith(_WEIGHT)]
     if not packed or not isinstance(operations[0], DecompressExperts):
@@ -37,12 +40,13 @@ def read_each_expert(converter: WeightConverter) -> WeightConverter:
 
 
 def reads_each_expert(converter: WeightTransform) -> bool:
-    """Tell whether a converter is one of the above, which cannot be reversed."""
-    return any(isinstance(each, _DecompressEach) for each in getattr(converter, "operations", ()))
+    """Tell whether a converter comes from :func:`read_each_expert`: it cannot be reversed."""
+    operations = getattr(converter, "operations", ())
+    return any(isinstance(operation, _DecompressEach) for operation in operations)
 
 
 class _DecompressEach(DecompressExperts):
-    """Every layer of every expert under its own scheme."""
+    """Decompression of every layer of every expert under its own scheme."""
 
     def convert(
         self,
@@ -52,13 +56,13 @@ class _DecompressEach(DecompressExperts):
         full_layer_name: str | None = None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        """
-        :return: stacked weights by the pattern of their codes
+        """Return stacked weights, shape (experts, out, in), by the pattern of their codes.
+
         :raises ValueError: if the config has no scheme for an expert
         """
         experts, _, stacked = full_layer_name.rpartition(".")
         packed = [pattern for pattern in source_patterns if pattern.endswith(_WEIGHT)]
-        found = {}
+        weights = {}
         for pattern, layer in zip(packed, STACKED[stacked], strict=True):
             if pattern not in input_dict:
                 continue
@@ -67,13 +71,14 @@ class _DecompressEach(DecompressExperts):
                 for part in ("packed", "scale", "shape", "zero_point")
                 if pattern.replace("packed$", f"{part}$") in input_dict
             }
-            rows = (
-                dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True)
+            states = (
+                dict(zip(parts, tensors, strict=True))
+                for tensors in zip(*parts.values(), strict=True)
             )
-            found[pattern] = torch.stack(
-                [self._dense(f"{experts}.{i}.{layer}", row) for i, row in enumerate(rows)]
+            weights[pattern] = torch.stack(
+                [self._dense(f"{experts}.{i}.{layer}", state) for i, state in enumerate(states)]
             )
-        return found
+        return weights
 
     def _dense(self, name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
         scheme = self._scheme(name)

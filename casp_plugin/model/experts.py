@@ -1,4 +1,4 @@
-"""Experts of a layer as linear layers, as llm-compressor calibrates and quantizes them."""
+"""Experts as linear layers, the form in which llm-compressor calibrates and quantizes them."""
 
 import torch
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
@@ -18,9 +18,9 @@ __all__ = ["linearize_experts", "name_experts_as_on_disk"]
 
 
 def linearize_experts(model: nn.Module) -> None:
-    """Put linear layers in place of the stacked weights of experts, as oneshot does.
+    """Replace the stacked weights of experts by linear layers, as oneshot does.
 
-    :param model: the model; on the meta device too, where llm-compressor would miss the weights
+    :param model: the model, also on the meta device, where llm-compressor needs weights
     :raises ValueError: if llm-compressor cannot take these experts apart
     """
     try:
@@ -29,7 +29,7 @@ def linearize_experts(model: nn.Module) -> None:
             return
         for name, experts in get_non_linearized_moes(model):
             model.set_submodule(name, _bare_experts(experts, model.config))
-    except Exception as error:  # whatever it meets in a family that it was not written for
+    except Exception as error:  # families that llm-compressor was not written for
         raise ValueError(
             f"llm-compressor cannot make linear layers of the experts of {type(model).__name__}: "
             f"{type(error).__name__}: {error}"
@@ -37,26 +37,28 @@ def linearize_experts(model: nn.Module) -> None:
 
 
 def _bare_experts(experts: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """Linear layers of the sizes of some experts, without weights."""
-    kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+    """Return linear layers of the experts' sizes, without weights."""
+    linear_experts = LinearExperts2D.get_linear_experts_cls(type(experts))
     with torch.device("meta"):
         if not isinstance(experts, Llama4TextExperts):
-            return kind(getattr(experts, "config", config))
+            return linear_experts(getattr(experts, "config", config))
         sizes = (experts.num_experts, experts.hidden_size, experts.expert_dim)
-        return kind(*sizes, config.get_text_config())
+        return linear_experts(*sizes, config.get_text_config())
 
 
 def name_experts_as_on_disk(model: PreTrainedModel) -> None:
-    """Let ``save_pretrained`` call the layers of experts what checkpoints of their family call
-    them, where llm-compressor has another name that nobody would find (Mixtral: `w1`, `w3`, `w2`).
+    """Let ``save_pretrained`` write the layers of experts under the names of their family.
+
+    llm-compressor has names of its own for some (Mixtral's `w1`, `w3`, `w2`), which readers of the
+    checkpoint would miss.
     """
     kept, renamed = [], []
-    for known in getattr(model, "_weight_conversions", None) or []:
-        layers = STACKED.get(known.target_patterns[0].rpartition("experts.")[2])
-        if layers is None or not isinstance(known, WeightConverter):
-            kept.append(known)
+    for conversion in getattr(model, "_weight_conversions", None) or []:
+        layers = STACKED.get(conversion.target_patterns[0].rpartition("experts.")[2])
+        if layers is None or not isinstance(conversion, WeightConverter):
+            kept.append(conversion)
             continue
-        for pattern, layer in zip(known.source_patterns, layers, strict=False):
+        for pattern, layer in zip(conversion.source_patterns, layers, strict=False):
             name = pattern.removesuffix(".weight").rpartition(".")[2]
             if name != layer:
                 on_disk = rf"\.experts\.(\d+)\.{name}\."

@@ -1,4 +1,4 @@
-"""Linears that may become low-rank products of one latent: which they are, and their factors."""
+"""Linears that can be factored with one shared latent, their factors and their ranks."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,12 +13,12 @@ __all__ = ["Latent", "global_ranks"]
 
 
 class Latent:
-    """Linears that read one input, and what becomes of them at each rank.
+    """Linears that read one input, and their factored layers at any rank.
 
     :param linears: the dense layers by name, one or more, in order
-    :param spectrum: their stacked weights, whitened; None while there are no statistics: then
-        factors are empty and errors unknown
-    :param rotate: turn the latent by a random rotation, so that the factors round well
+    :param spectrum: spectrum of their stacked weights; None without statistics, when factors are
+        empty and errors unknown
+    :param rotate: whether to rotate the latent at random, so that the factors round well
     """
 
     def __init__(
@@ -30,58 +30,59 @@ class Latent:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the stacked weight."""
+        """Return (out, in) of the stacked weight."""
         rows = sum(linear.out_features for linear in self.linears.values())
         return rows, next(iter(self.linears.values())).in_features
 
     @property
     def parameters(self) -> int:
-        """Weights of the dense layers."""
+        """Return the number of weights of the dense layers."""
         return self.shape[0] * self.shape[1]
 
     def kept(self, rank: int | None) -> float:
-        """Parameters of the factors over those of the dense layers; 1 without factors."""
+        """Return parameters of the factors over parameters of the dense layers; 1 for rank None."""
         return 1.0 if rank is None else rank * sum(self.shape) / self.parameters
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank whose factors are smaller than the layers."""
+        """Return the largest rank whose factors are smaller than the layers."""
         return min((self.parameters - 1) // sum(self.shape), *self.shape)
 
     def ranks(self, multiple: int) -> list[int]:
-        """Every rank, a multiple of ``multiple``, whose factors are smaller than the layers."""
+        """Return all multiples of ``multiple`` whose factors are smaller than the layers."""
         return list(range(multiple, self.largest_rank + 1, multiple))
 
     def factors(self, rank: int) -> Factors:
-        """The best factors of a rank, rows of ``up`` stacked as the layers are."""
+        """Return the best factors of a rank, rows of ``up`` stacked in the order of the layers."""
         return self.spectrum.factors(rank, random_rotation(rank) if self.rotate else None)
 
     def layers(self, rank: int) -> dict[str, LowRankLinear]:
-        """The factored layers that replace the dense ones; the first holds the latent."""
+        """Return the factored layers that replace the dense ones; the first holds the latent."""
         linears = self.linears.items()
         first = None
-        made = {}
+        factored = {}
         if self.spectrum is not None:
             factors = self.factors(rank)
             ups = factors.up.split([linear.out_features for linear in self.linears.values()])
         for index, (name, linear) in enumerate(linears):
             if self.spectrum is None:
-                made[name] = LowRankLinear.like(linear, rank, first)
+                factored[name] = LowRankLinear.like(linear, rank, first)
             else:
-                made[name] = LowRankLinear.from_factors(linear, factors.down, ups[index], first)
-            first = first or made[name]
-        return made
+                up = ups[index]
+                factored[name] = LowRankLinear.from_factors(linear, factors.down, up, first)
+            first = first or factored[name]
+        return factored
 
 
 def global_ranks(latents: Iterable[Latent], multiple: int, keep: float) -> list[int | None]:
-    """Ranks that lose the least energy in all, within a share of the parameters.
+    """Return the ranks that lose the least energy in all, within a share of the parameters.
 
-    Exact, by the knapsack that allocates bits too; singular values fall, so the marginal gain of
-    a rank does, and the choice is that of taking the best next step everywhere.
+    Exact, by the knapsack that allocates bits too. Singular values fall, so the marginal gain of a
+    rank falls, and the choice equals taking the best next step everywhere.
 
-    :param latents: with their spectra in one unit
+    :param latents: latents whose spectra share one unit of energy
     :param multiple: ranks are multiples of this
-    :param keep: parameters of all factors over those of all dense layers, in (0, 1)
+    :param keep: parameters of all factors over parameters of all dense layers, in (0, 1)
     :return: rank of each latent, None where it stays dense
     """
     latents = list(latents)

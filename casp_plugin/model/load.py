@@ -32,16 +32,16 @@ __all__ = [
     "auto_class",
     "bare_model",
     "bytes_on_disk",
+    "copy_without_weights",
     "is_multimodal",
     "load_model",
     "names_in_memory",
     "parted_in_memory",
     "read_model_config",
     "runs_remote_code",
-    "skeleton",
 ]
 
-#: names of the classes that each Auto class builds, by model type; the first that fits is taken
+#: class names that an Auto class builds, by model type; the first Auto class that fits is taken
 _AUTO_CLASSES = {
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -66,27 +66,28 @@ def read_model_config(name: str | Path, trust_remote_code: bool = False) -> PreT
         raise ValueError(f"config.json of {name}: {one_line(error)}") from error
     except (OSError, ImportError):
         raise
-    except Exception as error:  # whatever a config's class meets in its fields
+    except Exception as error:  # a config's class raises anything at odd fields
         raise ValueError(
             f"config.json of {name}: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """Return the Auto class that builds what ``architectures`` of a config names: any other class
-    would leave tensors of the checkpoint out.
+    """Return the Auto class that builds the class which ``architectures`` of a config names.
 
-    :raises ValueError: if neither class builds it
+    Any other class would leave tensors of the checkpoint out.
+
+    :raises ValueError: if neither Auto class builds it
     """
     named, known = config.architectures or [], []
-    for kind, classes in _AUTO_CLASSES.items():
+    for auto, classes in _AUTO_CLASSES.items():
         built = classes.get(config.model_type, ())
         built = [built] if isinstance(built, str) else list(built)
         if set(built) & set(named) or (built and not named):
-            return kind
-        if kind.__name__ in (getattr(config, "auto_map", None) or {}):  # code of its own
-            return kind
-        known += [each for each in built if each not in known]
+            return auto
+        if auto.__name__ in (getattr(config, "auto_map", None) or {}):  # code of its own
+            return auto
+        known += [name for name in built if name not in known]
     where = config.name_or_path or "the model"
     if not known:
         raise ValueError(
@@ -100,7 +101,7 @@ def auto_class(config: PreTrainedConfig) -> type:
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Tell whether a model of this config also takes images."""
+    """Tell whether a model of this config takes images, too."""
     return auto_class(config) is AutoModelForImageTextToText
 
 
@@ -110,20 +111,21 @@ def runs_remote_code(model: PreTrainedModel) -> bool:
 
 
 def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTrainedModel:
-    """Load a language or vision-language model in its own dtype, from safetensors only: files of
-    pickle run code.
+    """Load a language or vision-language model in its own dtype.
+
+    From safetensors only: pickle files run code.
 
     :param name: folder or Hugging Face id
     :param trust_remote_code: whether Python code that comes with the model may run
-    :param arguments: more for ``from_pretrained``
+    :param arguments: further arguments of ``from_pretrained``
     :raises ValueError: if a file is broken, weights are missing or of another shape, or
-        ``architectures`` names a class that is neither
+        ``architectures`` names another kind of model
     :raises OSError: if there is no such model, or it has no safetensors
     """
-    kind = auto_class(read_model_config(name, trust_remote_code))
+    auto = auto_class(read_model_config(name, trust_remote_code))
     arguments = {"dtype": "auto", "use_safetensors": True, **arguments}
     try:
-        model, found = kind.from_pretrained(
+        model, report = auto.from_pretrained(
             name,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -134,13 +136,13 @@ def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTr
         raise ValueError(f"{name}: a safetensors file is broken or cut off: {error}") from None
     except (OSError, ImportError):
         raise
-    except Exception as error:  # whatever transformers meets in its files
+    except Exception as error:  # transformers raises anything at odd files
         _check_generation_config(name)
         told = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{name} cannot be loaded: {told}") from error
-    if found["missing_keys"]:  # transformers would make them up
-        raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys'])[:4])}")
-    for weight, stored, wanted in sorted(found["mismatched_keys"]):
+    if report["missing_keys"]:  # transformers would make them up
+        raise ValueError(f"{name} lacks {', '.join(sorted(report['missing_keys'])[:4])}")
+    for weight, stored, wanted in sorted(report["mismatched_keys"]):
         raise ValueError(
             f"{weight} of {name} is {tuple(stored)}, but its config says {tuple(wanted)}"
         )
@@ -148,12 +150,13 @@ def load_model(name: str, trust_remote_code: bool = False, **arguments) -> PreTr
 
 
 def _check_generation_config(name: str) -> None:
-    """
-    :raises ValueError: if the generation settings of a model are no settings
+    """Check that the generation settings of a model can be read.
+
+    :raises ValueError: if they cannot
     """
     try:
         GenerationConfig.from_pretrained(name)
-    except OSError:  # none
+    except OSError:  # the model has none
         pass
     except Exception as error:
         raise ValueError(
@@ -162,7 +165,7 @@ def _check_generation_config(name: str) -> None:
 
 
 def bytes_on_disk(model: str | Path) -> int | None:
-    """Return the bytes of a model's safetensors files; None where it is no folder that has any."""
+    """Return the bytes of a model's safetensors files; None for anything but a folder of them."""
     try:
         return sum(path.stat().st_size for path in weight_files(model))
     except ValueError:
@@ -172,16 +175,15 @@ def bytes_on_disk(model: str | Path) -> int | None:
 def bare_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the model without weights, on the meta device.
 
-    :raises ValueError: as ``auto_class``
+    :raises ValueError: as :func:`auto_class` does
     """
     arguments = {"dtype": config.dtype or torch.float32, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         return auto_class(config).from_config(config, **arguments)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model's structure on the meta device: shapes without weights, and without what
-    moves these about."""
+def copy_without_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device: shapes without weights, nothing offloaded."""
     memo = {}
     with torch.no_grad(), disable_onloading():
         for parameter in model.parameters():
@@ -195,33 +197,34 @@ def skeleton(model: nn.Module) -> nn.Module:
 def names_in_memory(
     names: Iterable[str], model: PreTrainedModel, quantizer: HfQuantizer | None = None
 ) -> dict[str, str]:
-    """Return what transformers calls tensors of a checkpoint once they are loaded, by their name
-    there. Several that loading merges (experts) have one name; what the model does not build has a
-    name that its ``state_dict`` lacks.
+    """Return the names of a checkpoint's tensors in the loaded model, by their name on disk.
+
+    Tensors that loading merges (experts) share one name; a tensor that the model does not build
+    has a name that its ``state_dict`` lacks.
 
     :param names: names on disk
-    :param model: a model of the checkpoint's class; the meta device will do
-    :param quantizer: that loads a quantized checkpoint
+    :param model: a model of the checkpoint's class, on any device, meta included
+    :param quantizer: the quantizer that loads a quantized checkpoint
     """
     renamed, known = _renamed(names, model, quantizer), model.state_dict()
     return {
-        name: name if each not in known and name in known else each
-        for name, (each, _) in renamed.items()
+        name: name if in_memory not in known and name in known else in_memory
+        for name, (in_memory, _) in renamed.items()
     }
 
 
 def parted_in_memory(
     names: Iterable[str], model: PreTrainedModel, quantizer: HfQuantizer | None = None
 ) -> set[str]:
-    """Return the tensors of a model that loading cuts out of larger ones on disk.
+    """Return the tensors of a model that loading cuts out of larger ones on disk, by name.
 
     :param names: names on disk
-    :param model: a model of the checkpoint's class; the meta device will do
-    :param quantizer: that loads a quantized checkpoint
+    :param model: a model of the checkpoint's class, on any device, meta included
+    :param quantizer: the quantizer that loads a quantized checkpoint
     """
     return {
-        each.replace(targets[0], target)
-        for each, targets in _renamed(names, model, quantizer).values()
+        in_memory.replace(targets[0], target)
+        for in_memory, targets in _renamed(names, model, quantizer).values()
         if len(targets) > 1
         for target in targets
     }
@@ -230,13 +233,15 @@ def parted_in_memory(
 def _renamed(
     names: Iterable[str], model: PreTrainedModel, quantizer: HfQuantizer | None
 ) -> dict[str, tuple[str, list[str]]]:
-    """What loading calls a tensor, by its name on disk, and the patterns of what it becomes."""
+    """Return a tensor's name in memory and the target patterns of its converter, by its name on
+    disk."""
     conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    by_source = {source: each for each in converters for source in each.source_patterns}
-    known, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_source = {s: converter for converter in converters for s in converter.source_patterns}
+    known, prefix, names_and_targets = model.state_dict(), model.base_model_prefix, {}
     for name in names:
         renamed, source = rename_source_key(name, renamings, converters, prefix, known)
-        found[name] = renamed, by_source[source].target_patterns if source else []
-    return found
+        targets = by_source[source].target_patterns if source else []
+        names_and_targets[name] = renamed, targets
+    return names_and_targets

@@ -1,4 +1,4 @@
-"""Where a linear layer stands in a model: its component, its third of the blocks, its kind."""
+"""Location of a linear layer in a model: its component, its third of the blocks, its type."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,61 +8,80 @@ from torch import nn
 
 from casp_plugin.model.components import component_of
 
-__all__ = ["AXES", "BLOCKS", "KINDS", "Part", "find_parts", "levels"]
+__all__ = ["AXES", "BLOCKS", "LAYER_TYPES", "Location", "find_locations", "layer_kind", "levels"]
 
 #: thirds of a stack of blocks
 BLOCKS = ("front", "middle", "end")
-ATTENTION, FEED_FORWARD = KINDS = ("attention", "feed-forward")
-#: fields of a ``Part``, by what tables call them
+ATTENTION, FEED_FORWARD = LAYER_TYPES = ("attention", "feed-forward")
+#: axes that tell layers apart, with their column in the points of a study
 AXES = {"component": "component", "block group": "block", "layer type": "kind"}
 
 
 @dataclass(frozen=True)
-class Part:
-    """
+class Location:
+    """Location of one linear layer.
+
     :param component: as :func:`~casp_plugin.model.components.component_of` names it
     :param block: third of its component's blocks; None outside a stack of at least three
-    :param kind: ``attention`` or ``feed-forward``; None outside a stack
+    :param layer_type: ``attention`` or ``feed-forward``; None outside such a stack
     """
 
     component: str
     block: str | None
-    kind: str | None
+    layer_type: str | None
+
+    def level(self, axis: str) -> str | None:
+        """Return the level of an axis that the layer belongs to; None where it has none.
+
+        :param axis: one of ``AXES``
+        """
+        values = self.component, self.block, self.layer_type
+        return dict(zip(AXES, values, strict=True))[axis]
 
 
-def find_parts(
+def find_locations(
     model: nn.Module,
     names: Iterable[str],
     patterns: Mapping[str, Iterable[str]] | None = None,
-) -> dict[str, Part]:
-    """The part that each of some linear layers is.
+) -> dict[str, Location]:
+    """Return the location of linear layers, by name.
 
-    Blocks are the modules of the outermost list that holds a layer; the thirds are cut where
-    arXiv 2601.15287 cuts them, at n // 3 and 2 n // 3 of n blocks.
+    Blocks are the modules of the outermost list that holds a layer; the thirds are cut as in
+    arXiv 2601.15287, at n // 3 and 2 n // 3 of n blocks.
 
-    :param names: of the layers
-    :param patterns: more parts of paths that begin a component
+    :param names: names of the layers
+    :param patterns: parts of paths that begin a component, beside the known ones
     """
     stacks = {
         name: len(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
-    return {name: _part(name, stacks, component_of(name, patterns)) for name in names}
+    return {name: _location(name, stacks, component_of(name, patterns)) for name in names}
 
 
-def levels(parts: Iterable[Part], axis: str) -> list[str]:
-    """What an axis tells apart among some parts, blocks and kinds in their own order.
+def levels(locations: Iterable[Location], axis: str) -> list[str]:
+    """Return the levels of an axis that occur, blocks and layer types in their own order.
 
     :param axis: one of ``AXES``
     """
-    found = dict.fromkeys(getattr(part, AXES[axis]) for part in parts)
-    known = [*BLOCKS, *KINDS]
-    place = {level: known.index(level) if level in known else -1 for level in found if level}
+    occurring = dict.fromkeys(location.level(axis) for location in locations)
+    known = [*BLOCKS, *LAYER_TYPES]
+    place = {level: known.index(level) if level in known else -1 for level in occurring if level}
     return sorted(place, key=place.__getitem__)
 
 
-def _part(name: str, stacks: Mapping[str, int], component: str) -> Part:
+def layer_kind(unit: str) -> str:
+    """Return the kind of a unit's layers: ``q_proj, k_proj`` of
+    ``model.layers.3.self_attn.q_proj+k_proj``, ``layer`` of a whole decoder layer.
+
+    :param unit: name of the unit
+    """
+    leaf = unit.rpartition(".")[2]
+    return "layer" if re.fullmatch(r"[\d-]+", leaf) else leaf.replace("+", ", ")
+
+
+def _location(name: str, stacks: Mapping[str, int], component: str) -> Location:
     path = name.split(".")
     for cut in range(1, len(path)):
         stack = ".".join(path[:cut])
@@ -73,5 +92,5 @@ def _part(name: str, stacks: Mapping[str, int], component: str) -> Part:
             third = 0 if index < count // 3 else 1 if index < 2 * count // 3 else 2
             inside = ".".join(path[cut + 1 :])
             attends = re.search(r"attn|attention", inside, re.IGNORECASE)
-            return Part(component, BLOCKS[third], ATTENTION if attends else FEED_FORWARD)
-    return Part(component, None, None)
+            return Location(component, BLOCKS[third], ATTENTION if attends else FEED_FORWARD)
+    return Location(component, None, None)

@@ -1,4 +1,4 @@
-"""The module that stands where a factored linear stood."""
+"""The module that replaces a factored linear layer."""
 
 from functools import cache
 
@@ -10,19 +10,19 @@ __all__ = ["LowRankLinear", "named_linears", "stored_tensors"]
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer kept as two factors: ``y = up(down(x))``, ``W ~= up.weight @ down.weight``.
+    """A linear layer stored as two factors: ``y = up(down(x))``, ``W ~= up.weight @ down.weight``.
 
     Both factors are ordinary :class:`torch.nn.Linear` modules, so that quantizers,
     observers and compressed-tensors treat them like any other layer. Layers that read one
-    input may share one latent: then only the first of them has a ``down``.
+    input may share one latent ``down(x)``: then only the first has a ``down``.
 
     :param in_features: size of the input
     :param out_features: size of the output
     :param rank: size of the latent between the factors
-    :param bias: whether ``up`` carries the original layer's bias; ``down`` never has one
+    :param bias: whether ``up`` has the original layer's bias; ``down`` has none
     :param device: where to create the factors
     :param dtype: data type of the factors
-    :param latent_of: the factored layer whose ``down`` this one uses; None for one of its own
+    :param latent_of: the factored layer whose ``down`` is used; None for an own ``down``
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LowRankLinear(nn.Module):
     def like(
         cls, linear: nn.Linear, rank: int, latent_of: "LowRankLinear | None" = None
     ) -> "LowRankLinear":
-        """An empty factored layer with the shapes, bias, device and dtype of ``linear``."""
+        """Return an empty factored layer with the shapes, bias, device and dtype of ``linear``."""
         weight = linear.weight
         module = cls(
             weight.shape[1],
@@ -67,11 +67,11 @@ class LowRankLinear(nn.Module):
         up: torch.Tensor,
         latent_of: "LowRankLinear | None" = None,
     ) -> "LowRankLinear":
-        """The factored layer that replaces ``linear``.
+        """Return the factored layer that replaces ``linear``.
 
         :param linear: layer to replace; gives bias, device and dtype
-        :param down: first factor, shape ``(rank, in_features)``; not read with ``latent_of``
-        :param up: second factor, shape ``(out_features, rank)``
+        :param down: first factor, shape (rank, in); not read with ``latent_of``
+        :param up: second factor, shape (out, rank)
         :param latent_of: the factored layer that holds ``down``
         """
         module = cls.like(linear, up.shape[1], latent_of)
@@ -85,12 +85,12 @@ class LowRankLinear(nn.Module):
 
     @property
     def latent_of(self) -> "LowRankLinear | None":
-        """The layer whose ``down`` this one uses, None if it has its own."""
+        """Return the layer whose ``down`` is used; None where the layer has its own."""
         return self._latent_of[0] if self._latent_of else None
 
     @property
     def latent(self) -> nn.Linear:
-        """The first factor, wherever it is held."""
+        """Return the first factor, the layer's own or a shared one."""
         return self.down if self.latent_of is None else self.latent_of.down
 
     @property
@@ -117,40 +117,43 @@ class LowRankLinear(nn.Module):
 
 
 def named_linears(model: nn.Module) -> list[tuple[str, nn.Linear | LowRankLinear]]:
-    """Return every linear layer of the model in module order; a factored layer counts as one.
-    Subclasses that do more than a linear layer (routers that choose experts), and those whose
-    weight another module reads (the output of ``nn.MultiheadAttention``), are none."""
-    found = []
+    """Return the linear layers of a model with their names, in module order.
+
+    A factored layer counts as one. Left out are subclasses that do more than a linear layer
+    (routers that choose experts) and layers whose weight another module reads (the output of
+    ``nn.MultiheadAttention``).
+    """
+    linears = []
     factored = ""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             factored = f"{name}."
-            found.append((name, module))
+            linears.append((name, module))
         elif _is_linear(module) and not (factored and name.startswith(factored)):
-            found.append((name, module))
-    return found
+            linears.append((name, module))
+    return linears
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is called and puts out a matrix product alone."""
+    """Tell whether a module is called, and computes a matrix product and nothing else."""
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
     return type(module).forward is nn.Linear.forward or _puts_out_rows(type(module))
 
 
 @cache
-def _puts_out_rows(kind: type[nn.Linear]) -> bool:
-    """Whether a subclass, made without weights, turns (tokens, in) into (tokens, out)."""
+def _puts_out_rows(subclass: type[nn.Linear]) -> bool:
+    """Tell whether a subclass, made without weights, maps (tokens, in) to (tokens, out)."""
     try:
-        module, x = kind(4, 3, device="meta"), torch.empty(2, 4, device="meta")
+        module, x = subclass(4, 3, device="meta"), torch.empty(2, 4, device="meta")
         output = module(x)
-    except Exception:  # made or called in another way
+    except Exception:  # it takes other arguments
         return False
     return torch.is_tensor(output) and output.shape == (2, 3)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model stores, by name; tied weights once."""
-    known = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in known}
+    """Return the tensors that a checkpoint of the model stores, by name; tied weights once."""
+    state = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
     return dict(model.named_parameters()) | buffers

@@ -1,4 +1,4 @@
-"""Weight schemes of compressed-tensors: how one is spelled, what it stores, what runs it."""
+"""Weight schemes of compressed-tensors: their arguments, their bytes, their kernels."""
 
 import math
 
@@ -22,10 +22,10 @@ __all__ = [
     "weight_args",
 ]
 
-#: importance-weighted search for the scales; min-max destroys a model at 2 bits
+#: importance-weighted search for the scales; min-max scales destroy a model at 2 bits
 DEFAULT_OBSERVER = "imatrix_mse"
 
-#: named, since compressed-tensors infers another one for subclasses of Linear (Falcon's)
+#: set explicitly: compressed-tensors infers another format for subclasses of Linear (Falcon's)
 FORMAT = CompressionFormat.pack_quantized.value
 
 _INT32_BYTES = 4
@@ -35,7 +35,13 @@ _SHAPE_BYTES = 16  # weight_shape: two int64
 def weight_args(
     bits: int, group_size: int, symmetric: bool = False, observer: str = DEFAULT_OBSERVER
 ) -> QuantizationArgs:
-    """An integer weight scheme; ``group_size`` -1 means one scale per output channel."""
+    """Return an integer weight scheme.
+
+    :param bits: width of the codes
+    :param group_size: columns that share a scale; -1 for one scale per output channel
+    :param symmetric: whether to store no zero points
+    :param observer: name of the llm-compressor observer that chooses the scales
+    """
     return QuantizationArgs(
         num_bits=bits,
         type="int",
@@ -47,15 +53,15 @@ def weight_args(
 
 
 def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dtype) -> int:
-    """Bytes that one weight takes on disk in the ``pack-quantized`` format.
+    """Return the bytes that a weight takes on disk in the ``pack-quantized`` format.
 
     Codes are a dense bit stream per row, ``ceil(in * bits / 32)`` int32; scales are one value
-    of the model's type per row and group; zero points (asymmetric only) are packed along the
+    of the model's dtype per row and group; zero points (asymmetric only) are packed along the
     rows; ``weight_shape`` is two int64. Biases are not counted: no choice changes them.
 
     :param shape: (out, in) of the weight
-    :param args: its scheme, group or channel strategy
-    :param dtype: data type of the scales, which is the model's
+    :param args: its scheme, of group or channel strategy
+    :param dtype: data type of the scales, equal to the model's
     """
     rows, columns = shape
     grouped = args.strategy == QuantizationStrategy.GROUP
@@ -67,10 +73,11 @@ def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dt
 
 
 def quantized_bytes(module: nn.Linear | nn.Embedding, scheme: QuantizationScheme) -> int:
-    """Return the bytes that a layer's weight takes on disk under a scheme of any format; biases are
-    not counted.
+    """Return the bytes that a layer's weight takes on disk under a scheme of any format.
 
-    :param module: the dense layer, which stays as it is
+    Biases are not counted.
+
+    :param module: the dense layer, left unchanged
     """
     like = {"device": "meta", "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
@@ -81,7 +88,7 @@ def quantized_bytes(module: nn.Linear | nn.Embedding, scheme: QuantizationScheme
     initialize_module_for_quantization(bare)
     zeros = getattr(bare, "weight_zero_point", None)
     compress_module(bare)
-    stored = {name: each.nbytes for name, each in bare.state_dict().items()}
+    stored = {name: tensor.nbytes for name, tensor in bare.state_dict().items()}
     if "weight_zero_point" in stored and "weight_packed" in stored:  # packed along the rows
         rows, groups = zeros.shape
         stored["weight_zero_point"] = _packed_zeros(rows, groups, scheme.weights.num_bits)
@@ -93,11 +100,11 @@ def _packed_zeros(rows: int, groups: int, bits: int) -> int:
 
 
 def missing_kernel(args: QuantizationArgs) -> str | None:
-    """The extra package that stock vLLM on CUDA needs to run this scheme, or None.
+    """Return the extra package that stock vLLM on CUDA needs to run a scheme; None if none.
 
     Marlin runs 4 and 8 bits symmetric and 4 bits asymmetric, in groups of 32, 64, 128 or per
-    channel; everything else is left to Humming (package ``humming-kernels``). Machete, on
-    Hopper, would run 8 bits asymmetric too.
+    channel; Humming runs everything else (package ``humming-kernels``). Machete, on
+    Hopper, runs 8 bits asymmetric, too, and is not assumed.
     """
     in_box = (4, 8) if args.symmetric else (4,)
     sizes = (None, -1, 32, 64, 128)

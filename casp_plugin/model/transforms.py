@@ -1,9 +1,8 @@
 """Hadamard transforms of the inputs of linear layers, as QuIPModifier of llm-compressor makes them.
 
 A layer that runs ``(W R^T)(R x)`` instead of ``W x`` computes the same, but its weights and inputs
-have no outliers left (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). The weight is rotated
-once, the input each time. Which layers are rotated stands in the ``transform_config`` of a
-checkpoint; here is how it is read, and what the rotation is.
+have no outliers (QuIP, arXiv 2307.13304; QuaRot, arXiv 2404.00456). The weight is rotated once, the
+input at every call. The ``transform_config`` of a checkpoint lists the rotated layers.
 """
 
 import torch
@@ -23,8 +22,9 @@ __all__ = [
 
 
 def check_transforms(config: TransformConfig) -> None:
-    """
-    :raises ValueError: for transforms that cannot be made again from the config alone
+    """Check that transforms can be made again from the config alone, and be served.
+
+    :raises ValueError: if they cannot
     """
     for name, scheme in config.config_groups.items():
         if scheme.type != "hadamard" or scheme.randomize:
@@ -42,12 +42,13 @@ def check_transforms(config: TransformConfig) -> None:
 
 
 def input_block(config: TransformConfig | None, name: str, linear: nn.Module, columns: int) -> int:
-    """Size of the Hadamard blocks that rotate the input of a linear layer; 1 for none.
+    """Return the size of the Hadamard blocks that rotate the input of a linear layer.
 
-    :param config: transforms of the model, None for none
+    :param config: transforms of the model; None for none
     :param name: name of the layer
-    :param linear: the layer, or what stands for it; its class may be a target
+    :param linear: the layer, or a module of its class, which may be a target
     :param columns: size of its input
+    :return: a power of two; 1 for no rotation
     :raises ValueError: if the blocks do not divide the input, or are no power of two
     """
     for scheme in config.config_groups.values() if config is not None else ():
@@ -66,8 +67,10 @@ def input_block(config: TransformConfig | None, name: str, linear: nn.Module, co
 
 
 def hadamard(block: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Sylvester's Hadamard matrix, shape (block, block), scaled by a power of two, which 16 bits
-    hold exactly: orthogonal for blocks of 4^n, too large by the square root of two for the others.
+    """Return Sylvester's Hadamard matrix, shape (block, block), scaled by a power of two.
+
+    16 bits hold its entries exactly. It is orthogonal for blocks of 4^n, and too large by the
+    square root of two for other powers of two.
 
     :param block: a power of two
     """
@@ -75,19 +78,20 @@ def hadamard(block: int, dtype: torch.dtype, device: torch.device | None = None)
 
 
 def rotate(values: torch.Tensor, block: int, matrix: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply the last dimension by Sylvester's Hadamard matrix, block by block. The matrix is
-    orthogonal, symmetric and its own inverse: inputs and rows of weights turn alike.
+    """Multiply the last dimension by the orthogonal Hadamard matrix, block by block.
+
+    The matrix is symmetric and its own inverse: inputs and rows of weights are rotated alike.
 
     :param values: shape (..., columns)
     :param block: a power of two that divides the columns; 1 changes nothing
-    :param matrix: what :func:`hadamard` gives, if it is at hand
+    :param matrix: result of :func:`hadamard`, if known; None to make it
     """
     if block == 1:
         return values
     if matrix is None:
         matrix = hadamard(block, values.dtype, values.device)
-    turned = (values.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
-    return turned * 0.5**0.5 if _log2(block) % 2 else turned
+    rotated = (values.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    return rotated * 0.5**0.5 if _log2(block) % 2 else rotated
 
 
 def _log2(power: int) -> int:
@@ -95,26 +99,31 @@ def _log2(power: int) -> int:
 
 
 def rotate_moment(moment: torch.Tensor, block: int) -> torch.Tensor:
-    """E[x x^T] of the rotated input from that of the input, shape (columns, columns)."""
+    """Return E[x x^T] of the rotated input, given E[x x^T] of the input.
+
+    :param moment: shape (columns, columns)
+    :param block: as in :func:`rotate`
+    """
     return rotate(rotate(moment, block).T, block)
 
 
 def stored_transforms(config: TransformConfig | None, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Matrices that compressed-tensors stores, one for each scheme and size, though they follow
-    from the config: tensor name to (block, block) entries of the scheme's precision.
+    """Return the matrices that compressed-tensors stores, one per scheme and block size.
+
+    They follow from the config, but are stored all the same.
 
     :param model: with its factored layers in place
-    :return: tensor name to an empty tensor of its shape and type
+    :return: tensor name to an empty tensor, shape (block, block), of the scheme's precision
     """
-    found = {}
+    matrices = {}
     for group, scheme in config.config_groups.items() if config is not None else ():
-        seen = set()
-        one = TransformConfig(config_groups={group: scheme})
+        blocks = set()
+        single = TransformConfig(config_groups={group: scheme})
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                block = input_block(one, name, module, module.in_features)
-                if block > 1 and block not in seen:
-                    seen.add(block)
+                block = input_block(single, name, module, module.in_features)
+                if block > 1 and block not in blocks:
+                    blocks.add(block)
                     matrix = torch.empty(block, block, dtype=scheme.precision, device="meta")
-                    found[f"{name}.{group}_{TransformLocation.INPUT.value}.weight"] = matrix
-    return found
+                    matrices[f"{name}.{group}_{TransformLocation.INPUT.value}.weight"] = matrix
+    return matrices

@@ -1,8 +1,8 @@
-"""Which linear layers share one bit width.
+"""Units: the smallest sets of linear layers that one bit width is chosen for.
 
-vLLM fuses q, k, v and gate, up into one matmul, so the members of a fused layer carry one
-scheme, unless the plugin runs them apart (granularity ``matrix``). It does so with factored
-members anyway: a low-rank q/k frees v.
+vLLM fuses q, k, v and gate, up into one matmul, so the members of a fused layer have one scheme,
+unless the plugin runs them apart: with granularity ``matrix``, and always for factored members (a
+low-rank q/k leaves v a unit of its own).
 """
 
 import re
@@ -29,9 +29,9 @@ __all__ = [
     "reading_together",
 ]
 
-#: what no bits are chosen for unless told
+#: the output head, ignored by default
 OUTPUT_HEAD = "re:(.*[.])?lm_head$"
-#: columns that a linear has at least, unless a target calls it by its name
+#: least number of columns of a linear, unless a target is its name
 FEWEST_COLUMNS = 16
 _ROUTER = re.compile(r"gate|router|.*_router|router_.*|shared_experts?_gate|weights_proj")
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
@@ -39,7 +39,7 @@ _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears that one bit width is chosen for.
+    """The smallest set of linears that one bit width is chosen for.
 
     :param name: layer and members, for instance ``model.layers.3.mlp.gate_proj+up_proj``
     :param modules: names of its linears; a factored layer counts as one
@@ -52,16 +52,19 @@ class Unit:
 def matched_linears(
     model: nn.Module, targets: list[str], ignore: list[str], field: str
 ) -> dict[str, nn.Linear | LowRankLinear]:
-    """Linears that match llm-compressor's target syntax, in module order.
+    """Return the linears that match targets in llm-compressor's syntax, in module order.
 
     Names match exactly or, with the prefix ``re:``, as a regular expression; class names
     such as ``Linear`` match too. A factored layer matches by the name of the layer it replaced.
-    Routers and gates of experts stay as they are unless a target calls them by name: a choice of
-    experts is worth more than the few bytes, and vLLM builds some in 16 bits only. So do layers of
-    fewer than ``FEWEST_COLUMNS`` columns (Gemma 3n's `correction_coefs`).
+    Routers and gates of experts match only targets that contain their name: a choice of experts is
+    worth more than the few bytes, and vLLM builds some in 16 bits only. Layers of fewer than
+    ``FEWEST_COLUMNS`` columns (Gemma 3n's `correction_coefs`) match only their full name.
 
+    :param targets: what to match
+    :param ignore: what to leave out again
     :param field: the field that holds the targets, named in errors
-    :raises ValueError: if a target matches nothing, or a matched layer is already quantized
+    :raises ValueError: if a target matches no layer, a pattern is no regular expression, all
+        matches are ignored, or a matched layer is already quantized
     """
     for pattern in (*targets, *ignore):
         try:
@@ -70,7 +73,7 @@ def matched_linears(
             where = field if pattern in targets else field.replace("targets", "ignore")
             raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from None
     linears = named_linears(model)
-    if OUTPUT_HEAD in ignore:  # whatever its family calls it
+    if OUTPUT_HEAD in ignore:  # under the name of any family
         ignore = [*ignore, *output_head(model)]
 
     def matches(name: str, module: nn.Module, pattern: str) -> bool:
@@ -85,7 +88,7 @@ def matched_linears(
                 f"{type(model).__name__}; its linear layers are {known}, ... "
                 "(prefix a regular expression with 're:')"
             )
-    found = {
+    matched = {
         name: module
         for name, module in linears
         if any(
@@ -93,11 +96,11 @@ def matched_linears(
         )
         and not any(matches(name, module, pattern) for pattern in ignore)
     }
-    if not found:
+    if not matched:
         others = any(isinstance(module, Conv1D) for module in model.modules())
         why = " (its matrices are Conv1D, which llm-compressor leaves alone)" if others else ""
         raise ValueError(f"{field}: every matching layer is excluded by ignore {ignore}{why}")
-    for name, module in found.items():
+    for name, module in matched.items():
         parts = module.children() if isinstance(module, LowRankLinear) else [module]
         for part in parts:
             quantized = getattr(part, "quantization_scheme", None) is not None
@@ -105,20 +108,22 @@ def matched_linears(
                 raise ValueError(
                     f"{field}: {name} is already quantized; start from the full-precision model"
                 )
-    return found
+    return matched
 
 
 def output_head(model: nn.Module) -> list[str]:
-    """Return the name of the layer that puts out logits, in a list; nothing where there is none."""
+    """Return the name of the layer that puts out logits, in a list; an empty list without one."""
     head = get_embeddings(model)[1] if isinstance(model, PreTrainedModel) else None
     return [name for name, module in model.named_modules() if module is head and head is not None]
 
 
 def _asked_for(name: str, module: nn.Linear | LowRankLinear, target: str) -> bool:
-    """Whether a target that matches a linear means it: one that chooses experts or tokens, or how
-    much of a shared expert counts, only by its own word (it is called so, and puts out less than it
-    reads); one of a handful of columns, which a scale would cost more than codes save, only by its
-    name."""
+    """Tell whether a target that matches a linear is meant for it.
+
+    A linear of few columns, where scales cost more than codes save, must be named in full. A
+    router of experts or tokens, or the gate of a shared expert, is known by its name and by having
+    fewer outputs than inputs; the target must contain that part of its name.
+    """
     if module.in_features < FEWEST_COLUMNS:
         return target == name
     words = [part for part in name.split(".") if _ROUTER.fullmatch(part)]
@@ -128,7 +133,7 @@ def _asked_for(name: str, module: nn.Linear | LowRankLinear, target: str) -> boo
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
-    """Names of the decoder layers, in order: the blocks llm-compressor calibrates one by one."""
+    """Return the names of the decoder layers, which llm-compressor calibrates in this order."""
     classes = infer_sequential_targets(model)
     classes = [classes] if isinstance(classes, str) else list(classes)
     return [
@@ -147,23 +152,22 @@ def find_units(
 ) -> list[Unit]:
     """Group linears into units.
 
-    :param linears: the linears that get a bit width
+    :param linears: the linears that get a bit width, by name
     :param layers: decoder layers, in order
-    :param granularity: ``unit``: one width for each fused layer; ``layer``: one for each
-        decoder layer; ``matrix``: one for each linear, experts of a layer still sharing theirs
+    :param granularity: ``unit``: one width per fused layer; ``layer``: one per decoder layer;
+        ``matrix``: one per linear, while the experts of a layer share theirs
     :param share_layers: number of adjacent layers of a stack that share their widths
-    :param together: linears that are a unit of their own, whatever the granularity
-    :raises ValueError: if the layers do not divide what was asked for
+    :param together: groups of linears that are one unit each, at any granularity
     """
-    position = {}  # in its own stack: a vision tower's layers come before the language model's
+    position = {}  # (stack, index in the stack) by layer: a vision tower has its own stack
     for layer in layers:
         stack = layer.rpartition(".")[0]
         position[layer] = stack, sum(other == stack for other, _ in position.values())
     owners = {name: tuple(names) for names in map(tuple, together) for name in names}
     members: dict[tuple, list[str]] = {}
     for name, module in linears.items():
-        layer, local = _split(name, position)
-        key = _fused(local, module, granularity == "matrix")
+        layer, local = _layer_and_rest(name, position)
+        key = _fused_key(local, module, granularity == "matrix")
         if name in owners:
             members.setdefault(owners[name], []).append(name)
         elif layer is None:
@@ -172,21 +176,20 @@ def find_units(
             stack, index = position[layer]
             key = () if granularity == "layer" else key
             members.setdefault((stack, index // share_layers, key), []).append(name)
-    return [Unit(_label(names, position), tuple(names)) for names in members.values()]
+    return [Unit(_unit_name(names, position), tuple(names)) for names in members.values()]
 
 
 def reading_together(names: Iterable[str]) -> list[list[str]]:
-    """Linears by the fused layer that they are part of: those of one read the same input. Experts
-    stand alone."""
+    """Group linears by fused layer, whose members read the same input; experts stay alone."""
     groups: dict[tuple, list[str]] = {}
     for name in names:
-        key = (name,) if _EXPERT.match(f".{name}") else _fused(name, None, False)
+        key = (name,) if _EXPERT.match(f".{name}") else _fused_key(name, None, False)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
-def _split(name: str, position: Container[str]) -> tuple[str | None, str]:
-    """The decoder layer that holds a module, and the module's name inside it."""
+def _layer_and_rest(name: str, position: Container[str]) -> tuple[str | None, str]:
+    """Return the decoder layer that holds a module, None if none does, and the rest of the name."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         layer = ".".join(parts[:cut])
@@ -195,12 +198,13 @@ def _split(name: str, position: Container[str]) -> tuple[str | None, str]:
     return None, name
 
 
-def _fused(local: str, module: nn.Module | None, apart: bool) -> tuple:
-    """Key that is equal for modules which the runtime holds in one fused layer.
+def _fused_key(local: str, module: nn.Module | None, apart: bool) -> tuple:
+    """Return a key that is equal for modules which the runtime holds in one fused layer.
 
-    :param module: the linear; factored ones are held apart from dense ones
-    :param apart: whether the runtime holds fused layers apart; experts and factored layers with
-        one latent it never does
+    :param local: name of the linear inside its decoder layer
+    :param module: the linear; factored members are held apart from dense ones
+    :param apart: whether the runtime holds the members of fused layers apart, except experts and
+        factored layers with one latent
     """
     if expert := _EXPERT.match(f".{local}"):
         return (expert[1],)
@@ -214,9 +218,9 @@ def _fused(local: str, module: nn.Module | None, apart: bool) -> tuple:
     return (local,)
 
 
-def _label(names: list[str], position: Container[str]) -> str:
-    """A readable name: ``model.layers.0-1.self_attn.q_proj+k_proj``."""
-    split = [_split(name, position) for name in names]
+def _unit_name(names: list[str], position: Container[str]) -> str:
+    """Return a readable name, for instance ``model.layers.0-1.self_attn.q_proj+k_proj``."""
+    split = [_layer_and_rest(name, position) for name in names]
     layers = list(dict.fromkeys(layer for layer, _ in split))
     locals_ = list(dict.fromkeys(local for _, local in split))
     prefix = layers[0]

@@ -1,4 +1,4 @@
-"""Weights on disk: the files that transformers reads of a folder, and their tensors' headers."""
+"""Weights on disk: the files that transformers reads in a folder, and the tensors' headers."""
 
 import json
 import re
@@ -17,23 +17,27 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(folder: Path | str) -> list[Path]:
-    """Return the safetensors files that transformers reads of a folder, in its order: the one that
-    ``transformers_weights`` of ``config.json`` names, ``model.safetensors``, or those of the index.
-    Others in the folder (``consolidated.safetensors``, adapters) are not the model's.
+    """Return the safetensors files that transformers reads in a folder.
 
-    :raises ValueError: if the folder holds none, or one that the index names is missing
+    By precedence: the file that ``transformers_weights`` of ``config.json`` names,
+    ``model.safetensors``, the files of the index. Other files (``consolidated.safetensors``,
+    adapters) do not belong to the model.
+
+    :raises ValueError: if the folder holds none of these, or a file of the index is missing
     """
     folder = Path(folder)
-    for name in (_named(folder), SINGLE, INDEX):
+    for name in (_file_of_config(folder), SINGLE, INDEX):
         if name is not None and (folder / name).is_file():
-            return [folder / name] if name.endswith(".safetensors") else _indexed(folder / name)
+            return (
+                [folder / name] if name.endswith(".safetensors") else _files_of_index(folder / name)
+            )
     raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
 def read_headers(folder: Path | str) -> dict[str, Header]:
     """Return the headers of all tensors of a folder, by name, without reading data.
 
-    :raises ValueError: if the folder holds no weights, or a file of them is broken or missing
+    :raises ValueError: if the folder holds no weights, or one of its files is broken or missing
     """
     headers = {}
     for path in weight_files(folder):
@@ -52,13 +56,13 @@ def checksums(folder: Path | str) -> dict[str, int]:
 
     :raises ValueError: if the folder holds no weights, or one of its files is missing
     """
-    found = {}
+    sums = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118, not a dict
                 data = shard.get_tensor(name).contiguous().reshape(-1).view(torch.uint8)
-                found[name] = zlib.crc32(data.numpy())
-    return found
+                sums[name] = zlib.crc32(data.numpy())
+    return sums
 
 
 def tensor_bytes(header: Header) -> int:
@@ -68,8 +72,8 @@ def tensor_bytes(header: Header) -> int:
     return prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def _named(folder: Path) -> str | None:
-    """The file that ``config.json`` names, inside the folder."""
+def _file_of_config(folder: Path) -> str | None:
+    """Return the name of the weight file that ``config.json`` names; None if it names none."""
     try:
         name = json.loads((folder / "config.json").read_text()).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -77,16 +81,16 @@ def _named(folder: Path) -> str | None:
     return name if isinstance(name, str) and ".." not in Path(name).parts else None
 
 
-def _indexed(path: Path) -> list[Path]:
+def _files_of_index(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: no table 'weight_map' of file names: {error}") from None
-    wrong = [each for each in names if not isinstance(each, str) or ".." in Path(each).parts]
+    wrong = [name for name in names if not isinstance(name, str) or ".." in Path(name).parts]
     if wrong:
         raise ValueError(f"{path}: weight_map must name files of the folder, got {wrong[0]!r}")
-    found = [path.parent / name for name in names]
-    for shard in found:
+    shards = [path.parent / name for name in names]
+    for shard in shards:
         if not shard.is_file():
             raise ValueError(f"{path} names {shard.name}, which is missing")
-    return found
+    return shards

@@ -2,12 +2,13 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
-from casp_plugin.modifiers import awq
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
-from casp_plugin.modifiers.base import CaspModifier, estimate_recipe, plan_recipe
+from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
+from casp_plugin.modifiers.recipe_run import estimate_recipe, plan_recipe
 from casp_plugin.statistics import tracing
+from casp_plugin.system import patches
 
 __all__ = [
     "AutoRoundModifier",
@@ -21,5 +22,4 @@ __all__ = [
 for _modifier in (LowRankQKModifier, BitAllocationModifier, AutoRoundModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)
 
-tracing.register()
-awq.register()
+patches.apply(tracing.trace)

@@ -4,25 +4,25 @@ from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offl
 from torch import nn
 
 from casp_plugin.model.latent import Latent
-from casp_plugin.modifiers.base import CaspModifier
+from casp_plugin.modifiers.base import RecipeContext
 from casp_plugin.plan.plan import CompressionPlan, LowRankPlan
 
 __all__ = ["install"]
 
 
 def install(
-    modifier: CaspModifier,
     model: nn.Module,
     plan: CompressionPlan,
+    context: RecipeContext,
     latent: Latent,
     rank: int | None,
     note: str | None = None,
 ) -> None:
-    """Replace the layers of a latent by factors of this rank, and record it.
+    """Replace the layers of a latent by factors of one rank, and record it.
 
-    :param modifier: which does it
+    :param plan: gets an entry for every layer
     :param rank: None to leave them dense
-    :param note: what to say about it in the plan
+    :param note: reason, for the plan
     """
     known = rank is not None and latent.spectrum is not None
     error = latent.spectrum.error(rank) if known else None
@@ -30,7 +30,7 @@ def install(
         plan.low_rank.append(
             LowRankPlan(
                 module=name,
-                component=modifier.component_of(name),
+                component=context.component_of(name),
                 shape=(linear.out_features, linear.in_features),
                 rank=rank,
                 keep=latent.kept(rank),

@@ -16,26 +16,27 @@ from casp_plugin.model.latent import Latent, global_ranks
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import matched_linears, reading_together
 from casp_plugin.modifiers.awq import point_awq
-from casp_plugin.modifiers.base import CaspModifier
+from casp_plugin.modifiers.base import Offers, RecipeContext, Targets
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
 from casp_plugin.modifiers.factoring import install
+from casp_plugin.modifiers.lifecycle import OneshotModifier
 from casp_plugin.plan.plan import AttentionPlan, CompressionPlan, SpectrumPlan
-from casp_plugin.statistics.layer_notes import Measured
+from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import Request, Statistics
 from casp_plugin.system.distributed import shared
 
 __all__ = ["LowRankQKModifier"]
 
-#: what tells a method how much the outputs matter, by its field in the statistics
+#: field of the statistics that tells a method how much the outputs matter
 _METRICS = {"fisher": "gradient_moments", "attention": "attention_moments"}
-#: ranks that a plan tells the lost energy of
+#: ranks at which a plan records the lost energy
 SPECTRUM_POINTS = 32
-#: share of the parameters that factors keep where a recipe leaves it to data that is not there
+#: share of the parameters that factors keep without the data that would choose it
 KEEP = 0.25
 _FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
-class LowRankQKModifier(CaspModifier):
+class LowRankQKModifier(OneshotModifier):
     """
     Replaces W_q and W_k by low-rank products: phase 1 of CASP (CVPR 2025,
     https://arxiv.org/abs/2503.05936). Attention is sparse, above all over visual tokens, and
@@ -63,8 +64,8 @@ class LowRankQKModifier(CaspModifier):
     Lifecycle:
 
     - on_initialize
-        - collect the second moments of the layers' inputs and of what their outputs do (once
-          for all casp modifiers)
+        - collect the second moments of the layers' inputs and of the gradients at their outputs
+          (once for all casp modifiers)
         - replace the modules; with `keep: auto` leave the choice to BitAllocationModifier
         - point a following AWQModifier at the factors
 
@@ -75,7 +76,7 @@ class LowRankQKModifier(CaspModifier):
         targets (names or `re:` patterns) to numbers
     :param targets: linear layers to factor, in llm-compressor's matching syntax
     :param ignore: layers to leave dense although they match
-    :param method: what the factors are best for. `fisher`: the expected loss, by the second
+    :param method: objective of the factors. `fisher`: the expected loss, by the second
         moment of its gradient at the layers' outputs (a backward pass over a few sequences);
         `attention`: the output of the attention module, no backward pass through the model;
         `whitened`: the layer's own output; `svd`: the weight itself, without any data
@@ -90,7 +91,7 @@ class LowRankQKModifier(CaspModifier):
 
     keep: float | Literal["auto"] = "auto"
     ranks: int | dict[str, int] | None = None
-    targets: list[str] = Field(default_factory=lambda: ["re:.*\\.q_proj$", "re:.*\\.k_proj$"])
+    targets: Targets = Field(default_factory=lambda: ["re:.*\\.q_proj$", "re:.*\\.k_proj$"])
     ignore: list[str] = Field(default_factory=list)
     method: Literal["svd", "whitened", "attention", "fisher"] = "fisher"
     rank_allocation: Literal["uniform", "global"] = "global"
@@ -98,11 +99,6 @@ class LowRankQKModifier(CaspModifier):
     rotate: bool = True
     rank_multiple: int | None = Field(default=None, ge=1)
     dampening_frac: float = Field(default=0.01, ge=0)
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_target(cls, value: str | list[str]) -> list[str]:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("keep")
     @classmethod
@@ -131,12 +127,12 @@ class LowRankQKModifier(CaspModifier):
         """Whether the ranks are left to BitAllocationModifier."""
         return self.keep == "auto" and self.ranks is None
 
-    def request(self, model: nn.Module, following: list[Modifier]) -> Request:
-        linears = frozenset(self._matched(model))
+    def request(self, model: nn.Module, context: RecipeContext) -> Request:
+        linears = frozenset(self._matched(model, context))
         none = frozenset()
-        # with bits chosen at once, what a rank loses is measured on the same inputs, in the same
-        # unit as what bits lose
-        chooser = _chooser(following)
+        # with bits chosen at once, the loss of a rank is measured on the same inputs, in the same
+        # unit as the loss of bits
+        chooser = _chooser(context.following(self))
         by_loss = self.proposes and chooser is not None and chooser.importance == "fisher"
         return Request(
             second_moments=linears if self.method != "svd" or self.proposes else none,
@@ -146,51 +142,59 @@ class LowRankQKModifier(CaspModifier):
             reached=linears,
         )
 
-    def check_reached(self, model: nn.Module) -> None:
-        for name in self._matched(model):
-            if name not in self._reached:
+    def check_reached(self, model: nn.Module, context: RecipeContext) -> None:
+        for name in self._matched(model, context):
+            if name not in context.reached:
                 raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
 
     def note(
         self,
         model: nn.Module,
         statistics: Statistics,
-        measured: Measured,
-        following: list[Modifier],
+        notes: LayerNotes,
+        offers: Offers,
+        context: RecipeContext,
     ) -> None:
-        matched = self._matched(model)
-        reached = {name: each for name, each in matched.items() if name in statistics.reached}
+        matched = self._matched(model, context)
+        reached = {n: linear for n, linear in matched.items() if n in statistics.reached}
         groups = [part for group in self._groups(reached) for part in _by_input(group, statistics)]
         groups = [names for names in groups if self._moves(names, statistics)]
         latents = []
         for names in tqdm(groups, desc="Factoring W_q, W_k", leave=False):
             linears = {name: reached[name] for name in names}
             latent = Latent(linears, self._spectrum(linears, statistics), self.rotate)
-            measured.spectra[tuple(names)] = latent.spectrum.truncated(latent.largest_rank)
+            notes.spectra[tuple(names)] = latent.spectrum.truncated(latent.largest_rank)
             latents.append(latent)
-        chooser = _chooser(following)
-        if chooser is not None and self.proposes:
-            chooser.consider(latents, self.rank_multiple)
-        elif chooser is not None:
-            chooser.wait_for(reached)
+        if self.proposes:
+            offers.latents, offers.rank_multiple = latents, self.rank_multiple
+        else:
+            offers.pending = frozenset(reached)
 
     def prepare(
         self,
         model: nn.Module,
         plan: CompressionPlan,
-        measured: Measured | None,
-        following: list[Modifier],
+        notes: LayerNotes | None,
+        offers: Offers,
+        context: RecipeContext,
     ) -> None:
         plan.settings[type(self).__name__] = self.settings
-        if measured is not None:
-            found = measured.statistics.attention_densities
-            modules = dict.fromkeys(name.rpartition(".")[0] for name in self._matched(model))
+        matched = self._matched(model, context)
+        if notes is not None:
+            self._check_notes(matched, notes)
+            densities = notes.statistics.attention_densities
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in matched)
             plan.attention = [
-                AttentionPlan(module=name, component=self.component_of(name), **asdict(found[name]))
+                AttentionPlan(
+                    module=name, component=context.component_of(name), **asdict(densities[name])
+                )
                 for name in modules
-                if name in found
+                if name in densities
             ]
-        latents, left_out = self._latents(model, measured)
+        latents = self._latents(matched, notes)
+        noted = {name for latent in latents for name in latent.linears}
+        # the loss does not depend on the last layer of LLaVA's tower, for one
+        left_out = [name for name in matched if name not in noted]
         if not latents:
             raise ValueError(
                 "LowRankQKModifier: the loss of the calibration data depends on none of "
@@ -201,83 +205,81 @@ class LowRankQKModifier(CaspModifier):
                 f"LowRankQKModifier leaves {len(left_out)} layers dense, because the loss of the "
                 f"calibration data does not depend on them: {', '.join(left_out[:4])}"
             )
-        plan.spectra = [_spectrum_plan(each) for each in latents if each.spectrum is not None]
+        plan.spectra = [_spectrum_plan(latent) for latent in latents if latent.spectrum is not None]
+        following = context.following(self)
         if self.proposes:
-            self._propose(latents, following)
+            if _chooser(following) is None:
+                raise ValueError(
+                    "LowRankQKModifier.keep: auto leaves the ranks to a BitAllocationModifier, and "
+                    "none follows in the recipe: add one, or set keep to a number such as 0.25"
+                )
+            offers.latents, offers.rank_multiple = latents, self.rank_multiple
             return
         multiple = self.rank_multiple or _group_size(following)
         for latent, rank in zip(latents, self._ranks(latents, multiple), strict=True):
             note = None
             if rank is not None and (latent.kept(rank) >= 1 or rank > min(latent.shape)):
                 rank, note = None, f"factors of rank {rank} would not be smaller"
-            install(self, model, plan, latent, rank, note)
-        point_awq(self, model, following)
+            install(model, plan, context, latent, rank, note)
+        point_awq(self, model, context)
         if self.ranks is None and plan.kept > 1.25 * self.keep:
             plan.warnings.append(
                 f"LowRankQKModifier keeps {plan.kept:.3f} of the q/k parameters instead of "
                 f"{self.keep}: ranks are multiples of {multiple} (rank_multiple)"
             )
 
-    def _propose(self, latents: list[Latent], following: list[Modifier]) -> None:
-        """Leave the latents to the BitAllocationModifier that follows."""
-        chooser = _chooser(following)
-        if chooser is None:
-            raise ValueError(
-                "LowRankQKModifier.keep: auto leaves the ranks to a BitAllocationModifier, and "
-                "none follows in the recipe: add one, or set keep to a number such as 0.25"
-            )
-        chooser.consider(latents, self.rank_multiple)
-
     def _groups(self, linears: dict[str, nn.Linear]) -> list[list[str]]:
-        """Names of linears that may share a latent."""
+        """Return the names of linears that may share a latent, group by group."""
         return reading_together(linears) if self.share_latent else [[name] for name in linears]
 
-    def _latents(
-        self, model: nn.Module, measured: Measured | None
-    ) -> tuple[list[Latent], list[str]]:
-        """What may be factored, with spectra where they were measured; and the names of what the
-        data says nothing about, as of the last layer of LLaVA's tower."""
-        matched = self._matched(model)
-        if measured is None:
-            groups: dict[tuple, Spectrum | None] = dict.fromkeys(map(tuple, self._groups(matched)))
+    @staticmethod
+    def _check_notes(matched: dict[str, nn.Linear], notes: LayerNotes) -> None:
+        """
+        :raises ValueError: if no token reached a linear
+        """
+        for name in matched:
+            if name not in notes.statistics.reached:
+                raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
+
+    def _latents(self, matched: dict[str, nn.Linear], notes: LayerNotes | None) -> list[Latent]:
+        """Return the layers that may be factored, with their spectra where notes are there."""
+        groups: dict[tuple[str, ...], Spectrum | None]
+        if notes is None:
+            groups = dict.fromkeys(map(tuple, self._groups(matched)))
         else:
-            first = {names[0]: names for names in measured.spectra}
-            groups = {
-                first[name]: measured.spectra[first[name]] for name in matched if name in first
-            }
-            for name in matched:
-                if name not in measured.statistics.reached:
-                    raise ValueError(f"LowRankQKModifier: no calibration token reached {name}")
-        found = {name for names in groups for name in names}
-        latents = [
+            first = {names[0]: names for names in notes.spectra}
+            groups = {first[name]: notes.spectra[first[name]] for name in matched if name in first}
+        return [
             Latent({name: matched[name] for name in names}, spectrum, self.rotate)
             for names, spectrum in groups.items()
         ]
-        return latents, [name for name in matched if name not in found]
 
     def _moves(self, names: list[str], statistics: Statistics) -> bool:
-        """Whether what the method looks at moves with what layers put out."""
+        """Return whether the gradients at the outputs of some layers were measured."""
         if self.method not in _METRICS:
             return True
-        found = getattr(statistics, _METRICS[self.method])
-        return all(name in found for name in names)
+        metrics = getattr(statistics, _METRICS[self.method])
+        return all(name in metrics for name in names)
 
     def _spectrum(self, linears: dict[str, nn.Linear], statistics: Statistics) -> Spectrum:
-        """That of the stacked weights of one latent, whitened by the method's metrics."""
-        weight = torch.cat([linear.weight for linear in linears.values()])
+        """Return the spectrum of the stacked weights of one latent, whitened by the metrics."""
+        weight = torch.cat([linear.weight for linear in linears.values()])  # (sum of out, in)
         moment = metric = None
         if self.method != "svd":
-            moment = statistics.second_moments[next(iter(linears))]
+            moment = statistics.second_moments[next(iter(linears))]  # (in, in)
         if self.method in _METRICS:
-            found = getattr(statistics, _METRICS[self.method])
-            metric = [found[name].to(weight.device) for name in linears]
+            by_name = getattr(statistics, _METRICS[self.method])
+            metric = [by_name[name].to(weight.device) for name in linears]  # (out, out) each
         try:
             return whitened_spectrum(weight, moment, metric, self.dampening_frac)
         except ValueError as error:
             raise ValueError(f"LowRankQKModifier: {', '.join(linears)}: {error}") from None
 
-    def _matched(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The linears to factor, or the error that says why there are none."""
+    def _matched(self, model: nn.Module, context: RecipeContext) -> dict[str, nn.Linear]:
+        """Return the linears to factor.
+
+        :raises ValueError: if there are none
+        """
         field = f"{type(self).__name__}.targets"
         linears = named_linears(model)
         fused = [name for name, _ in linears if name.rpartition(".")[2] in _FUSED_ON_DISK]
@@ -286,25 +288,26 @@ class LowRankQKModifier(CaspModifier):
                 f"{field}: {type(model).__name__} fuses q, k and v in one weight "
                 f"({fused[0]}), which cannot be factored: remove LowRankQKModifier"
             )
-        return self.in_components(matched_linears(model, self.targets, self.ignore, field))
+        matched = matched_linears(model, self.targets, self.ignore, field)
+        return self.in_components(matched, context)
 
     def _ranks(self, latents: list[Latent], multiple: int) -> list[int | None]:
         if self.ranks is not None:
             return [self._given_rank(latent) for latent in latents]
-        # without statistics a uniform rank stands in for what they would say
+        # without statistics a uniform rank stands in for the global choice
         if self.rank_allocation == "global" and latents[0].spectrum is not None:
             return shared(global_ranks(latents, multiple, self.keep))
         return [uniform_rank(*latent.shape, self.keep, multiple) for latent in latents]
 
     def _given_rank(self, latent: Latent) -> int:
-        """The explicit rank of the layers of a latent."""
-        found = {name: self._given_rank_of(name) for name in latent.linears}
-        if len(set(found.values())) > 1:
+        """Return the explicit rank of the layers of a latent."""
+        ranks = {name: self._given_rank_of(name) for name in latent.linears}
+        if len(set(ranks.values())) > 1:
             raise ValueError(
-                f"LowRankQKModifier.ranks: {found} differ, but these layers share one latent: "
+                f"LowRankQKModifier.ranks: {ranks} differ, but these layers share one latent: "
                 "give them one rank, or set share_latent to false"
             )
-        return next(iter(found.values()))
+        return next(iter(ranks.values()))
 
     def _given_rank_of(self, name: str) -> int:
         if isinstance(self.ranks, int):
@@ -318,8 +321,8 @@ class LowRankQKModifier(CaspModifier):
 
 
 def _chooser(following: list[Modifier]) -> BitAllocationModifier | None:
-    """The modifier that chooses bits, of which a recipe has one at most."""
-    return next((each for each in following if isinstance(each, BitAllocationModifier)), None)
+    """Return the modifier that chooses bits; a recipe has one at most."""
+    return next((m for m in following if isinstance(m, BitAllocationModifier)), None)
 
 
 def _spectrum_plan(latent: Latent) -> SpectrumPlan:
@@ -330,7 +333,7 @@ def _spectrum_plan(latent: Latent) -> SpectrumPlan:
 
 
 def _by_input(names: list[str], statistics: Statistics) -> list[list[str]]:
-    """Linears apart that did not read the same: q and k of an attention across two sequences."""
+    """Part linears that did not read the same: q and k of an attention across two sequences."""
     parts: dict[int, list[str]] = {}
     for name in names:
         parts.setdefault(id(statistics.second_moments.get(name)), []).append(name)
@@ -338,7 +341,7 @@ def _by_input(names: list[str], statistics: Statistics) -> list[list[str]]:
 
 
 def _group_size(following: list[Modifier]) -> int:
-    """The largest group size that the modifiers after this one use; 1 without groups."""
+    """Return the largest group size of the modifiers that follow; 1 without groups."""
     sizes = [1]
     for modifier in following:
         sizes += getattr(modifier, "group_sizes", [])

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> QuantizationMixin:
-    """The first modifier of some that quantizes.
+    """Return the first of some modifiers that quantizes.
 
     :param linears: names of the layers that bits are chosen for
     :raises ValueError: if there is none, or it has settings of its own for these layers
@@ -65,18 +65,18 @@ def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> Quantiz
 
 
 def tunes_layers(quantizer: QuantizationMixin) -> bool:
-    """Whether it tunes decoder layers as a whole, and no layer outside them."""
+    """Return whether a quantizer tunes decoder layers as a whole, and no layer outside them."""
     return isinstance(quantizer, AutoRoundModifier)
 
 
 def rounds_to_nearest(quantizer: QuantizationMixin) -> bool:
-    """Whether it rounds every weight by itself."""
+    """Return whether a quantizer rounds every weight by itself."""
     return isinstance(quantizer, QuantizationModifier)
 
 
 def method_of(following: list[Modifier]) -> str:
-    """What ``casp sensitivity`` calls the method that some modifiers are: ``gptq``, ``awq``, or
-    ``uniform`` for all that rounds to nearest."""
+    """Return the name that ``casp sensitivity`` has for the method of some modifiers: ``gptq``,
+    ``awq``, or ``uniform`` for rounding to nearest."""
     if any(isinstance(modifier, AWQModifier) for modifier in following):
         return "awq"
     quantizer = next(m for m in following if isinstance(m, QuantizationMixin))
@@ -84,15 +84,15 @@ def method_of(following: list[Modifier]) -> str:
 
 
 def observer_of(quantizer: QuantizationMixin) -> str:
-    """The observer that its weights' ranges come from."""
+    """Return the observer that a quantizer takes the ranges of weights from."""
     asked = (quantizer.observer or {}).get("weights") or quantizer.weight_observer
     return asked or DEFAULT_OBSERVER
 
 
 @torch.no_grad()
 def round_unseen(model: nn.Module, names: Iterable[str]) -> None:
-    """Give layers that no token reached scales and zero points of their own range: a quantizer that
-    goes by data leaves them as they were allocated.
+    """Give layers that no token reached scales and zero points of their own range; a quantizer that
+    goes by data leaves these as they were allocated.
 
     :param names: of quantized linears
     """
@@ -117,7 +117,7 @@ def give_schemes(
 ) -> None:
     """Write the choice of a plan into the quantizer, as explicit module names.
 
-    :param modifier: which hands it over, and takes it back when the run is over
+    :param modifier: hands it over, and takes it back when the run is over
     :param schemes: weight scheme of each bit width
     """
     targets = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Recipes read and checked, with a budget or a cache filled in."""
+"""Read and check recipes, and fill in a budget or a cache."""
 
 import json
 import os
@@ -18,59 +18,80 @@ from casp_plugin.system.messages import one_line
 __all__ = ["allocates_bits", "load_recipe"]
 
 _FORM = "a recipe has the form casp_stage: {casp_modifiers: {GPTQModifier: {}}}"
-#: keys beside stages and modifiers that llm-compressor knows, or knew
+#: keys beside stages and modifiers that some version of llm-compressor knows
 _OTHERS = ("args", "run_type")
 
 
 def load_recipe(
     recipe: Path | str,
-    average_bits: float | None = None,
+    average_bits: float | dict[str, float] | None = None,
     cache_dir: Path | str | None = None,
     cache_limit: float | None = None,
 ) -> Recipe:
+    """Return a recipe with some of its fields filled in.
+
+    :param recipe: file, or text, in YAML or JSON
+    :param average_bits: budget of its BitAllocationModifier, or of every component where the recipe
+        has budgets of components; None for the one in the recipe
+    :param cache_dir: folder of the cache of its casp modifiers; None for the one in the recipe
+    :param cache_limit: size of that cache in GB (1e9 bytes); None for no limit
+    :raises ValueError: if it is no recipe, with the file and the fault in one line; if it has no
+        modifier to give ``average_bits`` to, or budgets of other components
     """
-    :param recipe: file, or text, in YAML
-    :param average_bits: budget of its BitAllocationModifier, instead of the one written there
-    :param cache_dir: the same of the casp modifiers
-    :param cache_limit: the same of them
-    :raises ValueError: if it is no recipe, in one line that names the file and what is wrong
-        there; if it has no modifier to give ``average_bits`` to, or a budget for each component
-    """
-    made = _read(str(recipe))
+    read = _read(str(recipe))
     if average_bits is not None:
-        if not allocates_bits(made):
-            raise ValueError(f"{recipe} has no BitAllocationModifier to give average_bits to")
-        for modifier in made.modifiers:
+        if not allocates_bits(read):
+            raise ValueError(
+                f"--average-bits: {recipe} has no BitAllocationModifier to give average_bits to"
+            )
+        for modifier in read.modifiers:
             if isinstance(modifier, BitAllocationModifier):
-                if isinstance(modifier.average_bits, dict):
-                    raise ValueError(
-                        f"{recipe}: average_bits has a budget for each component "
-                        f"({', '.join(modifier.average_bits)}): one number is needed to change it"
-                    )
+                _check_components(recipe, modifier.average_bits, average_bits)
                 modifier.average_bits = average_bits
-    for modifier in made.modifiers:
+    for modifier in read.modifiers:
         if cache_dir is not None and isinstance(modifier, CaspModifier):
             modifier.cache_dir, modifier.cache_limit = str(cache_dir), cache_limit
-    return made
+    return read
+
+
+def _check_components(
+    recipe: Path | str, written: float | dict[str, float], given: float | dict[str, float]
+) -> None:
+    """
+    :param written: budget of the recipe
+    :param given: budget in its place
+    :raises ValueError: if they are not of the same components
+    """
+    if isinstance(given, dict) and not isinstance(written, dict):
+        raise ValueError(
+            f"--average-bits: {recipe} has one budget for all components: one number is needed"
+        )
+    if isinstance(written, dict) and (not isinstance(given, dict) or set(given) != set(written)):
+        form = ",".join(f"{component}={bits:g}" for component, bits in written.items())
+        raise ValueError(
+            f"--average-bits: {recipe}: average_bits has a budget for each component "
+            f"({', '.join(written)}): it is changed by budgets of the same, as in {form}"
+        )
 
 
 def allocates_bits(recipe: Recipe) -> bool:
-    """Whether it has a budget."""
+    """Tell whether a recipe has a budget."""
     return any(isinstance(modifier, BitAllocationModifier) for modifier in recipe.modifiers)
 
 
 def _read(recipe: str) -> Recipe:
-    """A recipe as llm-compressor reads it, which passes over keys that it does not know.
+    """Return a recipe as llm-compressor reads it.
 
     :param recipe: file or text
-    :raises ValueError: if there are such keys, or anything else is wrong
+    :raises ValueError: if it is no recipe, or has keys that llm-compressor does not know and would
+        pass over
     """
     is_file = os.path.isfile(recipe)
     try:
         if is_file:
             check_utf8(Path(recipe))
         text = Path(recipe).read_text(encoding="utf-8") if is_file else recipe
-        if not (is_file and recipe.lower().endswith(".md")):  # where it is a part of the text
+        if not (is_file and recipe.lower().endswith(".md")):  # the recipe is a part of the text
             _check_form(_parsed(text))
         return Recipe.create_instance(recipe)
     except yaml.MarkedYAMLError as error:
@@ -83,13 +104,13 @@ def _read(recipe: str) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice in a table, whose first value would be lost."""
+    """Refuse a key that comes twice in a table: its first value would be lost."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
-            if key.value in [each.value for each in keys[:place]]:
+            if key.value in [earlier.value for earlier in keys[:place]]:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key.value!r} comes twice", problem_mark=key.start_mark
                 )
@@ -97,10 +118,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parsed(text: str) -> Any:
-    """The values that JSON or YAML stand for.
+    """Return the values of a text in JSON or YAML.
 
-    :raises ValueError: if a key comes twice in a table
-    :raises yaml.YAMLError: if it is neither, or a key comes twice
+    :raises ValueError: if a key comes twice in a table of JSON
+    :raises yaml.YAMLError: if the text is neither, or a key comes twice in a table of YAML
     """
     try:
         return json.loads(text, object_pairs_hook=_table)
@@ -117,23 +138,24 @@ def _table(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _check_form(read: Any) -> None:
-    """
-    :raises ValueError: if it is not stages of modifiers that there are, with fields that they have
+    """Check that a recipe consists of stages of known modifiers with known fields.
+
+    :raises ValueError: if it does not
     """
     if read is None:
         raise ValueError(f"it is empty; {_FORM}")
     if not isinstance(read, dict):
         raise ValueError(f"it holds {read!r:.60}, not a table of stages; {_FORM}")
-    found = [
+    modifiers = [
         (name, fields)
         for stage, groups in _tables(read, "_stage", "stage")
-        for group, modifiers in _tables(groups, "_modifiers", f"group of modifiers of {stage}")
-        for name, fields in modifiers.items()
+        for _, group in _tables(groups, "_modifiers", f"group of modifiers of {stage}")
+        for name, fields in group.items()
     ]
-    if not found:
+    if not modifiers:
         raise ValueError(f"it names no modifier; {_FORM}")
     known = _known_modifiers()
-    for name, fields in found:
+    for name, fields in modifiers:
         if name not in known:
             raise ValueError(f"there is no modifier {name!r}; there are {', '.join(sorted(known))}")
         if not isinstance(fields, dict):
@@ -144,18 +166,18 @@ def _check_form(read: Any) -> None:
         valid = known[name].model_fields
         for field in fields:
             if field not in valid:
-                own = ", ".join(each for each in valid if each not in Modifier.model_fields)
+                own = ", ".join(key for key in valid if key not in Modifier.model_fields)
                 raise ValueError(f"{name} has no field {field!r}; it has {own}")
 
 
-def _tables(of: dict, ending: str, what: str) -> Iterator[tuple[str, dict]]:
-    """The tables of a table, by name.
+def _tables(table: dict, ending: str, what: str) -> Iterator[tuple[str, dict]]:
+    """Yield the tables of a table, by name.
 
-    :param ending: that llm-compressor knows them by
-    :param what: what they are, for errors
-    :raises ValueError: if it holds anything else
+    :param ending: end of the names, by which llm-compressor knows the tables
+    :param what: name of such a table in errors
+    :raises ValueError: if the table holds anything else
     """
-    for key, value in of.items():
+    for key, value in table.items():
         if key in _OTHERS:
             continue
         if not str(key).endswith(ending):
@@ -166,7 +188,7 @@ def _tables(of: dict, ending: str, what: str) -> Iterator[tuple[str, dict]]:
 
 
 def _known_modifiers() -> dict[str, type[Modifier]]:
-    """Those that recipes can name."""
+    """Return the modifiers that recipes can name, by name."""
     if not ModifierFactory._loaded:
         ModifierFactory.refresh()
     known = {

@@ -1,7 +1,8 @@
-"""Before any data runs: is the checkpoint that a recipe leads to whole, and will it load?
+"""Check before any data runs that the checkpoint of a recipe is whole and loads.
 
-What would be written is named on the meta device, read as loading reads it, and matched name by
-name. What the model's own checkpoint holds beside what its class builds is found here too.
+The tensors of the checkpoint are named on the meta device, read as loading reads them, and matched
+name by name. The tensors of the model's own checkpoint that its class does not build are found here
+too.
 """
 
 import copy
@@ -27,6 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import _get_tied_weight_keys
 
+from casp_plugin.checkpoint.bare import bare_from_config
 from casp_plugin.checkpoint.check import compare_tensors, expected_shapes
 from casp_plugin.checkpoint.format import (
     SECTION,
@@ -34,7 +36,6 @@ from casp_plugin.checkpoint.format import (
     read_config,
     unsavable_generation_config,
 )
-from casp_plugin.checkpoint.load import bare_from_config
 from casp_plugin.checkpoint.source import source_folder, unbuilt_tensors
 from casp_plugin.checkpoint.vllm_support import refusal, reordered
 from casp_plugin.model.experts import name_experts_as_on_disk
@@ -51,8 +52,9 @@ _OBSERVER = "memoryless_minmax"
 def find_copied(model: PreTrainedModel) -> list[CopiedTensor]:
     """Return the tensors of a model's own checkpoint that its class does not build.
 
-    :param model: loaded, or on the meta device; none are found of one that was made in memory
-    :raises ValueError: if its class is not the one that the checkpoint is of
+    :param model: loaded, or on the meta device
+    :return: the tensors; none for a model that was made in memory
+    :raises ValueError: if the checkpoint is of another class
     """
     source = source_folder(model.name_or_path)
     if source is None or not (source / "config.json").exists():
@@ -68,24 +70,24 @@ def find_copied(model: PreTrainedModel) -> list[CopiedTensor]:
     if not any(source.glob("*.safetensors")):
         return []
     known = model.state_dict()
-    found = {
+    unbuilt = {
         name: header
         for name, header in unbuilt_tensors(source, _as_loaded(model)).items()
-        if name not in known  # experts that were loaded one by one
+        if name not in known  # as names of experts that were loaded one by one are
     }
     why = f"{kind} does not build them"
-    return [CopiedTensor(name=n, bytes=tensor_bytes(h), why=why) for n, h in found.items()]
+    return [CopiedTensor(name=n, bytes=tensor_bytes(h), why=why) for n, h in unbuilt.items()]
 
 
 def rehearse(
     bare: PreTrainedModel, plan: CompressionPlan, quantization: Iterable[QuantizationConfig]
 ) -> list[str]:
-    """Write the names that a recipe leads to, and read them as loading does; return what a user
-    should know.
+    """Name the tensors of the checkpoint that a recipe leads to, and read them as loading does.
 
-    :param bare: the model on the meta device with its factors, used up
-    :param plan: with bits chosen in any way
-    :param quantization: what quantizers of the recipe do beside the plan
+    :param bare: the model on the meta device with its factors, of no use afterwards
+    :param plan: a plan with bits chosen in any way
+    :param quantization: configs of the recipe's quantizers for layers outside the plan
+    :return: warnings for the user
     :raises ValueError: if the checkpoint would not load, or vLLM would run it wrongly
     """
     warnings = []
@@ -104,13 +106,15 @@ def rehearse(
     name = type(bare).__name__
     try:
         headers = _written(bare, untied)
-    except Exception as error:  # of conversions that were not written for codes
+    except Exception as error:  # from conversions that were written for dense weights
         raise ValueError(
             f"{name} cannot be compressed by this recipe: transformers cannot write its weights "
             f"in the form of the checkpoint once they are quantized: {error}"
         ) from error
-    factors = tuple(f"{e.module}.{part}." for e in plan.low_rank for part in ("up", "down"))
-    clash = [e.name for e in plan.copied if e.name in headers or e.name.startswith(factors)]
+    factors = tuple(
+        f"{layer.module}.{factor}." for layer in plan.low_rank for factor in ("up", "down")
+    )
+    clash = [t.name for t in plan.copied if t.name in headers or t.name.startswith(factors)]
     if clash:
         raise ValueError(
             f"{bare.name_or_path} holds {clash[0]}, which {name} does not build and the compressed "
@@ -120,7 +124,7 @@ def rehearse(
     architectures = config.get("architectures") or [name]
     quantization = config["quantization_config"]
     promised = type(bare.config).from_dict(config)
-    promised._name_or_path = bare.name_or_path  # where code of its own is
+    promised._name_or_path = bare.name_or_path  # the place of code that comes with the model
     checkpoint = bare_from_config(promised, runs_remote_code(bare))
     finding = compare_tensors(headers, checkpoint, None)
     why = reordered(architectures, quantization)
@@ -138,7 +142,7 @@ def rehearse(
 
 
 def planned_groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:
-    """Return the schemes of a plan whose bits are chosen, rounding to nearest."""
+    """Return the schemes of a plan with chosen bits, rounding to nearest, by name of the group."""
     targets, sizes = defaultdict(list), {}
     for unit in plan.units:
         targets[unit.choice.bits] += unit.modules
@@ -155,8 +159,9 @@ def planned_groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:
 
 
 def _check_groups(bare: PreTrainedModel) -> None:
-    """
-    :raises ValueError: if groups of another quantizer than the plan's do not divide a layer
+    """Check that the groups of quantizers divide the columns of their layers.
+
+    :raises ValueError: if they do not
     """
     for name, module in bare.named_modules():
         args = getattr(getattr(module, "quantization_scheme", None), "weights", None)
@@ -170,16 +175,17 @@ def _check_groups(bare: PreTrainedModel) -> None:
 
 
 def _as_loaded(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class as loading builds it, its experts stacked, on the meta device."""
+    """Return the model as loading builds it, with stacked experts, on the meta device."""
     with torch.device("meta"):
         return type(model)._from_config(copy.deepcopy(model.config))
 
 
 def _untie_quantized(bare: PreTrainedModel) -> bool:
-    """Note in its config that weights of a model are not tied any more, where one of them is
-    quantized, as llm-compressor does.
+    """Note in the config of a model that its tied weights are two, where one of them is quantized,
+    as llm-compressor does.
 
-    :raises ValueError: if both are, which transformers would look for twice
+    :return: whether one of them is
+    :raises ValueError: if both are: transformers would look for the codes of both
     """
     pairs = [
         [name.rpartition(".")[0] for name in pair]
@@ -187,8 +193,8 @@ def _untie_quantized(bare: PreTrainedModel) -> bool:
         if pair[0].endswith(".weight")
     ]
     coded = [[is_module_quantized(bare.get_submodule(n)) for n in pair] for pair in pairs]
-    for pair, each in zip(pairs, coded, strict=True):
-        if all(each) and pair[0].rpartition(".")[2] != pair[1].rpartition(".")[2]:
+    for pair, are_coded in zip(pairs, coded, strict=True):
+        if all(are_coded) and pair[0].rpartition(".")[2] != pair[1].rpartition(".")[2]:
             raise ValueError(
                 f"{' and '.join(pair)} are one tied weight, and the recipe quantizes both: leave "
                 "one of them out"
@@ -201,31 +207,32 @@ def _untie_quantized(bare: PreTrainedModel) -> bool:
 
 
 def _written(bare: PreTrainedModel, untied: bool) -> dict[str, Header]:
-    """Headers by name on disk, as `save_pretrained` would write a compressed model."""
-    _get_tied_weight_keys(bare)  # which code for older versions of transformers may fail at
+    """Return the headers of a compressed model by the names that `save_pretrained` writes."""
+    _get_tied_weight_keys(bare)  # may fail in code for older versions of transformers
     aliases = {n for n in bare.all_tied_weights_keys if not (untied and n.endswith(".weight"))}
     state = {n: t for n, t in bare.state_dict().items() if n not in aliases}
     for name in bare._keys_to_ignore_on_save or ():
         state.pop(name, None)
     shapes = expected_shapes(bare, None)
-    if getattr(bare, "_weight_conversions", None) is None:  # it was not loaded
+    if getattr(bare, "_weight_conversions", None) is None:  # made in memory
         known = get_model_conversion_mapping(bare, add_legacy=False)
-        bare._weight_conversions = [each for each in known if not isinstance(each, PrefixChange)]
+        bare._weight_conversions = [rule for rule in known if not isinstance(rule, PrefixChange)]
     name_experts_as_on_disk(bare)
-    joining = [each for each in bare._weight_conversions if isinstance(each, WeightConverter)]
+    joining = [rule for rule in bare._weight_conversions if isinstance(rule, WeightConverter)]
     for name in state if joining else ():
         if name.endswith(".weight_packed"):
             for converter in joining:
                 if converter.reverse_transform().rename_source_key(name)[1] is not None:
                     raise ValueError(f"{name.removesuffix('_packed')} is a part of a larger matrix")
     # an empty tensor of the packed shape stands for zero points
-    state = {n: each.new_empty(shapes.get(n, each.shape)) for n, each in state.items()}
+    state = {n: t.new_empty(shapes.get(n, t.shape)) for n, t in state.items()}
     written = revert_weight_conversion(bare, state)
     return {name: (tuple(tensor.shape), "U8") for name, tensor in written.items()}
 
 
 def _planned_config(bare: PreTrainedModel, compressor: ModelCompressor) -> dict:
-    """What would stand in ``config.json``: llm-compressor keeps that of the source."""
+    """Return the ``config.json`` of the checkpoint: the source's, which llm-compressor keeps, and
+    the quantization."""
     config = bare.config.to_dict()
     source = source_folder(bare.name_or_path)
     if source is not None and (source / "config.json").exists():

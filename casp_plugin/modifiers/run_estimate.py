@@ -1,13 +1,14 @@
-"""What measuring a model takes, told before it starts: memory, disk, time.
+"""Estimate before a run the memory, disk and time that measuring a model takes.
 
-Operations are counted from shapes alone and divided by what this machine does in a second, which is
-measured on small tensors. That tells hours from minutes, and whether the memory is enough;
-``benchmarks/growth.py`` puts it beside what was used.
+Operations are counted from shapes alone and divided by the speed of this machine, which is measured
+on small tensors. That tells hours from minutes, and whether the memory is enough;
+``benchmarks/growth.py`` compares the estimate with real runs.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from llmcompressor.utils.transformers import get_embeddings
@@ -25,18 +26,18 @@ from casp_plugin.statistics.statistics import Request
 
 __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
 
-#: what a pass takes beside its matrix products: norms, softmax, attention
+#: time of a pass in units of its matrix products, for norms, softmax and attention
 BESIDE = 2
-#: what libraries need for themselves, and pages between blocks
+#: memory in units of the tensors, for libraries and for pages between blocks
 SLACK = 1.1
 
 
 @dataclass(frozen=True)
 class Data:
-    """Calibration data.
+    """Size of the calibration data.
 
-    :param sequences: how many
-    :param tokens: of a sequence, at most
+    :param sequences: number of sequences
+    :param tokens: tokens of the longest sequence
     """
 
     sequences: int
@@ -48,20 +49,20 @@ class Data:
 
     @property
     def derived_tokens(self) -> int:
-        """That derivatives are taken from."""
+        """Number of tokens that derivatives are taken from."""
         return min(self.all_tokens, max(SAMPLES * self.tokens, TOKENS))
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of what there is to do; or of what a machine does in a second.
+    """Operations of a run; or of a machine in a second.
 
     :param passes: floating-point operations of the model, in its own dtype
-    :param products: the same of second moments, in float32
-    :param eigenvalues: cubes of the sizes of symmetric matrices, in float64
-    :param inverses: cubes of the sizes of moments that GPTQ inverts, in float32
+    :param products: floating-point operations of second moments, in float32
+    :param eigenvalues: sum of n^3 over the symmetric matrices (n, n) to decompose, in float64
+    :param inverses: sum of n^3 over the moments (n, n) that GPTQ inverts, in float32
     :param columns: steps of GPTQ through the columns of weights that are rounded together
-    :param entries: of weights that are rounded
+    :param entries: entries of the weights to round
     """
 
     passes: float
@@ -72,22 +73,23 @@ class Work:
     entries: float
 
     def seconds(self, speed: "Work") -> float:
-        """What it takes a machine.
+        """Return the seconds that a machine takes.
 
-        :param speed: what that does in a second
+        :param speed: operations of the machine in a second
         """
-        return sum(getattr(self, each.name) / getattr(speed, each.name) for each in fields(self))
+        return sum(getattr(self, kind.name) / getattr(speed, kind.name) for kind in fields(self))
 
 
+@cache
 def speed_of(dtype: torch.dtype) -> Work:
-    """What this machine does in a second, on the device that calibration will use; takes about a
-    second itself.
+    """Measure the operations of this machine in a second, on the device that calibration will use;
+    that takes about a second, once in a process.
 
-    :param dtype: of the model
+    :param dtype: dtype of the model
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     size = 512
-    generator = torch.Generator(device).manual_seed(0)  # the run's own chance stays as it was
+    generator = torch.Generator(device).manual_seed(0)  # leaves the run's generators alone
     wide = torch.randn(size, 4 * size, device=device, generator=generator)
     tall = wide.to(dtype)
     square = wide[:, :size].double()
@@ -112,12 +114,12 @@ def speed_of(dtype: torch.dtype) -> Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What measuring is expected to take.
+    """Memory, disk and time that measuring takes.
 
-    :param memory: bytes of resident memory at the peak, this process and the model in it; on a
-        machine with an accelerator a part of it lies there
-    :param disk: bytes that the cache takes
-    :param seconds: on the clock
+    :param memory: bytes of resident memory at the peak, with this process and its model; on a
+        machine with an accelerator a part of it is there
+    :param disk: bytes of the cache
+    :param seconds: time on the clock
     """
 
     memory: int
@@ -126,7 +128,7 @@ class Estimate:
 
     @property
     def duration(self) -> str:
-        """The time in words, as exact as it is known."""
+        """Time in words, rounded to what is known."""
         if self.seconds < 90:
             return f"{self.seconds:.0f} seconds"
         minutes = self.seconds / 60
@@ -136,12 +138,12 @@ class Estimate:
 def estimate(
     model: nn.Module, request: Request, units: list[UnitPlan], data: Data, resident: int
 ) -> Estimate:
-    """What it takes to measure all that is requested.
+    """Return the memory, disk and time that measuring a request takes.
 
-    :param model: the dense model, which may live on the meta device
-    :param request: what will be measured
-    :param units: with their candidates; what rounding is measured of
-    :param data: that it is measured on
+    :param model: the dense model, on the meta device too
+    :param request: the statistics to collect
+    :param units: the units to round, with their candidates
+    :param data: size of the calibration data
     :param resident: bytes that the process holds already
     """
     speed = speed_of(next(model.parameters()).dtype)
@@ -153,10 +155,10 @@ def estimate(
 
 
 def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Data) -> Work:
-    """Counts from shapes; see :func:`estimate`."""
+    """Count the operations from shapes; see :func:`estimate`."""
     linears = dict(named_linears(model))
     head = get_embeddings(model)[1]
-    weights = sum(each.weight.numel() for each in linears.values() if each is not head)
+    weights = sum(linear.weight.numel() for linear in linears.values() if linear is not head)
     derived = data.derived_tokens
     passes = 2 * weights * data.all_tokens
     if request.gradients or request.gradient_moments:  # there, again in every layer, and back
@@ -176,24 +178,24 @@ def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Dat
 
 
 def memory_of(model: nn.Module, request: Request, data: Data) -> int:
-    """Bytes beside the process itself: the model and the larger of what the passes hold."""
+    """Return the bytes beside the process itself: the model, and the tensors of the larger pass."""
     linears = dict(named_linears(model))
     layers = [model.get_submodule(name) for name in decoder_layers(model)]
-    stored = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     size = next(model.parameters()).element_size()
     embeddings, head = get_embeddings(model)
     hidden = embeddings.weight.shape[1] if embeddings is not None else 0
     back = derived = 4 * _metric_entries(linears, request)
     if request.gradients or request.gradient_moments:
         parts = layers or [model]  # nothing is run again on the way back where there are none
-        outputs = (sum(each.out_features for _, each in named_linears(part)) for part in parts)
+        outputs = (sum(linear.out_features for _, linear in named_linears(p)) for p in parts)
         logits = (head.out_features if head is not None else 0) * (data.tokens * size + 16 * CHUNK)
         back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
     largest = max(inputs, default=0)
     part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // max(len(layers), 1))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
-    # eigenvectors and what a solver works in, in float64
+    # eigenvectors and the workspace of a solver, in float64
     shapes = _factored(linears, request)
     solving = 8 * max((rows * (5 * rows + columns) for rows, columns in shapes), default=0)
     forward = data.all_tokens * hidden * size + part + max(waiting, solving)
@@ -201,7 +203,7 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
 
 
 def disk_of(model: nn.Module, request: Request) -> int:
-    """Bytes of derivatives and of spectra."""
+    """Return the bytes of derivatives and of spectra."""
     linears = dict(named_linears(model))
     # factors of the largest rank are as large as the layers
     factors = sum(rows * columns for rows, columns in _factored(linears, request))
@@ -209,7 +211,7 @@ def disk_of(model: nn.Module, request: Request) -> int:
 
 
 def _factored(linears: dict[str, nn.Linear], request: Request) -> list[tuple[int, int]]:
-    """Shapes (rows, columns) of the stacked weights of linears that may share a latent."""
+    """Return the shapes (rows, columns) of stacked weights of linears that may share a latent."""
     return [
         (sum(linears[name].out_features for name in names), linears[names[0]].in_features)
         for names in reading_together(sorted(request.reached))
@@ -217,18 +219,18 @@ def _factored(linears: dict[str, nn.Linear], request: Request) -> list[tuple[int
 
 
 def _metric_entries(linears: dict[str, nn.Linear], request: Request) -> int:
-    """Entries of the second moments of derivatives."""
+    """Return the number of entries of the second moments of derivatives."""
     return sum(linears[name].out_features ** 2 for name in _metrics(request))
 
 
 def _metrics(request: Request) -> frozenset[str]:
-    """Linears whose derivatives' second moments are wanted."""
+    """Return the linears whose derivatives' second moments are requested."""
     return request.gradient_moments | request.attention_moments
 
 
 def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:
-    """Columns of the second moments that are summed up; those of experts that read what the layer
-    reads are one."""
+    """Return the columns of the second moments of inputs. Experts that read the input of their
+    layer share its moment."""
     first = {}
     for names in reading_together(sorted(request.second_moments)):
         layer = names[0].rpartition(".experts.")[0]
@@ -238,7 +240,7 @@ def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:
 
 
 def _rounding(units: list[UnitPlan], by_gptq: bool) -> tuple[float, float, float]:
-    """(inverses, columns, entries) of measuring what rounding costs."""
+    """Return (inverses, columns, entries) of ``Work`` for measuring the errors of rounding."""
     inverses = entries = 0
     waiting = defaultdict(int)  # bytes by width
     bits = max((len({c.bits for c in unit.candidates}) for unit in units), default=0)
@@ -262,6 +264,6 @@ def _inverse(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """What a call takes, on as many threads as torch has."""
+    """Return the seconds of a call, on as many threads as torch has."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.timeit(4).mean

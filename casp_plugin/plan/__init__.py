@@ -1,1 +1,1 @@
-"""The plan: what was decided for a model, as data, and as tables for people."""
+"""The plan: ranks and widths chosen for a model, as data and as tables."""

@@ -1,4 +1,4 @@
-"""CompressionPlan: what was decided for each part of a model, and why.
+"""CompressionPlan: the ranks and schemes chosen for a model, and the reasons.
 
 A plan is plain data: it is printed before the long work starts, returned by the API, and
 stored as ``casp_plan.json`` beside the checkpoint.
@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from casp_plugin.maths.average_bits import average_bits
 from casp_plugin.model.components import LANGUAGE
 
 __all__ = [
@@ -39,10 +40,10 @@ class Candidate(_Model):
     :param bits: bit width of the codes
     :param group_size: columns that share a scale, -1 for a whole row
     :param bytes: bytes of the unit's weights on disk: codes, scales, zero points, shapes
-    :param error: output error summed over the unit's linears, in the terms of the modifier's
+    :param rank: rank of the unit's factors; None where its layers stay dense
+    :param error: output error summed over the unit's linears, in the unit of the modifier's
         `importance`; None if unknown
-    :param needs: package that stock vLLM on CUDA needs for this scheme, None if none
-    :param rank: rank of the unit's factors, None where its layers stay as they are
+    :param needs: package that stock vLLM on CUDA needs for this scheme; None if none
     """
 
     bits: int
@@ -54,16 +55,16 @@ class Candidate(_Model):
 
 
 class UnitPlan(_Model):
-    """Linears that share one bit width.
+    """The smallest set of linears that one bit width is chosen for.
 
     :param name: layer and members
     :param modules: stored weights, name to (out, in), as chosen; a factored layer stores ``up``
-        and, unless it shares another's, ``down``
-    :param weights: original weights of the unit's linears, before any factorisation
-    :param component: part of a multimodal model that it lies in
-    :param importance: what the solver weighted the error with; None if unknown
+        and, unless its latent is another layer's, ``down``
+    :param weights: number of original weights of the unit's linears, before any factorisation
+    :param component: component of a multimodal model that holds the unit
+    :param importance: weight of the error in the solver; None if unknown
     :param candidates: schemes on offer, by rising bits
-    :param chosen: index of the chosen candidate; None until statistics are there
+    :param chosen: index of the chosen candidate; None without statistics
     """
 
     name: str
@@ -76,19 +77,20 @@ class UnitPlan(_Model):
 
     @property
     def choice(self) -> Candidate | None:
+        """Return the chosen candidate; None if none is chosen."""
         return None if self.chosen is None else self.candidates[self.chosen]
 
 
 class LowRankPlan(_Model):
     """One linear that low rank was considered for.
 
-    :param module: its name
+    :param module: name of the linear
+    :param component: component of a multimodal model that holds it
     :param shape: (out, in)
     :param rank: rank of the factors; None where the layer stays dense
-    :param keep: parameters of the factors over those of the matrix, 1 where dense
-    :param error: share of the output energy lost; None if unknown
-    :param note: why it stays dense
-    :param component: part of a multimodal model that it lies in
+    :param keep: parameters of the factors over parameters of the matrix, 1 where dense
+    :param error: share of the output energy that is lost; None if unknown
+    :param note: why the layer stays dense
     """
 
     module: str
@@ -101,11 +103,11 @@ class LowRankPlan(_Model):
 
 
 class SpectrumPlan(_Model):
-    """What factors lose, rank by rank.
+    """Energy lost by factors, rank by rank.
 
     :param modules: linears that share a latent
-    :param ranks: some ranks from 0 to the largest there is
-    :param lost: share of the output energy that is lost at each, under the modifier's metric
+    :param ranks: ranks from 0 to the largest
+    :param lost: share of the output energy lost at these ranks, under the modifier's metric
     """
 
     modules: list[str]
@@ -114,14 +116,14 @@ class SpectrumPlan(_Model):
 
 
 class AttentionPlan(_Model):
-    """How sparse one attention module is.
+    """Density of the maps of one attention module.
 
-    :param module: its name
-    :param component: part of a multimodal model that it lies in
-    :param heads: share of the entries of its maps that are not nearly zero, one a head
-    :param entropy: keys effectively looked at over visible keys, one a head
-    :param image: the same over keys that stand for images; None without images
-    :param text: the same over the other keys
+    :param module: name of the module
+    :param component: component of a multimodal model that holds it
+    :param heads: share of map entries that are not nearly zero, by head
+    :param entropy: keys effectively looked at over visible keys, by head
+    :param image: ``heads`` over keys that stand for images; None without images
+    :param text: ``heads`` over the other keys; None without images
     """
 
     module: str
@@ -133,11 +135,11 @@ class AttentionPlan(_Model):
 
 
 class CopiedTensor(_Model):
-    """A tensor of the source checkpoint that is in the output unchanged.
+    """A tensor of the source checkpoint that the output holds unchanged.
 
-    :param name: its name on disk
-    :param bytes: of its data
-    :param why: it is not compressed
+    :param name: name on disk
+    :param bytes: bytes of its data
+    :param why: reason why it is not compressed
     """
 
     name: str
@@ -146,12 +148,12 @@ class CopiedTensor(_Model):
 
 
 class ParetoPoint(_Model):
-    """The best that the same tables allow at another budget.
+    """The least error that the same candidates allow at another budget.
 
-    :param component: that the budget is for; None for all together
-    :param average_bits: over the units' original weights, everything counted
-    :param error: importance x error summed over the units; by the importance of a study, over
-        that at the fewest bits
+    :param component: component that the budget is for; None for all components together
+    :param average_bits: all bits stored, divided by the number of original weights
+    :param error: importance x error summed over the units; with the importance of a study,
+        relative to the value at the fewest bits
     """
 
     component: str | None = None
@@ -163,8 +165,9 @@ class ParetoPoint(_Model):
 class Budget:
     """Units that share one budget.
 
-    :param component: part of the model that they lie in; None where all share it
+    :param component: component that holds the units; None where all components share the budget
     :param average_bits: the budget, as given
+    :param units: the units
     """
 
     component: str | None
@@ -173,44 +176,45 @@ class Budget:
 
     @property
     def weights(self) -> int:
-        """Original weights of all units."""
+        """Return the number of original weights of all units."""
         return sum(unit.weights for unit in self.units)
 
     @property
     def reached_bits(self) -> float | None:
-        """Average bits over the units' original weights, everything counted."""
+        """Return the average bits of the chosen candidates; None unless all units have one."""
         if any(unit.chosen is None for unit in self.units):
             return None
-        return sum(unit.choice.bytes for unit in self.units) * 8 / self.weights
+        return average_bits(sum(unit.choice.bytes for unit in self.units), self.weights)
 
     @property
     def reachable_bits(self) -> tuple[float, float]:
-        """Least and largest average bits that the candidates allow."""
+        """Return the least and the largest average bits that the candidates allow."""
         least = sum(min(c.bytes for c in unit.candidates) for unit in self.units)
         most = sum(max(c.bytes for c in unit.candidates) for unit in self.units)
-        return least * 8 / self.weights, most * 8 / self.weights
+        return average_bits(least, self.weights), average_bits(most, self.weights)
 
 
 class CompressionPlan(_Model):
-    """The whole decision.
+    """Ranks and schemes chosen for a whole model.
 
+    :param format: version of this file format
     :param model: name or path of the source model
     :param versions: package versions that made the plan
-    :param seed: torch seed at the time
-    :param calibration_tokens: tokens the statistics come from; None without statistics
-    :param settings: fields of each modifier, as given
-    :param average_bits: the budget, or that of each component, as given; None if no bits were
+    :param seed: torch's seed when the plan was made
+    :param calibration_tokens: number of tokens behind the statistics; None without statistics
+    :param settings: fields of the modifiers, as given, by class name
+    :param average_bits: the budget, or the budgets by component, as given; None if no bits were
         allocated
-    :param attention: attention modules whose maps were looked at
-    :param low_rank: every linear that was considered for factors
-    :param spectra: of what was considered; empty without statistics
-    :param units: every unit that bits were chosen for
-    :param pareto: what other budgets would cost, by rising bits; empty if errors are unknown
+    :param attention: densities of attention modules, where requested
+    :param low_rank: linears that low rank was considered for
+    :param spectra: spectra of these linears; empty without statistics
+    :param units: units that bits were chosen for
+    :param pareto: errors at other budgets, by rising bits; empty if errors are unknown
     :param copied: tensors of the source checkpoint that the model's class does not build
     :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases, copied
-        ones)
-    :param original_bytes: bytes of all tensors of the model that it was made from
-    :param warnings: what a user should know before deploying
+        tensors)
+    :param original_bytes: bytes of all tensors of the source model
+    :param warnings: warnings for whoever deploys the checkpoint
     """
 
     format: Literal[1] = 1
@@ -232,12 +236,12 @@ class CompressionPlan(_Model):
 
     @property
     def decided(self) -> bool:
-        """Whether every unit has its bits."""
+        """Tell whether bits are chosen for every unit."""
         return bool(self.units) and all(unit.chosen is not None for unit in self.units)
 
     @property
     def budgets(self) -> list[Budget]:
-        """What the units share, component by component or all together."""
+        """Return the budgets, one per component or one for all units."""
         if not isinstance(self.average_bits, dict):
             return [Budget(None, self.average_bits, self.units)]
         return [
@@ -247,44 +251,48 @@ class CompressionPlan(_Model):
 
     @property
     def weights(self) -> int:
-        """Original weights of all units."""
+        """Return the number of original weights of all units."""
         return sum(unit.weights for unit in self.units)
 
     @property
     def unit_bytes(self) -> int | None:
-        """Bytes of all units under the chosen schemes."""
+        """Return the bytes of all units under the chosen schemes; None if undecided."""
         return sum(unit.choice.bytes for unit in self.units) if self.decided else None
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of all tensors of the checkpoint."""
+        """Return the bytes of all tensors of the checkpoint; None if undecided."""
         if not self.decided or self.other_bytes is None:
             return None
         return self.unit_bytes + self.other_bytes
 
     @property
     def reached_bits(self) -> float | None:
-        """Average bits over the units' original weights, everything counted."""
-        return self.unit_bytes * 8 / self.weights if self.decided else None
+        """Return the average bits of the chosen candidates; None unless all units have one."""
+        return average_bits(self.unit_bytes, self.weights) if self.decided else None
 
     @property
     def kept(self) -> float | None:
-        """Share of parameters kept over all linears that low rank was considered for."""
+        """Return the share of parameters kept over all linears that low rank was considered for.
+
+        None without such linears.
+        """
         sizes = [entry.shape[0] * entry.shape[1] for entry in self.low_rank]
         if not sizes:
             return None
-        kept = sum(e.keep * s for e, s in zip(self.low_rank, sizes, strict=True))
+        kept = sum(p.keep * size for p, size in zip(self.low_rank, sizes, strict=True))
         return kept / sum(sizes)
 
     def save(self, path: Path | str) -> None:
+        """Write the plan as JSON."""
         Path(path).write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> "CompressionPlan":
         """Read a plan from a file, or from a checkpoint folder that holds one.
 
-        :raises FileNotFoundError: if there is none
-        :raises pydantic.ValidationError: if it is malformed
+        :raises FileNotFoundError: if there is no such file
+        :raises pydantic.ValidationError: if it holds no plan
         """
         path = Path(path)
         path = path / PLAN_NAME if path.is_dir() else path

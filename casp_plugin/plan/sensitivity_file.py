@@ -1,4 +1,4 @@
-"""What a study found to matter, as bit allocation takes it: ``sensitivity.json``."""
+"""Results of a sensitivity study, as bit allocation reads them: ``sensitivity.json``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ __all__ = ["Sensitivity", "Shares", "shares_of"]
 
 
 class Shares(BaseModel):
-    """How much of the quality hangs on each part by itself, and on two of them together.
+    """Shares of the quality that depend on one part alone, and on two parts together.
 
-    :param parts: by part
-    :param pairs: by ``a x b``; with those of ``parts`` they sum to 1
+    :param parts: share by part
+    :param pairs: share by ``a x b``; all shares sum to 1
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,9 +35,10 @@ class Shares(BaseModel):
 class Sensitivity(BaseModel):
     """The result of ``casp sensitivity`` for bit allocation.
 
-    :param model: that was studied
-    :param axis: what tells the parts apart: components, or thirds of the blocks in a model that
-        has one component
+    :param format: version of this file format
+    :param model: name or path of the studied model
+    :param axis: axis that tells the parts apart: components, or thirds of the blocks in a model of
+        one component
     :param methods: shares by quantization method, means over the tasks
     """
 
@@ -50,7 +51,8 @@ class Sensitivity(BaseModel):
 
     @classmethod
     def load(cls, path: Path | str) -> "Sensitivity":
-        """
+        """Read a file.
+
         :raises ValueError: if there is no such file, or it was not written by casp sensitivity
         """
         try:
@@ -61,9 +63,9 @@ class Sensitivity(BaseModel):
             raise ValueError(f"{path} was not written by casp sensitivity: {error}") from None
 
     def of_method(self, method: str, parts: Sequence[str]) -> Shares:
-        """Shares of one method among some of the parts, those of the others left out.
+        """Return the shares of a method among some parts, scaled to sum to 1.
 
-        :raises ValueError: if the method was not studied, or a part not
+        :raises ValueError: if the method or a part was not studied, or the parts have no share
         """
         if method not in self.methods:
             raise ValueError(
@@ -76,25 +78,27 @@ class Sensitivity(BaseModel):
             raise ValueError(f"the study of {self.model} has {list(shares.parts)}, not {missing}")
         kept = {part: shares.parts[part] for part in parts}
         pairs = {pair: v for pair, v in shares.pairs.items() if set(pair.split(" x ")) <= set(kept)}
-        whole = sum(kept.values()) + sum(pairs.values())
-        if not whole:
+        total = sum(kept.values()) + sum(pairs.values())
+        if not total:
             raise ValueError(f"the study of {self.model} gives {', '.join(parts)} no share")
         return Shares(
-            parts={part: value / whole for part, value in kept.items()},
-            pairs={pair: value / whole for pair, value in pairs.items()},
+            parts={part: value / total for part, value in kept.items()},
+            pairs={pair: value / total for pair, value in pairs.items()},
         )
 
 
 def shares_of(
     importances: Sequence[Mapping[str, float]], pairs: Sequence[Mapping[str, float]]
 ) -> Shares:
-    """Shares from the analyses of several tasks.
+    """Return the mean shares over the analyses of several tasks.
 
-    :param importances: consensus importance by part, of each task; each sums to 1
-    :param pairs: share of the whole that two parts have only together, of each task
+    :param importances: consensus importance by part, one mapping per task, summing to 1
+    :param pairs: share that two parts have only together, by ``a x b``, one mapping per task
     """
     count = len(importances)
-    together = {pair: sum(each[pair] for each in pairs) / count for pair in pairs[0]}
+    together = {pair: sum(task[pair] for task in pairs) / count for pair in pairs[0]}
     alone = 1 - sum(together.values())
-    parts = {part: sum(e[part] for e in importances) / count * alone for part in importances[0]}
+    parts = {
+        part: sum(task[part] for task in importances) / count * alone for part in importances[0]
+    }
     return Shares(parts=parts, pairs=together)

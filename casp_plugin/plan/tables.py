@@ -1,18 +1,34 @@
-"""A plan as tables for people."""
+"""A plan as tables for people. Unknown values show as ``?``."""
 
+from collections import Counter
+from collections.abc import Iterable
 from statistics import fmean
 
 from rich import box
 from rich.table import Table
 
 from casp_plugin.maths.attention_density import THRESHOLD
+from casp_plugin.maths.average_bits import average_bits
+from casp_plugin.model.location import layer_kind
 from casp_plugin.plan.plan import CompressionPlan, UnitPlan
 
-__all__ = ["plan_tables"]
+__all__ = ["plan_tables", "total_table", "unit_tables"]
 
 
 def plan_tables(plan: CompressionPlan) -> list[Table]:
-    """Return a plan as tables: ranks, units, totals. Unknown values show as ``?``."""
+    """Return a plan in brief, as tables: totals, layers by kind, components, budgets."""
+    tables = [total_table(plan)]
+    if plan.units:
+        tables.append(_kind_table(plan))
+    if len({unit.component for unit in plan.units}) > 1:
+        tables.append(_component_table(plan))
+    if plan.pareto:
+        tables.append(_pareto_table(plan))
+    return tables
+
+
+def unit_tables(plan: CompressionPlan) -> list[Table]:
+    """Return all of a plan, as tables: every attention module, factored layer and unit."""
     tables = []
     if plan.attention:
         tables.append(_attention_table(plan))
@@ -20,35 +36,44 @@ def plan_tables(plan: CompressionPlan) -> list[Table]:
         tables.append(_low_rank_table(plan))
     if plan.units:
         tables.append(_unit_table(plan))
-    if len({unit.component for unit in plan.units}) > 1:
-        tables.append(_component_table(plan))
-    if plan.pareto:
-        tables.append(_pareto_table(plan))
-    tables.append(_total_table(plan))
     return tables
+
+
+def _new_table(title: str, *columns: str, names: Iterable[str]) -> Table:
+    """Return an empty table whose names go on in the next line where space is short.
+
+    :param names: columns of names, to the left; the others are to the right
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in names else "right", overflow="fold")
+    return table
 
 
 def _attention_table(plan: CompressionPlan) -> Table:
     title = f"Attention density: share of a map's entries above {THRESHOLD}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("module", "mean", "least head", "largest head", "images", "text", "entropy"):
-        table.add_column(column, justify="left" if column == "module" else "right")
-    for one in plan.attention:
-        values = [fmean(one.heads), min(one.heads), max(one.heads)]
-        kinds = (one.image, one.text)
+    columns = ("module", "mean", "least head", "largest head", "images", "text", "entropy")
+    table = _new_table(title, *columns, names=["module"])
+    for module in plan.attention:
+        values = [fmean(module.heads), min(module.heads), max(module.heads)]
         table.add_row(
-            one.module,
+            module.module,
             *(f"{value:.3f}" for value in values),
-            *("" if shares is None else f"{fmean(shares):.3f}" for shares in kinds),
-            f"{fmean(one.entropy):.3f}",
+            *("" if v is None else f"{fmean(v):.3f}" for v in (module.image, module.text)),
+            f"{fmean(module.entropy):.3f}",
         )
     return table
 
 
 def _low_rank_table(plan: CompressionPlan) -> Table:
-    table = Table(title="Low rank", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("module", "shape", "rank", "kept", "error", "note"):
-        table.add_column(column, justify="left" if column in ("module", "note") else "right")
+    columns = ("module", "shape", "rank", "kept", "error", "note")
+    table = _new_table("Low rank", *columns, names=["module", "note"])
     for entry in plan.low_rank:
         table.add_row(
             entry.module,
@@ -62,10 +87,8 @@ def _low_rank_table(plan: CompressionPlan) -> Table:
 
 
 def _unit_table(plan: CompressionPlan) -> Table:
-    table = Table(title="Bits", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("unit", overflow="fold", min_width=38)
-    for column in ("importance", "rank", "bits", "error", "bytes"):
-        table.add_column(column, justify="right")
+    columns = ("unit", "importance", "rank", "bits", "error", "bytes")
+    table = _new_table("Bits", *columns, names=["unit"])
     for unit in plan.units:
         options = [unit.choice] if unit.choice else unit.candidates
         sizes = [c.bytes for c in options]
@@ -81,12 +104,62 @@ def _unit_table(plan: CompressionPlan) -> Table:
     return table
 
 
+def _kind_table(plan: CompressionPlan) -> Table:
+    """Return a table of layers by kind; "bits" are the units of each width, "error" is the share of
+    importance x error."""
+    columns = ("layers", "units", "weights", "ranks", "bits", "average", "size", "error")
+    several = len({unit.component for unit in plan.units}) > 1
+    columns = ("component", *columns) if several else columns
+    table = _new_table("Layers by kind", *columns, names=["component", "layers"])
+    kinds: dict[tuple[str, str], list[UnitPlan]] = {}
+    for unit in plan.units:
+        kinds.setdefault((unit.component, layer_kind(unit.name)), []).append(unit)
+    whole = _expected(plan.units, chosen=True)
+    for (component, kind), units in kinds.items():
+        weights, error = sum(unit.weights for unit in units), _expected(units, chosen=True)
+        size = sum(unit.choice.bytes for unit in units) if plan.decided else None
+        table.add_row(
+            *([component] if several else []),
+            kind,
+            str(len(units)),
+            f"{weights / 1e6:,.1f}M",
+            _ranks(units),
+            _widths(units),
+            _shown(size and average_bits(size, weights), ".4f"),
+            _shown(size and size / 1e6, ",.1f") + " MB",
+            _shown(error / whole if whole else None, ".1%"),
+        )
+    return table
+
+
+def _ranks(units: list[UnitPlan]) -> str:
+    """Return the least and the largest rank of units, and the number of dense units; nothing where
+    all are dense. Of units that are not decided: the ranks on offer."""
+    if any(unit.choice is None for unit in units):
+        offered = dict.fromkeys(c.rank for unit in units for c in unit.candidates)
+        return "" if list(offered) == [None] else "|".join(str(r or "dense") for r in offered)
+    ranks = [unit.choice.rank for unit in units if unit.choice.rank is not None]
+    if not ranks:
+        return ""
+    dense = f", {len(units) - len(ranks)} dense" if len(ranks) < len(units) else ""
+    least, most = min(ranks), max(ranks)
+    return (f"{least}" if least == most else f"{least} to {most}") + dense
+
+
+def _widths(units: list[UnitPlan]) -> str:
+    """Return the number of units of each width; of units that are not decided, the widths on
+    offer."""
+    if any(unit.choice is None for unit in units):
+        return "|".join(map(str, sorted({c.bits for unit in units for c in unit.candidates})))
+    counts = Counter(unit.choice.bits for unit in units)
+    return ", ".join(f"{bits}: {count}" for bits, count in sorted(counts.items()))
+
+
 def _component_table(plan: CompressionPlan) -> Table:
-    """What components weigh, got and cost; "at fewest bits" tells how sensitive they are."""
+    """Return the weights, bits and error of components; the error "at fewest bits" tells how
+    sensitive they are."""
     columns = ("component", "weights", "average bits", "error", "error at fewest bits")
-    table = Table(title="Components", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "component" else "right")
+    table = _new_table("Components", *columns, names=["component"])
     parts: dict[str, list[UnitPlan]] = {}
     for unit in plan.units:
         parts.setdefault(unit.component, []).append(unit)
@@ -99,7 +172,7 @@ def _component_table(plan: CompressionPlan) -> Table:
         table.add_row(
             component,
             f"{weights / whole:.1%}",
-            _shown(bytes_ and bytes_ * 8 / weights, ".4f"),
+            _shown(bytes_ and average_bits(bytes_, weights), ".4f"),
             _share(now, decided),
             _share(least, fewest),
         )
@@ -108,17 +181,18 @@ def _component_table(plan: CompressionPlan) -> Table:
 
 def _pareto_table(plan: CompressionPlan) -> Table:
     title = "Budgets: expected error, importance x error over all units"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("component", "average bits", "error"):
-        table.add_column(column, justify="right")
+    table = _new_table(title, "component", "average bits", "error", names=())
     for point in plan.pareto:
         component = point.component or "all"
         table.add_row(component, f"{point.average_bits:.3f}", f"{point.error:.4f}")
     return table
 
 
-def _total_table(plan: CompressionPlan) -> Table:
+def total_table(plan: CompressionPlan) -> Table:
+    """Return the totals of a plan: bits, bytes, warnings."""
     table = Table(title="Totals", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("model", plan.model)
     if plan.low_rank:
         table.add_row("low-rank parameters kept", f"{plan.kept:.3f}")
@@ -132,8 +206,8 @@ def _total_table(plan: CompressionPlan) -> Table:
         table.add_row("bytes of the units", _shown(plan.unit_bytes, ",d"))
         table.add_row("bytes of all tensors", _shown(plan.total_bytes, ",d"))
     if plan.copied:
-        size = sum(each.bytes for each in plan.copied)
-        names = ", ".join(each.name for each in plan.copied[:3])
+        size = sum(tensor.bytes for tensor in plan.copied)
+        names = ", ".join(tensor.name for tensor in plan.copied[:3])
         more = ", ..." if len(plan.copied) > 3 else ""
         what = f"{len(plan.copied)} tensors, {size:,} bytes ({names}{more})"
         table.add_row("copied unchanged", f"{what}: {plan.copied[0].why}")
@@ -145,15 +219,16 @@ def _total_table(plan: CompressionPlan) -> Table:
 
 
 def _expected(units: list[UnitPlan], chosen: bool) -> float | None:
-    """Importance x error of units as chosen, or dense at the fewest bits; None if unknown."""
-    found = [(unit.importance, unit.choice if chosen else unit.candidates[0]) for unit in units]
-    if any(importance is None or c is None or c.error is None for importance, c in found):
+    """Return importance x error of units as chosen, or dense at the fewest bits; None where it is
+    unknown."""
+    pairs = [(unit.importance, unit.choice if chosen else unit.candidates[0]) for unit in units]
+    if any(importance is None or c is None or c.error is None for importance, c in pairs):
         return None
-    return sum(importance * candidate.error for importance, candidate in found)
+    return sum(importance * candidate.error for importance, candidate in pairs)
 
 
 def _share(value: float | None, values: list[float | None]) -> str:
-    """An error, and its share of all components'."""
+    """Return an error, and its share of the error of all components."""
     if value is None or None in values:
         return "?"
     return f"{value:.4f} ({value / sum(values):.0%})" if sum(values) else f"{value:.4f}"

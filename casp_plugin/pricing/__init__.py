@@ -1,1 +1,1 @@
-"""What every width and rank on offer would cost a layer, in bytes and in error."""
+"""Prices of every width and rank on offer for a layer, in bytes and in error."""

@@ -1,4 +1,7 @@
-"""What each candidate of a unit takes and costs: bytes, and the measured error."""
+"""Prices of candidates: bytes, and the measured output error.
+
+Shapes: in and out are the channels of a linear, r the rank of its factors.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,25 +19,25 @@ from casp_plugin.plan.plan import Candidate, UnitPlan
 from casp_plugin.pricing.rounding_error import RoundingErrors, WeightedError
 from casp_plugin.statistics.statistics import Statistics
 
-__all__ = ["Pricing", "joined", "stored_shapes"]
+__all__ = ["Pricing", "join_units", "stored_shapes"]
 
 Layers = dict[str, nn.Linear | LowRankLinear]
 
 
 @dataclass
 class Pricing:
-    """Prices the candidates of layers: every bit width and, with a latent, every rank.
+    """Prices of the candidates of layers: every bit width and, with a latent, every rank.
 
-    Errors are expected changes of the loss in nats a token with `fisher`; otherwise they are
-    relative to each layer's output energy, for an expert times the share of the tokens that are
-    routed to it, and summed over the unit's layers.
+    With `fisher`, errors are expected changes of the loss in nats per token. Otherwise they are
+    relative to the layer's output energy, times the share of tokens that is routed to an expert.
+    Both are summed over the layers.
 
-    :param schemes: weight scheme of each bit width on offer
-    :param statistics: of the dense model; None leaves the errors unknown
-    :param fisher: weigh output errors by the squared gradients of the loss
-    :param by_gptq: round by GPTQ, which takes the second moments of every layer's input, not to
-        nearest, which takes its mean squares
-    :param input_block: size of the Hadamard blocks that will rotate the input of a layer
+    :param schemes: weight scheme by bit width on offer
+    :param statistics: statistics of the dense model; None leaves the errors unknown
+    :param fisher: whether to weight output errors by the squared gradients of the loss
+    :param by_gptq: whether to round by GPTQ, which needs the second moments of inputs; if not, to
+        nearest, which needs their mean squares
+    :param input_block: returns the size of the Hadamard blocks that will rotate a layer's input
     :param rank_multiple: ranks are multiples of this
     """
 
@@ -46,24 +49,24 @@ class Pricing:
     rank_multiple: int
     _errors: RoundingErrors = field(default_factory=RoundingErrors, init=False)
     _moments: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
-    _asked: list[tuple[Candidate, float, list[WeightedError]]] = field(
+    _pending: list[tuple[Candidate, float, list[WeightedError]]] = field(
         default_factory=list, init=False
     )
 
     def layers(self, dense: Layers, latent: Latent | None = None) -> UnitPlan:
-        """Layers with all candidates; their errors are there after :meth:`finish`.
+        """Return layers with all candidates, whose errors :meth:`finish` fills in.
 
-        :param dense: one, or those of a latent, as they are
-        :param latent: what they may become
+        :param dense: one layer, or the layers of a latent, by name
+        :param latent: the latent that gives their factors; None for no factors
         :raises ValueError: if a group size does not divide the columns of a weight
         """
         candidates = []
         for rank in (None, *self._ranks(latent)):
             layers = dense if rank is None else latent.layers(rank)
-            stored = _stored(layers)
+            stored = _stored_weights(layers)
             self._check_groups(stored)
             known = self.statistics is not None
-            lost = self._lost(dense, layers) if known and rank is not None else 0.0
+            lost = self._factoring_error(dense, layers) if known and rank is not None else 0.0
             rounding = self._rounding(layers) if known else {}
             for bits, args in self.schemes.items():
                 candidate = Candidate(
@@ -75,7 +78,7 @@ class Pricing:
                 )
                 candidates.append(candidate)
                 if known:
-                    self._asked.append((candidate, lost, rounding[bits]))
+                    self._pending.append((candidate, lost, rounding[bits]))
         return UnitPlan(
             name=next(iter(dense)),
             modules=stored_shapes(dense),
@@ -84,67 +87,70 @@ class Pricing:
         )
 
     def finish(self) -> None:
-        """Fill in the errors of all candidates."""
+        """Fill in the errors of all candidates so far."""
         self._errors.finish()
-        for candidate, lost, rounding in self._asked:
+        for candidate, lost, rounding in self._pending:
             candidate.error = lost + sum(error.value for error in rounding)
-        self._asked.clear()
+        self._pending.clear()
 
     def _ranks(self, latent: Latent | None) -> list[int]:
-        """Ranks on offer, 1, 2, 3, 4, 6, 8, 12, ... times the multiple: every one is measured."""
+        """Return the ranks on offer, 1, 2, 3, 4, 6, 8, 12, ... times the multiple, to save time."""
         ranks = [] if latent is None else latent.ranks(self.rank_multiple)
         steps = {base << i for i in range(32) for base in (1, 2, 3)}
         return [rank for rank in ranks if rank // self.rank_multiple in steps]
 
     def _rounding(self, layers: Layers) -> dict[int, list[WeightedError]]:
-        """Errors of rounding layers, or their factors, under each scheme."""
-        asked = {bits: [] for bits in self.schemes}
+        """Return the errors of rounding layers, or their factors, by bit width."""
+        errors = {bits: [] for bits in self.schemes}
         for name, layer in layers.items():
             known = self.statistics.second_moments if self.by_gptq else self.statistics.mean_squares
-            if name not in known:  # no token reached it
+            if name not in known:  # no token reached the layer
                 continue
             block = self.input_block(name, layer)
+            # (in, in) by GPTQ, (in,) to nearest
             moment = self._rotated(known[name], block) if self.by_gptq else known[name]
             latent = None
             second = self.statistics.second_moments.get(name)
             if isinstance(layer, LowRankLinear) and second is not None:
-                down = layer.latent.weight.float()
-                latent = down @ second @ down.T
+                down = layer.latent.weight.float()  # (r, in)
+                latent = down @ second @ down.T  # (r, in) @ (in, in) @ (in, r)
                 latent = latent if self.by_gptq else latent.diagonal()
-            weights = self._row_weights(name, layer)
+            weights = self._row_weights(name, layer)  # (out,)
             for bits, args in self.schemes.items():
-                asked[bits].append(self._errors.of(layer, args, moment, weights, latent, block))
-        return asked
+                errors[bits].append(self._errors.of(layer, args, moment, weights, latent, block))
+        return errors
 
     def _rotated(self, moment: torch.Tensor, block: int) -> torch.Tensor:
-        """A moment of rotated inputs, one tensor for all that read them."""
+        """Return the moment of rotated inputs, shape (in, in), one tensor for all their readers."""
         key = id(moment), block
         if key not in self._moments:
             self._moments[key] = rotate_moment(moment, block)
         return self._moments[key]
 
-    def _lost(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:
-        """Error of factors that are not rounded."""
+    def _factoring_error(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:
+        """Return the error of factors before rounding."""
         error = 0.0
         for name, layer in factored.items():
-            metric = self._row_weights(name, layer)
+            metric = self._row_weights(name, layer)  # (out,)
             if self.fisher and name in self.statistics.gradient_moments:
-                metric = self.statistics.gradient_moments[name] / 2
+                metric = self.statistics.gradient_moments[name] / 2  # (out, out)
+            # (out, r) @ (r, in)
             product = layer.up.weight.double() @ layer.latent.weight.double()
-            moment = self.statistics.second_moments[name]
+            moment = self.statistics.second_moments[name]  # (in, in)
             error += quadratic_error(product - dense[name].weight, moment, metric)
         return error
 
     def _row_weights(self, name: str, layer: nn.Linear | LowRankLinear) -> torch.Tensor:
-        """What a squared error at each output channel of a layer costs, shape (out,)."""
-        if self.fisher:  # second-order: half the curvature
+        """Return the cost of a squared error at the output channels of a layer, shape (out,)."""
+        if self.fisher:  # second order: half the curvature
             squares = self.statistics.gradient_squares.get(name)
             return torch.zeros(layer.out_features) if squares is None else squares / 2
         energy = self.statistics.output_energies[name]
-        share = self.statistics.routed.get(name, 1.0)  # gradients know it by themselves
+        share = self.statistics.routed.get(name, 1.0)  # squared gradients include it
         return torch.full((layer.out_features,), share / energy if energy > 0 else 0.0)
 
     def _check_groups(self, stored: dict[str, torch.Tensor]) -> None:
+        """Check that group sizes divide the columns of all weights."""
         for name, weight in stored.items():
             for bits, args in self.schemes.items():
                 if args.group_size and weight.shape[1] % args.group_size:
@@ -155,19 +161,20 @@ class Pricing:
                     )
 
 
-def joined(name: str, parts: list[UnitPlan]) -> UnitPlan:
-    """The unit of layers that were priced apart, candidate by candidate.
+def join_units(name: str, parts: list[UnitPlan]) -> UnitPlan:
+    """Return the unit of layers that were priced apart, with bytes and errors of candidates summed.
 
-    :param parts: with the same bits and ranks on offer
+    :param name: name of the unit
+    :param parts: prices of the layers, with the same bits and ranks on offer
     """
     candidates = []
-    for alike in zip(*(part.candidates for part in parts), strict=True):
-        errors = [candidate.error for candidate in alike]
+    for same_scheme in zip(*(part.candidates for part in parts), strict=True):
+        errors = [candidate.error for candidate in same_scheme]
         total = {
-            "bytes": sum(candidate.bytes for candidate in alike),
+            "bytes": sum(candidate.bytes for candidate in same_scheme),
             "error": None if None in errors else sum(errors),
         }
-        candidates.append(alike[0].model_copy(update=total))
+        candidates.append(same_scheme[0].model_copy(update=total))
     return UnitPlan(
         name=name,
         modules={module: shape for part in parts for module, shape in part.modules.items()},
@@ -177,15 +184,15 @@ def joined(name: str, parts: list[UnitPlan]) -> UnitPlan:
 
 
 def stored_shapes(layers: Layers) -> dict[str, tuple[int, int]]:
-    """Shapes of the weights that a checkpoint stores for layers, by module name."""
-    return {name: tuple(weight.shape) for name, weight in _stored(layers).items()}
+    """Return (out, in) of the weights that a checkpoint stores for layers, by module name."""
+    return {name: tuple(weight.shape) for name, weight in _stored_weights(layers).items()}
 
 
-def _stored(layers: Layers) -> dict[str, torch.Tensor]:
+def _stored_weights(layers: Layers) -> dict[str, torch.Tensor]:
     stored = {}
     for name, layer in layers.items():
         if isinstance(layer, LowRankLinear):
-            stored |= {f"{name}.{part}": child.weight for part, child in layer.named_children()}
+            stored |= {f"{name}.{factor}": part.weight for factor, part in layer.named_children()}
         else:
             stored[name] = layer.weight
     return stored

@@ -1,2 +1,2 @@
-"""What a checkpoint is, for people: one HTML page and the model card, from the files beside it and
-from what ``casp eval`` and ``casp bench`` wrote."""
+"""Reports of a checkpoint for people: an HTML page and the model card, from the files in its folder
+and those that ``casp eval`` and ``casp bench`` wrote."""

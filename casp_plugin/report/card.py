@@ -8,23 +8,25 @@ from casp_plugin.report.templates import render
 
 __all__ = ["MARK", "card"]
 
-#: by what a card that was made here is known
+#: line that marks the cards written here
 MARK = "<!-- written by casp report -->"
 
 
 def card(facts: Facts, license: str | None = None) -> ModelCard:
-    """
-    :param license: of the base model, as the hub calls it; None leaves it open
+    """Return the model card of a checkpoint.
+
+    :param facts: everything known of it
+    :param license: the hub's identifier of the base model's licence; None leaves it open
     """
     results = [
         EvalResult(
             task_type="image-text-to-text" if facts.sees else "text-generation",
-            dataset_type=each.task,
-            dataset_name=each.task,
-            metric_type=each.metric,
-            metric_value=each.value,
+            dataset_type=measured.task,
+            dataset_name=measured.task,
+            metric_type=measured.metric,
+            metric_value=measured.value,
         )
-        for each in facts.measurements
+        for measured in facts.measurements
     ]
     base = {"base_model": facts.base_id, "base_model_relation": "quantized"}
     data = ModelCardData(

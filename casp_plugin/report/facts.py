@@ -1,4 +1,4 @@
-"""All that is known of a checkpoint, read from its folder and from measurements."""
+"""Facts of a checkpoint, read from its folder and from files of measurements."""
 
 import re
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ __all__ = ["Facts", "read_facts"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one checkpoint.
+    """Everything that is known of one checkpoint.
 
-    :param folder: where it is
+    :param folder: its folder
     :param config: its ``config.json``
-    :param plan: None where no casp modifier made it
-    :param recipe: text of its ``recipe.yaml``; None where there is none
+    :param plan: its plan; None where no casp modifier made it
+    :param recipe: text of its ``recipe.yaml``; None without one
     :param sees: whether it takes images
     :param breakdown: bytes of its tensors by component, then by kind
-    :param evaluations: of it, with the one each is compared with, if any
-    :param speeds: the same of its speed
+    :param evaluations: its evaluations, with their baselines or None
+    :param speeds: its benchmarks, with their baselines or None
     """
 
     folder: Path
@@ -43,23 +43,25 @@ class Facts:
 
     @property
     def by_casp(self) -> bool:
-        """Whether a casp modifier made it, so that it needs this package to be served."""
+        """Whether a casp modifier made it, so that serving takes this package."""
         return self.plan is not None or SECTION in self.config["quantization_config"]
 
     @property
     def name(self) -> str:
+        """Name of the checkpoint: that of its folder."""
         return self.folder.resolve().name
 
     @property
     def base_model(self) -> str | None:
-        """What it was made from; None if unknown."""
+        """Folder or Hugging Face id of the original model; None if unknown."""
         return self.plan and self.plan.model
 
     @property
     def base_id(self) -> str | None:
-        """Hugging Face id of that; None where it was a folder."""
+        """Hugging Face id of the original model; None if it is a folder or unknown."""
         name = self.base_model
-        return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _path(name) else None
+        is_id = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _local_folder(name)
+        return name if is_id else None
 
     @property
     def total_bytes(self) -> int:
@@ -73,18 +75,26 @@ class Facts:
 
     @cached_property
     def comparisons(self) -> list[tuple[str, list[Comparison]]]:
-        """Quality against each baseline, by its name."""
-        pairs = [(one, base) for one, base in self.evaluations if base is not None]
-        return [(base.model, compare_all(one, base)) for one, base in pairs]
+        """Comparisons with every baseline, by the baseline's name."""
+        return [
+            (baseline.model, compare_all(evaluation, baseline))
+            for evaluation, baseline in self.evaluations
+            if baseline is not None
+        ]
 
     @property
     def measurements(self) -> list[Measurement]:
-        """All that was measured of its quality, each once."""
-        found = {(m.task, m.metric): m for one, _ in self.evaluations for m in one.measurements}
-        return list(found.values())
+        """Measurements of its quality, the last one of every task and metric."""
+        by_metric = {
+            (measured.task, measured.metric): measured
+            for evaluation, _ in self.evaluations
+            for measured in evaluation.measurements
+        }
+        return list(by_metric.values())
 
     @property
     def warnings(self) -> list[str]:
+        """Warnings of its plan."""
         return self.plan.warnings if self.plan else []
 
 
@@ -94,7 +104,7 @@ def read_facts(
     benches: Sequence[Path] = (),
     trust_remote_code: bool = False,
 ) -> Facts:
-    """Read all that is known of a checkpoint.
+    """Read everything that is known of a checkpoint.
 
     :param folder: checkpoint folder
     :param evals: files that ``casp eval --output`` wrote
@@ -124,32 +134,36 @@ def read_facts(
 
 
 def _patterns(plan: CompressionPlan | None) -> dict[str, list[str]]:
-    """``component_patterns`` of the modifiers that made a plan."""
-    found: dict[str, list[str]] = {}
+    """Return the ``component_patterns`` of the modifiers that made a plan."""
+    by_component: dict[str, list[str]] = {}
     for settings in plan.settings.values() if plan else ():
         for component, patterns in settings.get("component_patterns", {}).items():
-            found.setdefault(component, []).extend(patterns)
-    return found
+            by_component.setdefault(component, []).extend(patterns)
+    return by_component
 
 
-class _Record(Protocol):
+class _OfModel(Protocol):
     model: str
 
 
-Kind = TypeVar("Kind", bound=_Record)
+Kind = TypeVar("Kind", bound=_OfModel)
 
 
 def _about(folder: Path, path: Path, kind: type[Kind], command: str) -> tuple[Kind, Kind | None]:
-    """A checkpoint's record of a file, and the first other one, which it is compared with."""
+    """Return the last record of a checkpoint in a file, and the first of another model, its
+    baseline.
+
+    :raises ValueError: if the file has no record of the checkpoint
+    """
     records = load_records(kind, path, command)
-    mine = [each for each in records if _path(each.model) == folder.resolve()]
-    if not mine:
-        known = ", ".join(each.model for each in records)
+    own = [record for record in records if _local_folder(record.model) == folder.resolve()]
+    if not own:
+        known = ", ".join(record.model for record in records)
         raise ValueError(f"{path} measured {known}, not {folder}")
-    others = [each for each in records if _path(each.model) != folder.resolve()]
-    return mine[-1], others[0] if others else None
+    others = [record for record in records if _local_folder(record.model) != folder.resolve()]
+    return own[-1], others[0] if others else None
 
 
-def _path(name: str) -> Path | None:
-    """The folder that a name means; None where it is no folder."""
+def _local_folder(name: str) -> Path | None:
+    """Return the folder of a model's name; None for other names."""
     return Path(name).resolve() if Path(name).exists() else None

@@ -1,4 +1,4 @@
-"""The report: one HTML page that loads nothing from elsewhere."""
+"""The report of a checkpoint: one HTML page that loads nothing from elsewhere."""
 
 import io
 
@@ -7,7 +7,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from casp_plugin.bench.runs import Speed
-from casp_plugin.checkpoint.sizes import KINDS
+from casp_plugin.checkpoint.sizes import TENSOR_KINDS
+from casp_plugin.evaluation.results import bracketed
 from casp_plugin.report.facts import Facts
 from casp_plugin.report.figures import plans, results
 from casp_plugin.report.templates import render
@@ -15,12 +16,15 @@ from casp_plugin.report.templates import render
 __all__ = ["conditions", "page", "quality_rows", "speed_rows"]
 
 Rows = list[list[str]]
-#: share of its size to which a picture can shrink and still be read
-_READABLE = 0.55
+#: share of its size to which a figure may shrink and still be readable
+_MIN_SCALE = 0.55
 
 
 def page(facts: Facts) -> str:
-    """The page as text."""
+    """Return the page as HTML.
+
+    :param facts: everything known of a checkpoint
+    """
     return render(
         "page.html.j2",
         facts=facts,
@@ -36,58 +40,70 @@ def page(facts: Facts) -> str:
 
 
 def quality_rows(facts: Facts) -> list[tuple[str | None, Rows]]:
-    """Baseline's name and rows of each evaluation: task, metric, baseline, value, change, verdict.
-    Then what no baseline was measured by: task, metric, value, interval."""
-    found = []
+    """Return tables of quality as (baseline, rows): a table for every baseline, with columns task,
+    metric, baseline, value, change, verdict; then one of the metrics without a baseline, with
+    columns task, metric, value, interval."""
+    tables = []
+    compared = set()
     for name, comparisons in facts.comparisons:
         rows = []
-        for each in comparisons:
-            spec = ".3f" if each.ratio else "+.3g"
-            change = f"{'x' if each.ratio else ''}{each.change:{spec}}"
-            change += f" {_interval(each.low, each.high, spec)}"
-            values = f"{each.baseline:.4g}", f"{each.value:.4g}"
-            rows.append([each.task, each.metric, *values, change, each.verdict])
-        found.append((short(name), rows))
-    compared = {(each.task, each.metric) for _, many in facts.comparisons for each in many}
+        for comparison in comparisons:
+            rows.append(
+                [
+                    comparison.task,
+                    comparison.metric,
+                    f"{comparison.baseline:.4g}",
+                    f"{comparison.value:.4g}",
+                    f"{comparison.change_text} {comparison.interval_text}",
+                    comparison.verdict,
+                ]
+            )
+            compared.add((comparison.task, comparison.metric))
+        tables.append((short(name), rows))
     rows = [
-        [one.task, one.metric, f"{one.value:.4g}", _interval(one.low, one.high, ".4g")]
-        for one in facts.measurements
-        if (one.task, one.metric) not in compared
+        [
+            measured.task,
+            measured.metric,
+            f"{measured.value:.4g}",
+            bracketed(measured.low, measured.high, ".4g"),
+        ]
+        for measured in facts.measurements
+        if (measured.task, measured.metric) not in compared
     ]
-    return [*found, (None, rows)] if rows else found
+    return [*tables, (None, rows)] if rows else tables
 
 
 def conditions(facts: Facts) -> list[str]:
-    """What evaluations were made by, in words."""
-    found = [
-        ", ".join(f"{name} {value}" for name, value in one.settings.items() if _says(value))
-        for one, _ in facts.evaluations
+    """Return the settings of the evaluations in words, equal ones once."""
+    settings = [
+        ", ".join(f"{name} {value}" for name, value in evaluation.settings.items() if _says(value))
+        for evaluation, _ in facts.evaluations
     ]
-    return list(dict.fromkeys(filter(None, found)))
+    return list(dict.fromkeys(filter(None, settings)))
 
 
 def speed_rows(facts: Facts) -> list[tuple[str, str | None, Rows]]:
-    """Of each benchmark what it ran on, the baseline's name, and rows: what, baseline, value,
-    ratio."""
-    found = []
-    for one, base in facts.speeds:
-        work = one.workload
-        shown = f"{one.rounds[0].prompt_tokens} prompt tokens, {work.new_tokens} new ones"
-        about = f"{_engine(one)}, {one.device}, {shown}, batches of {work.batch_size}"
-        ratios = _ratios(one, base) if base else {}
+    """Return tables of speed as (workload in words, baseline, rows), a table for every benchmark,
+    with columns quantity, baseline, value, ratio."""
+    tables = []
+    for speed, base in facts.speeds:
+        work = speed.workload
+        shown = f"{speed.rounds[0].prompt_tokens} prompt tokens, {work.new_tokens} new ones"
+        about = f"{_engine(speed)}, {speed.device}, {shown}, batches of {work.batch_size}"
+        ratios = _ratios(speed, base) if base else {}
         rows = []
         for name, value, spec, scale in _SPEEDS:
-            values = [None if each is None else getattr(each, value) for each in (base, one)]
-            cells = ["" if v is None else f"{v * scale:{spec}}" for v in values]
+            values = [base and getattr(base, value), getattr(speed, value)]
+            cells = ["" if number is None else f"{number * scale:{spec}}" for number in values]
             middle, *ends = ratios.get(value, (None,))
-            ratio = (
-                "" if middle is None else f"x{middle:.3f} {_interval(*ends or [None] * 2, '.3f')}"
-            )
-            rows.append([name, *cells, ratio.strip()])
-        found.append((about, base and short(base.model), rows))
-    return found
+            interval = bracketed(*ends, ".3f") if ends else ""
+            ratio = "" if middle is None else f"x{middle:.3f} {interval}".rstrip()
+            rows.append([name, *cells, ratio])
+        tables.append((about, base and short(base.model), rows))
+    return tables
 
 
+#: quantities of a benchmark: name, property of ``Speed``, format, factor
 _SPEEDS = (
     ("files, GB", "bytes_on_disk", ".3f", 1e-9),
     ("prefill, s", "prefill", ".3f", 1),
@@ -97,15 +113,15 @@ _SPEEDS = (
 )
 
 
-def _ratios(one: Speed, base: Speed) -> dict[str, tuple[float, ...]]:
-    """Ratios to a baseline by what was measured; with the lowest and highest of the rounds where
-    rounds were compared."""
-    found = {}
+def _ratios(speed: Speed, base: Speed) -> dict[str, tuple[float, ...]]:
+    """Return ratios to a baseline by property of ``Speed``, followed by the lowest and the highest
+    of all rounds where rounds were compared."""
+    ratios = {}
     for _, value, *_ in _SPEEDS:
-        pair = getattr(one, value), getattr(base, value)
+        pair = getattr(speed, value), getattr(base, value)
         if all(pair):
-            found[value] = (pair[0] / pair[1],)
-    return found | one.against(base)
+            ratios[value] = (pair[0] / pair[1],)
+    return ratios | speed.against(base)
 
 
 def _engine(speed: Speed) -> str:
@@ -113,33 +129,34 @@ def _engine(speed: Speed) -> str:
 
 
 def _headline(facts: Facts) -> list[tuple[str, str, str]]:
-    """What a reader looks for first: what it is, the number, and what it compares with."""
-    found = [("size", f"{facts.total_bytes / 1e6:,.0f} MB", "")]
+    """Return the main numbers as (quantity, value, note)."""
+    note = ""
     if facts.original_bytes:
         share = facts.total_bytes / facts.original_bytes
-        found[0] = (*found[0][:2], f"{share:.1%} of {facts.original_bytes / 1e6:,.0f} MB")
+        note = f"{share:.1%} of {facts.original_bytes / 1e6:,.0f} MB"
+    numbers = [("size", f"{facts.total_bytes / 1e6:,.0f} MB", note)]
     plan = facts.plan
     if plan and plan.decided:
         bits = f"{plan.reached_bits:.3f}"
-        found.append(("average bits", bits, "scales, zero points and factors counted"))
+        numbers.append(("average bits", bits, "scales, zero points and factors counted"))
     if plan and plan.low_rank and plan.kept is not None:
-        found.append(("q/k parameters kept", f"{plan.kept:.0%}", "by low rank"))
+        numbers.append(("q/k parameters kept", f"{plan.kept:.0%}", "by low rank"))
     for name, comparisons in facts.comparisons[:1]:
         first = comparisons[0]
-        change = f"x{first.change:.3f}" if first.ratio else f"{first.change:+.3g}"
-        found.append((first.metric, f"{first.value:.4g}", f"{change} against {short(name)}"))
-    for one, base in facts.speeds[:1]:
-        ratio = _ratios(one, base)["decode"][0] if base else None
+        against = f"{first.change_text} against {short(name)}"
+        numbers.append((first.metric, f"{first.value:.4g}", against))
+    for speed, base in facts.speeds[:1]:
+        ratio = _ratios(speed, base)["decode"][0] if base else None
         against = f"x{ratio:.2f} against {short(base.model)}" if base else ""
-        found.append((f"tokens/s, {_engine(one)}", f"{one.decode:.1f}", against))
-    return found
+        numbers.append((f"tokens/s, {_engine(speed)}", f"{speed.decode:.1f}", against))
+    return numbers
 
 
 def _kind_rows(facts: Facts) -> tuple[list[str], Rows]:
-    """Components, and a row of bytes for each kind of tensor."""
+    """Return the components, and rows of bytes by component, one for every kind of tensor."""
     components = list(facts.breakdown)
     rows = []
-    for kind in KINDS:
+    for kind in TENSOR_KINDS:
         sizes = [facts.breakdown[component].get(kind, 0) for component in components]
         if any(sizes):
             share = f"{sum(sizes) / facts.total_bytes:.1%}"
@@ -148,6 +165,7 @@ def _kind_rows(facts: Facts) -> tuple[list[str], Rows]:
 
 
 def _unit_rows(facts: Facts) -> Rows:
+    """Return a row for every unit: name, importance, rank, bits, group size, bytes, error."""
     rows = []
     for unit in facts.plan.units if facts.plan and facts.plan.decided else ():
         choice = unit.choice
@@ -160,14 +178,14 @@ def _unit_rows(facts: Facts) -> Rows:
 
 
 def _figures(facts: Facts):
-    """Pictures by name, None where there is nothing to draw."""
+    """Yield figures as (name, figure); None for figures without data."""
     yield "sizes", results.draw_sizes(facts.breakdown, facts.original_bytes)
     for index, (name, comparisons) in enumerate(facts.comparisons):
         yield f"changes{index}", results.draw_changes(comparisons, short(name))
-    for index, (one, base) in enumerate(facts.speeds):
+    for index, (speed, base) in enumerate(facts.speeds):
         if base is not None:
             names = {value: name.partition(",")[0] for name, value, *_ in _SPEEDS}
-            ratios = {names[value]: each[0] for value, each in _ratios(one, base).items()}
+            ratios = {names[value]: ratio for value, (ratio, *_) in _ratios(speed, base).items()}
             yield f"speed{index}", results.draw_ratios(ratios, {"decode"}, short(base.model))
     plan = facts.plan
     if plan is None:
@@ -184,27 +202,23 @@ def _figures(facts: Facts):
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """A figure to put into a page, the same bytes each time. It shrinks with the page as long as it
-    can be read."""
+    """Return a figure as SVG for a page, in the same bytes every time. It shrinks with the page as
+    long as it is readable."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     width = figure.get_figwidth() * 96
     return Markup(
-        f'<div style="min-width: {_READABLE * width:.0f}px; max-width: {width:.0f}px">{svg}</div>'
+        f'<div style="min-width: {_MIN_SCALE * width:.0f}px; max-width: {width:.0f}px">{svg}</div>'
     )
 
 
 def _says(value) -> bool:
-    """Whether a setting says anything: 0 does."""
+    """Whether a setting is worth a mention: 0 is, False and empty ones are not."""
     return value is not False and value not in (None, "")
 
 
-def _interval(low: float | None, high: float | None, spec: str) -> str:
-    return "" if low is None else f"[{low:{spec}}, {high:{spec}}]"
-
-
 def short(name: str) -> str:
-    """The last part of a folder or id."""
+    """Return the last part of a folder or Hugging Face id."""
     return name.rstrip("/").rpartition("/")[2]

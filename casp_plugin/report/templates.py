@@ -1,4 +1,4 @@
-"""Text from the templates of this folder."""
+"""Rendering of the templates in this folder."""
 
 import re
 
@@ -8,10 +8,10 @@ __all__ = ["render"]
 
 
 def render(name: str, **values) -> str:
-    """
-    :param name: a file of this folder; in HTML values are escaped, in Markdown by the filter
-        ``plain``
-    :param values: what its variables stand for
+    """Return the text of a template with its variables filled in.
+
+    :param name: file in this folder; HTML escapes values itself, Markdown by the filter ``plain``
+    :param values: values of its variables
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("casp_plugin.report", ""),

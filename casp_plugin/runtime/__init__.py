@@ -1,1 +1,1 @@
-"""Serving: what lets vLLM run the checkpoints. Needs torch and compressed-tensors beside vLLM."""
+"""Serving of our checkpoints by vLLM. Needs torch and compressed-tensors beside vLLM."""

@@ -1,4 +1,4 @@
-"""Kernels: what vLLM-CPU lacks, and which kernel runs which bits."""
+"""A CPU kernel for the widths that vLLM's own does not run, and messages about missing kernels."""
 
 from dataclasses import replace
 
@@ -29,17 +29,19 @@ class CPULinearKernel(MPLinearKernel):
     """Kernel for integer weights on CPUs: 2 to 8 bits, any shape, float32 too.
 
     vLLM's own CPU kernel takes 4 bits, 16-bit activations and multiples of 32. Codes of 2 and
-    3 bits are widened to it, which is exact: asymmetric codes and zero points stay as they are,
-    symmetric ones move by the difference of the two offsets. Everything else is dequantized at
-    load and then takes the memory of the unquantized layer.
+    3 bits are widened for it, which is exact: asymmetric codes and zero points stay as they are,
+    symmetric codes move by the difference of the two offsets. All other weights are dequantized
+    when they load and take the memory of an unquantized layer.
     """
 
     @classmethod
     def get_min_capability(cls) -> int:
+        """Return -1: CPUs have no compute capability."""
         return -1
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Return whether the kernel runs a layer, and why not."""
         if not current_platform.is_cpu():
             return False, "only for CPUs"
         if not c.weight_type.is_integer() or not 2 <= c.weight_type.size_bits <= 8:
@@ -49,6 +51,10 @@ class CPULinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Widen the codes of a layer to 4 bits, or dequantize them.
+
+        :raises ValueError: if the weight is stored input dimension first
+        """
         config = self.config
         bits, signed_offset = config.weight_type.size_bits, config.weight_type.bias
         columns, rows = config.partition_weight_shape
@@ -59,9 +65,9 @@ class CPULinearKernel(MPLinearKernel):
                 f"{type(self).__name__} reads the layout of compressed-tensors only; the "
                 "weight of this layer is stored input dimension first"
             )
-        codes = unpack(packed.data, bits, columns)
+        codes = unpack(packed.data, bits, columns)  # (rows, columns)
         if config.zero_points:
-            offsets = unpack(zeros.data.t(), bits, rows).t()
+            offsets = unpack(zeros.data.t(), bits, rows).t()  # (rows, groups)
         else:
             offsets = torch.full_like(scales.data, signed_offset, dtype=torch.uint8)
 
@@ -77,7 +83,7 @@ class CPULinearKernel(MPLinearKernel):
             logger.info_once("%d bits: widened to the 4-bit kernel", bits)
             return
 
-        weight = dequantize(codes, offsets, scales.data, config.act_type)
+        weight = dequantize(codes, offsets, scales.data, config.act_type)  # (rows, columns)
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if getattr(layer, name, None) is not None:
                 delattr(layer, name)
@@ -88,15 +94,20 @@ class CPULinearKernel(MPLinearKernel):
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Return the outputs of a layer, (..., rows), from its inputs ``x``, (..., columns)."""
         if self.widened is not None:
             return self.widened.apply_weights(layer, x, bias)
         return layer.cpu_linear(x, layer.weight, bias)
 
 
 class WNA16(CompressedTensorsWNA16):
-    """vLLM's weight-only scheme, with its choice of kernel told, and checked for float32."""
+    """vLLM's weight-only scheme, which also logs its kernel, and replaces the CPU's for float32."""
 
     def create_weights(self, layer: torch.nn.Module, **kwargs) -> None:
+        """Create the parameters of a layer.
+
+        :raises ValueError: if a rank's columns do not fill whole words, or no kernel runs the width
+        """
         columns = kwargs["input_size_per_partition"]
         if columns != kwargs["input_size"] and columns * self.num_bits % 32:
             raise ValueError(
@@ -127,12 +138,13 @@ class WNA16(CompressedTensorsWNA16):
 
 
 def _widened(config: MPLinearLayerConfig) -> MPLinearLayerConfig:
-    """The same layer at 4 bits."""
+    """Return the config of a layer with its weights at 4 bits."""
     return replace(
         config, weight_type=scalar_types.uint4 if config.zero_points else scalar_types.uint4b8
     )
 
 
 def _runs_on_stock_kernel(config: MPLinearLayerConfig) -> bool:
-    """``can_implement`` does not look at the activations, but the kernel has no float32."""
+    """Whether vLLM's CPU kernel runs a layer. Its ``can_implement`` does not check the activations,
+    but the kernel has no float32."""
     return config.act_type.itemsize == 2 and CPUWNA16LinearKernel.can_implement(config)[0]

@@ -1,4 +1,4 @@
-"""One vLLM linear layer run as several: factored parts, unequal schemes, rotated inputs."""
+"""One linear layer of vLLM run as several, for factors, unequal schemes and rotated inputs."""
 
 from copy import copy
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class Shard:
     """One linear of the checkpoint inside a layer of vLLM.
 
     :param name: its name in the checkpoint, as vLLM maps it
-    :param rank: rank of its factors, None if it is dense
-    :param latent_of: the linear that holds its down factor, itself or another of the layer
+    :param rank: rank of its factors; None if it is dense
+    :param latent_of: the linear that holds its down factor: itself, or another one of the layer
     """
 
     name: str
@@ -41,7 +41,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a linear that this tensor-parallel rank runs."""
+    """The rows of a linear that this tensor-parallel rank runs.
+
+    :param start: first row
+    :param length: number of rows
+    :param total: number of rows on all ranks
+    """
 
     start: int
     length: int
@@ -49,15 +54,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One weight of the checkpoint: a dense shard, or one of its factors.
+class _SubLinear:
+    """One weight of the checkpoint inside a layer of vLLM: a dense shard, or a factor of a shard.
 
     :param shard: position of its shard in the layer
-    :param suffix: what its name adds to the shard's: "", "down" or "up"
+    :param suffix: suffix of its name after the shard's: "", "down" or "up"
     :param name: its name in the checkpoint
     :param rows: rows that this rank runs
     :param reads: position of the shard whose latent it reads; None for the layer's input
-    :param block: size of the Hadamard blocks that rotate what it reads; 1 for none
+    :param block: size of the Hadamard blocks that rotate its input; 1 for none
     """
 
     shard: int
@@ -69,25 +74,30 @@ class _Part:
 
 
 class SplitLinearMethod(LinearMethodBase):
-    """Runs each part of a layer as a linear of its own, with its own scheme and kernel.
+    """Runs dense shards and factors of a layer as linears with schemes and kernels of their own.
 
-    ``first`` holds the linears that read the layer's input: dense shards and down factors,
-    ``second`` the up factors. Parts that read the same and have one scheme are joined into one
-    matmul. All are ordinary layers of vLLM, so schemes, kernels and post-processing are those of
-    any other model.
+    ``first`` holds the linears that read the layer's input: dense shards and down factors;
+    ``second`` holds the up factors. Linears that read the same input and have one scheme are joined
+    into one matmul. All are ordinary layers of vLLM, so schemes, kernels and post-processing are
+    those of any other model.
 
     Weights arrive under the names of the fused layer (``qkv_proj.down.weight_packed``, shard
-    "q"). Empty parameters of these names stand in the layer until all is loaded and pass on
-    what they get, so any way in which a model of vLLM loads a fused layer works.
+    "q"). Empty parameters of these names stand in the layer until all weights are loaded, and pass
+    on the weights that they are given, so every way in which a model of vLLM loads a fused layer
+    works.
 
-    Tensor parallel: up factors and dense shards by heads or columns, down factors whole on
-    every rank; in a row-parallel layer down by columns, up whole on every rank.
+    Tensor parallelism splits up factors and dense shards by heads or columns and keeps down factors
+    whole on every rank; in a row-parallel layer it splits down factors by columns and keeps up
+    factors whole.
+
+    :param config: quantization config of the checkpoint
+    :param shards: linears of the checkpoint that the layer holds, in its order
     """
 
     def __init__(self, config: CompressedTensorsConfig, shards: list[Shard]):
         self.config = config
         self.shards = shards
-        # the parts' own config: what they read is rotated here, once for all
+        # the config of the linears, whose inputs are rotated here, once for all
         self.plain = copy(config)
         self.plain.transform_config = None
 
@@ -101,21 +111,25 @@ class SplitLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
+        """Put the linears of the shards and stand-ins for their weights into a layer.
+
+        :raises ValueError: if a shard shares the latent of a linear outside of the layer
+        """
         self.expected: set[tuple[str, int]] = set()
         self.loaded: set[tuple[str, int]] = set()
         first, second = [], []
         position = {shard.name: index for index, shard in enumerate(self.shards)}
         rows_of_shards = rows_of_rank(layer, output_partition_sizes)
 
-        def part(index: int, suffix: str, rows: Rows, reads: int | None = None) -> _Part:
+        def sublinear(index: int, suffix: str, rows: Rows, reads: int | None = None) -> _SubLinear:
             name = ".".join(filter(None, (self.shards[index].name, suffix)))
             columns = input_size_per_partition if reads is None else self.shards[index].rank
             block = input_block(self.config.transform_config, name, layer, columns)
-            return _Part(index, suffix, name, rows, reads, block)
+            return _SubLinear(index, suffix, name, rows, reads, block)
 
         for index, (shard, rows) in enumerate(zip(self.shards, rows_of_shards, strict=True)):
             if shard.rank is None:
-                first.append(part(index, "", rows))
+                first.append(sublinear(index, "", rows))
                 continue
             latent = position.get(shard.latent_of)
             if latent is None:
@@ -124,55 +138,61 @@ class SplitLinearMethod(LinearMethodBase):
                     f"another layer than {layer.prefix}: serve the copy that `casp fold` writes"
                 )
             if latent == index:
-                first.append(part(index, "down", Rows(0, shard.rank, shard.rank)))
-            second.append(part(index, "up", rows, latent))
+                first.append(sublinear(index, "down", Rows(0, shard.rank, shard.rank)))
+            second.append(sublinear(index, "up", rows, latent))
 
         self.first = self._joined(layer, first)
         self.second = self._joined(layer, second)
-        for block in {part.block for part in first + second} - {1}:
+        for block in {linear.block for linear in first + second} - {1}:
             matrix = hadamard(block, params_dtype)
             layer.register_buffer(f"hadamard_{block}", matrix, persistent=False)
         layer.first = nn.ModuleList()
-        for parts in self.first:
-            layer.first.append(self._linear(layer, input_size, parts, params_dtype))
+        for group in self.first:
+            layer.first.append(self._child(layer, input_size, group, params_dtype))
         layer.second = nn.ModuleList()
-        for parts in self.second:
-            rank = self.shards[parts[0].shard].rank
-            layer.second.append(self._linear(layer, rank, parts, params_dtype))
+        for group in self.second:
+            rank = self.shards[group[0].shard].rank
+            layer.second.append(self._child(layer, rank, group, params_dtype))
             if layer.has_bias:
                 bias = _stand_in(layer, "up.bias", params_dtype)
-                bias.routes |= {part.shard: partial(_load_bias, layer) for part in parts}
+                bias.routes |= {linear.shard: partial(_load_bias, layer) for linear in group}
 
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Return the outputs of the layer, (tokens, rows of this rank).
+
+        :param x: inputs, (tokens, columns of this rank)
+        :param bias: bias of the layer, (rows of this rank,)
+        """
+        #: latents, then outputs of the shards
         outputs: list[torch.Tensor | None] = [None] * len(self.shards)
 
-        def turned(inputs: torch.Tensor, block: int) -> torch.Tensor:
+        def rotated(inputs: torch.Tensor, block: int) -> torch.Tensor:
             return rotate(inputs, block, getattr(layer, f"hadamard_{block}", None))
 
-        def run(parts: list[_Part], child: LinearBase, inputs: torch.Tensor) -> None:
-            pieces = child(inputs).split([part.rows.length for part in parts], dim=-1)
-            for part, piece in zip(parts, pieces, strict=True):
-                outputs[part.shard] = piece
+        def run(group: list[_SubLinear], child: LinearBase, inputs: torch.Tensor) -> None:
+            slices = child(inputs).split([linear.rows.length for linear in group], dim=-1)
+            for linear, output in zip(group, slices, strict=True):
+                outputs[linear.shard] = output  # (tokens, rows or rank)
 
-        inputs = {block: turned(x, block) for block in {parts[0].block for parts in self.first}}
-        for parts, child in zip(self.first, layer.first, strict=True):
-            run(parts, child, inputs[parts[0].block])
-        latents = list(outputs)
-        for parts, child in zip(self.second, layer.second, strict=True):
-            latent = turned(latents[parts[0].reads], parts[0].block)
-            run(parts, child, latent.contiguous())
+        inputs = {block: rotated(x, block) for block in {group[0].block for group in self.first}}
+        for group, child in zip(self.first, layer.first, strict=True):
+            run(group, child, inputs[group[0].block])
+        latents = list(outputs)  # (tokens, rank); dense shards are complete
+        for group, child in zip(self.second, layer.second, strict=True):
+            latent = rotated(latents[group[0].reads], group[0].block)
+            run(group, child, latent.contiguous())
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Drop the stand-ins.
+        """Remove the stand-ins.
 
         :raises ValueError: if the checkpoint held only some of the layer's weights
         """
         missing = self.expected - self.loaded
-        if missing and self.loaded:  # none at all: vLLM was asked for dummy weights
+        if missing and self.loaded:  # nothing is loaded where vLLM makes dummy weights
             names = sorted(f"{self.shards[index].name}.{leaf}" for leaf, index in missing)
             raise ValueError(f"{layer.prefix}: the checkpoint lacks {', '.join(names)}")
         for name, parameter in list(layer.named_parameters()):
@@ -180,75 +200,84 @@ class SplitLinearMethod(LinearMethodBase):
                 owner, _, leaf = name.rpartition(".")
                 delattr(layer.get_submodule(owner), leaf)
 
-    def _joined(self, layer: LinearBase, parts: list[_Part]) -> list[list[_Part]]:
-        """Parts by the matmul that runs them."""
-        groups: list[list[_Part]] = []
-        for part in parts:
+    def _joined(self, layer: LinearBase, linears: list[_SubLinear]) -> list[list[_SubLinear]]:
+        """Return the linears grouped by the matmul that runs them."""
+        groups: list[list[_SubLinear]] = []
+        for linear in linears:
             for group in groups:
-                if (group[0].reads, group[0].block) != (part.reads, part.block):
+                if (group[0].reads, group[0].block) != (linear.reads, linear.block):
                     continue
-                together = [*group, part]
-                names = [p.name for p in together]
-                if can_join(self.config, layer, names, [p.rows.length for p in together]):
-                    group.append(part)
+                members = [*group, linear]
+                names = [member.name for member in members]
+                if can_join(self.config, layer, names, [member.rows.length for member in members]):
+                    group.append(linear)
                     break
             else:
-                groups.append([part])
+                groups.append([linear])
         return groups
 
-    def _linear(
-        self, layer: LinearBase, columns: int, parts: list[_Part], dtype: torch.dtype
+    def _child(
+        self, layer: LinearBase, columns: int, group: list[_SubLinear], dtype: torch.dtype
     ) -> LinearBase:
-        """The layer of vLLM that runs some parts on this rank, ready to load."""
-        rows = [part.rows.length for part in parts]
+        """Return the layer of vLLM that runs a group of linears on this rank, ready to load.
+
+        :param columns: input size on all ranks
+        """
+        rows = [linear.rows.length for linear in group]
         settings = {
             "bias": False,
             "params_dtype": dtype,
             "quant_config": self.plain,
-            "prefix": parts[0].name,
+            "prefix": group[0].name,
             "return_bias": False,
         }
-        if isinstance(layer, RowParallelLinear) and parts[0].suffix != "up":
+        if isinstance(layer, RowParallelLinear) and group[0].suffix != "up":
             child = RowParallelLinear(
                 columns, *rows, reduce_results=False, disable_tp=layer.disable_tp, **settings
             )
-        elif len(parts) == 1:
+        elif len(group) == 1:
             child = ReplicatedLinear(columns, *rows, **settings)
         else:
             child = MergedColumnParallelLinear(columns, rows, disable_tp=True, **settings)
-        for position, part in enumerate(parts):
-            self._expect(layer, part, child, [position] if len(parts) > 1 else [])
+        for position, linear in enumerate(group):
+            self._expect(layer, linear, child, [position] if len(group) > 1 else [])
         return child
 
     def _expect(
-        self, layer: LinearBase, part: _Part, child: LinearBase, position: list[int]
+        self, layer: LinearBase, linear: _SubLinear, child: LinearBase, position: list[int]
     ) -> None:
-        """Let stand-ins pass on the weights of a part.
+        """Make the stand-ins for the weights of a linear, which pass them on to its child.
 
-        :param position: the part's position in a joined child, empty if it has the child alone
+        :param position: position of the linear in a joined child; empty if it is alone in it
         """
         for leaf, parameter in child.named_parameters(recurse=False):
-            name = f"{part.suffix}.{leaf}" if part.suffix else leaf
+            name = f"{linear.suffix}.{leaf}" if linear.suffix else leaf
 
             def load(weight: torch.Tensor, shard_id=None, name=name, leaf=leaf) -> None:
-                child.update_param_tp_status()  # the layer has stamped its own rank on them
+                child.update_param_tp_status()  # undoes the rank that the layer gave them
                 target = getattr(child, leaf)
-                target.weight_loader(target, _cut(weight, part.rows, target), *position)
-                self.loaded.add((name, part.shard))
+                target.weight_loader(target, _rows_of(weight, linear.rows, target), *position)
+                self.loaded.add((name, linear.shard))
 
-            self.expected.add((name, part.shard))
-            _stand_in(layer, name, parameter.dtype).routes[part.shard] = load
+            self.expected.add((name, linear.shard))
+            _stand_in(layer, name, parameter.dtype).routes[linear.shard] = load
 
 
 class _StandIn(nn.Parameter):
-    """An empty parameter that hands each shard's weight to the linear that holds it."""
+    """An empty parameter that passes the weight of a shard on to the linear that holds it."""
 
     def __new__(cls, dtype: torch.dtype):
-        made = super().__new__(cls, torch.empty(0, dtype=dtype), requires_grad=False)
-        made.routes = {}
-        return made
+        instance = super().__new__(cls, torch.empty(0, dtype=dtype), requires_grad=False)
+        #: functions that load a weight and its shard id, by the position of the shard
+        instance.routes = {}
+        return instance
 
     def weight_loader(self, _, weight: torch.Tensor, shard_id: str | int | None = None) -> None:
+        """Pass the weight of a shard on.
+
+        :param shard_id: "q", "k", "v", or the position of the shard
+        :raises ValueError: if no linear holds this weight
+        """
         index = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard_id, shard_id)
         if index not in self.routes:
             raise ValueError(
@@ -259,7 +288,7 @@ class _StandIn(nn.Parameter):
 
 
 def _stand_in(layer: LinearBase, name: str, dtype: torch.dtype) -> _StandIn:
-    """The stand-in of this name inside a layer, made if there is none yet."""
+    """Return the stand-in of a name inside a layer, a new one if there is none yet."""
     owner, _, leaf = name.rpartition(".")
     if owner and not hasattr(layer, owner):
         layer.add_module(owner, nn.Module())
@@ -270,12 +299,15 @@ def _stand_in(layer: LinearBase, name: str, dtype: torch.dtype) -> _StandIn:
 
 
 def _load_bias(layer: LinearBase, weight: torch.Tensor, shard_id: str | int | None) -> None:
-    """The bias of up is the layer's own."""
+    """Load the bias of an up factor, which the layer itself holds."""
     layer.weight_loader(layer.bias, weight, *([] if shard_id is None else [shard_id]))
 
 
-def _cut(weight: torch.Tensor, rows: Rows, target: nn.Parameter) -> torch.Tensor:
-    """A checkpoint tensor's part for this rank."""
+def _rows_of(weight: torch.Tensor, rows: Rows, target: nn.Parameter) -> torch.Tensor:
+    """Return the rows of a checkpoint's tensor that this rank runs.
+
+    :param target: the parameter that they load into
+    """
     dim = getattr(target, "output_dim", None)
     if dim is None or rows.length == rows.total:
         return weight
@@ -286,29 +318,30 @@ def _cut(weight: torch.Tensor, rows: Rows, target: nn.Parameter) -> torch.Tensor
 
 
 def rows_of_rank(layer: LinearBase, sizes: list[int]) -> list[Rows]:
-    """The rows of each shard that this rank runs; k and v heads repeat where ranks outnumber
-    them.
+    """Return the rows of every shard that this rank runs; k and v heads repeat where there are
+    fewer than ranks.
 
-    :param sizes: rows of each shard on one rank
+    :param sizes: rows of every shard on one rank
     """
-    made = []
+    rows = []
     for index, size in enumerate(sizes):
         rank, world = 0, 1
         if isinstance(layer, ColumnParallelLinear):
             rank, world = layer.tp_rank, layer.tp_size
         if isinstance(layer, QKVParallelLinear) and index > 0:
             rank, world = rank // layer.num_kv_head_replicas, world // layer.num_kv_head_replicas
-        made.append(Rows(rank * size, size, world * size))
-    return made
+        rows.append(Rows(rank * size, size, world * size))
+    return rows
 
 
 def can_join(
     config: CompressedTensorsConfig, layer: LinearBase, names: list[str], rows: list[int]
 ) -> bool:
-    """Whether linears can be one matmul: equal schemes, and zero points that fill whole words.
+    """Return whether one matmul can run some linears: they have equal schemes, and zero points that
+    fill whole words.
 
-    :param names: the linears' names in the checkpoint
-    :param rows: rows that each has on this rank
+    :param names: names of the linears in the checkpoint
+    :param rows: rows of every linear on this rank
     """
     first, *others = [config.get_scheme_dict(layer, name) for name in names]
     if any(other != first for other in others):

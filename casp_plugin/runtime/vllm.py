@@ -1,4 +1,4 @@
-"""The ``vllm.general_plugins`` entry point: vLLM calls it in each of its processes."""
+"""The ``vllm.general_plugins`` entry point, which vLLM calls in every one of its processes."""
 
 from functools import cache
 
@@ -7,9 +7,9 @@ __all__ = ["register"]
 
 @cache
 def register() -> None:
-    """Teach vLLM our checkpoints: a quantization config, and a CPU kernel for 2 to 8 bits.
+    """Register our quantization config, and a CPU kernel for 2 to 8 bits, with vLLM.
 
-    Safe to call any number of times; vLLM itself is imported here and not before.
+    Further calls do nothing. vLLM is imported here and not before.
     """
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.model_executor.layers.quantization import register_quantization_config

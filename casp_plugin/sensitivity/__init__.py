@@ -1,4 +1,4 @@
-"""Which parts of a model can take fewer bits: a grid of quantized models, and what it tells.
+"""Sensitivity of a model's parts to quantization, from the scores of a grid of quantized models.
 
 After "Towards Understanding Best Practices for Quantization of Vision-Language Models"
 (arXiv 2601.15287)."""

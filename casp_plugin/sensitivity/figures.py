@@ -1,4 +1,4 @@
-"""A study as pictures: quality against bits a weight, importance of parts."""
+"""Figures of a study: quality against average bits, importance of parts."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,20 @@ __all__ = ["draw_importances", "draw_quality"]
 
 
 def draw_quality(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Figure:
-    """Every model of a study, quality against bits a weight: tasks side by side, a row for each
-    method; coloured by the components that are quantized, or by the thirds of the blocks where
-    there is one component, with the Pareto front.
+    """Draw the quality of all models against average bits, with the Pareto front: a column for
+    every task, a row for every method, colours for the quantized components, or for thirds of the
+    blocks where there is a single component.
 
-    :param points: rows of a study, the original among them
+    :param points: rows of a study, with the original
+    :param tasks: tasks that were scored
+    :param metric: metric of the quality
     """
-    made = points[points.method != "original"]
-    methods = list(dict.fromkeys(made.method))
+    quantized = points[points.method != "original"]
+    methods = list(dict.fromkeys(quantized.method))
     figure = Figure(figsize=(5 * len(tasks), 3.6 * len(methods)), layout="constrained")
     grid = figure.subplots(len(methods), len(tasks), squeeze=False, sharex=True)
-    axis = "component" if made.component.nunique() > 1 else "block"
-    shown = sorted(set(made[axis]), key=lambda name: (name.count("+"), name))
+    axis = "component" if quantized.component.nunique() > 1 else "block"
+    shown = sorted(set(quantized[axis]), key=lambda name: (name.count("+"), name))
     for task, column in zip(tasks, grid.T, strict=True):
         values = points[f"{task}/{metric}"]
         for method, axes in zip(methods, column, strict=True):
@@ -56,22 +58,23 @@ def draw_quality(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Fig
 
 
 def draw_importances(analyses: Sequence[Analysis]) -> Figure:
-    """Consensus importance of parts as bars, one for each method and task; lines are the forest's
-    95 % intervals.
+    """Draw the consensus importance of parts as bars, a group for every method and task, with the
+    forest's 95 % intervals as lines.
 
-    :param analyses: all of one axis
+    :param analyses: analyses of one axis
     """
-    names = [f"{one.method}, {one.task}" for one in analyses]
+    names = [f"{analysis.method}, {analysis.task}" for analysis in analyses]
     parts = list(analyses[0].parts)
     figure = Figure(figsize=(1.8 + 1.3 * len(names), 3.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(names))
     width = 0.8 / len(parts)
     for index, part in enumerate(parts):
-        found = [one.parts[part] for one in analyses]
+        importances = [analysis.parts[part] for analysis in analyses]
         at = places + (index - (len(parts) - 1) / 2) * width
-        axes.bar(at, [100 * each.consensus for each in found], width, label=part)
-        spans = [(100 * each.low, 100 * each.high) for each in found]
+        heights = [100 * importance.consensus for importance in importances]
+        axes.bar(at, heights, width, label=part)
+        spans = [(100 * importance.low, 100 * importance.high) for importance in importances]
         axes.vlines(at, *zip(*spans, strict=True), color="black", linewidth=0.8)
     axes.set_xticks(places, names, rotation=20, ha="right")
     axes.set_ylabel(f"consensus importance of\n{analyses[0].axis}s, %")

@@ -1,13 +1,14 @@
-"""The models of a study: what is quantized in each, by which method, to how many bits."""
+"""The models of a study: which layers each quantizes, by which method, to how many bits."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
 
-from casp_plugin.model.location import AXES, Part, levels
+from casp_plugin.maths.average_bits import average_bits
+from casp_plugin.model.location import AXES, Location, levels
 from casp_plugin.model.schemes import stored_bytes, weight_args
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 UNIFORM = "uniform"
-#: bit widths of each method (arXiv 2601.15287, sections 3 and 4)
+#: bit widths of every method (arXiv 2601.15287, sections 3 and 4)
 METHODS: dict[str, tuple[int, ...]] = {
     UNIFORM: (2, 4, 6, 8),
     "gptq": (2, 3, 4, 5, 6, 8),
@@ -34,23 +35,29 @@ METHODS: dict[str, tuple[int, ...]] = {
 class Layer:
     """A linear layer that a study may quantize.
 
-    :param part: where it stands
-    :param shape: (out, in) of its weight
+    :param location: its location in the model
+    :param shape: shape of its weight, (out, in)
     """
 
-    part: Part
+    location: Location
     shape: tuple[int, int]
+
+    @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of a study.
+    """One model of a study: it quantizes the layers that are in one of the components, in one of
+    the thirds of the blocks and of one of the layer types.
 
     :param method: one of ``METHODS``
-    :param bits: of the layers that are quantized
-    :param component: components that hold them
-    :param block: thirds of the blocks that hold them; layers outside blocks are in all
-    :param kind: kinds of layer that they are; layers outside blocks are of all
+    :param bits: width of the quantized layers
+    :param component: components
+    :param block: thirds of the blocks; layers outside blocks are in all of them
+    :param kind: layer types; layers outside blocks are of all of them
     """
 
     method: str
@@ -59,42 +66,46 @@ class Configuration:
     block: tuple[str, ...]
     kind: tuple[str, ...]
 
-    def takes(self, part: Part) -> bool:
-        """Whether layers of a part are quantized."""
+    def takes(self, location: Location) -> bool:
+        """Return whether layers of a location are quantized."""
         return all(
-            (level := getattr(part, axis)) is None or level in getattr(self, axis)
-            for axis in AXES.values()
+            (level := location.level(axis)) is None or level in getattr(self, column)
+            for axis, column in AXES.items()
         )
 
     def row(self) -> dict[str, str | int]:
-        """As columns of a table; levels joined by ``+``."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {k: "+".join(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """Return the columns of a table's row, levels joined by ``+``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: "+".join(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
 
 
 def grid(method: str, layers: Mapping[str, Layer]) -> list[Configuration]:
-    """All that a study of a method looks at (arXiv 2601.15287, algorithm 1).
+    """Return all models of a method (arXiv 2601.15287, algorithm 1).
 
-    ``uniform``: every width for every subset of components, of block groups and of layer types;
-    others: for every subset of components, or as ``uniform`` where there is but one. Subsets that
-    quantize the same layers count once, by the largest of their names.
+    ``uniform`` takes every width with every subset of components, of block groups and of layer
+    types; other methods take subsets of components only, unless there is a single component.
+    Subsets that quantize the same layers count once, as the largest of them.
 
-    :param layers: all layers, by name
+    :param method: one of ``METHODS``
+    :param layers: layers that may be quantized, by name
     """
-    parts = [layer.part for layer in layers.values()]
-    found = {}
-    sets = [list(_subsets(levels(parts, axis))) for axis in AXES]
-    if method != UNIFORM and len(sets[0]) > 1:
-        sets[1:] = [each[-1:] for each in sets[1:]]
+    locations = [layer.location for layer in layers.values()]
+    components, blocks, kinds = (list(_subsets(levels(locations, axis))) for axis in AXES)
+    if method != UNIFORM and len(components) > 1:
+        blocks, kinds = blocks[-1:], kinds[-1:]  # the largest subsets
+    points = {}
     for bits in METHODS[method]:
-        for component in sets[0]:
-            for block in sets[1]:
-                for kind in sets[2]:
-                    one = Configuration(method, bits, component, block, kind)
-                    taken = frozenset(name for name, each in layers.items() if one.takes(each.part))
-                    if taken:
-                        found[bits, taken] = one
-    return list(found.values())
+        for component, block, kind in product(components, blocks, kinds):
+            point = Configuration(method, bits, component, block, kind)
+            quantized = frozenset(
+                name for name, layer in layers.items() if point.takes(layer.location)
+            )
+            if quantized:
+                points[bits, quantized] = point
+    return list(points.values())
 
 
 def features(
@@ -103,58 +114,62 @@ def features(
     dtype: torch.dtype,
     group_size: int,
 ) -> dict[str, float]:
-    """Average bits of a configuration: of all layers, as ``bits_per_weight``, and of each level of
-    each axis, as ``bits_vision`` and so on. Scales and zero points count.
+    """Return average bits of a configuration, scales and zero points included: of all layers, as
+    ``bits_per_weight``, and of every level of every axis, as ``bits_vision`` and so on.
 
-    :param dtype: of the model; layers left alone have its width
-    :param group_size: of methods that share scales in groups; ``uniform`` has one a tensor
+    :param configuration: one model of a study
+    :param layers: layers that may be quantized, by name
+    :param dtype: dtype of the layers that are not quantized
+    :param group_size: columns that share a scale; ``uniform`` has one range for every tensor
     """
-    spent = {}
+    stored = {}  # bytes
     for name, layer in layers.items():
-        if not configuration.takes(layer.part):
-            spent[name] = _weights(layer) * dtype.itemsize * 8
-        elif configuration.method == UNIFORM:  # least and largest weight beside the codes
-            spent[name] = _weights(layer) * configuration.bits + 2 * dtype.itemsize * 8
+        if not configuration.takes(layer.location):
+            stored[name] = layer.weights * dtype.itemsize
+        elif configuration.method == UNIFORM:  # codes, and the least and the largest weight
+            stored[name] = layer.weights * configuration.bits / 8 + 2 * dtype.itemsize
         else:
             scheme = weight_args(configuration.bits, group_size)
-            spent[name] = stored_bytes(layer.shape, scheme, dtype) * 8
+            stored[name] = stored_bytes(layer.shape, scheme, dtype)
 
     def average(names: Sequence[str]) -> float:
-        return sum(spent[name] for name in names) / sum(_weights(layers[name]) for name in names)
+        weights = sum(layers[name].weights for name in names)
+        return average_bits(sum(stored[name] for name in names), weights)
 
-    found = {"bits_per_weight": average(list(layers))}
-    parts = [layer.part for layer in layers.values()]
-    for axis, field in AXES.items():
-        for level in levels(parts, axis):
-            inside = [n for n, each in layers.items() if getattr(each.part, field) == level]
-            found[f"bits_{level}"] = average(inside)
-    return found
+    bits = {"bits_per_weight": average(list(layers))}
+    locations = [layer.location for layer in layers.values()]
+    for axis in AXES:
+        for level in levels(locations, axis):
+            inside = [name for name in layers if layers[name].location.level(axis) == level]
+            bits[f"bits_{level}"] = average(inside)
+    return bits
 
 
 def weights_of(layers: Mapping[str, Layer], axis: str) -> dict[str, float]:
-    """Share of all weights that each level of an axis holds.
+    """Return the share of all weights in every level of an axis, 0 to 1.
 
+    :param layers: layers that may be quantized, by name
     :param axis: one of ``AXES``
     """
-    whole = sum(map(_weights, layers.values()))
-    found = dict.fromkeys(levels((layer.part for layer in layers.values()), axis), 0.0)
+    whole = sum(layer.weights for layer in layers.values())
+    shares = dict.fromkeys(levels((layer.location for layer in layers.values()), axis), 0.0)
     for layer in layers.values():
-        level = getattr(layer.part, AXES[axis])
+        level = layer.location.level(axis)
         if level is not None:
-            found[level] += _weights(layer) / whole
-    return found
+            shares[level] += layer.weights / whole
+    return shares
 
 
 def space_filling(points: np.ndarray, first: Sequence[int]) -> list[int]:
-    """An order in which every beginning covers the points well: each one is the farthest from all
-    before it (Gonzalez' k-center).
+    """Return the indices of points in an order whose every beginning covers them well: the next
+    point is the one farthest from all before it (Gonzalez' k-center, 1985).
 
-    :param points: (points, dimensions); each dimension counts by its own range
-    :param first: those that come first, at least one
+    :param points: (points, dimensions); distances are relative to the range of a dimension
+    :param first: indices of the points that come first, at least one
     """
     spread = np.ptp(points, axis=0)
     scaled = (points - points.min(axis=0)) / np.where(spread > 0, spread, 1)
-    nearest = np.full(len(scaled), np.inf)
+    nearest = np.full(len(scaled), np.inf)  # distances to the nearest ordered point, (points,)
     order: list[int] = []
     while len(order) < len(scaled):
         order.append(first[len(order)] if len(order) < len(first) else int(nearest.argmax()))
@@ -164,12 +179,8 @@ def space_filling(points: np.ndarray, first: Sequence[int]) -> list[int]:
 
 
 def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """All that are not empty, the largest last; the empty one where there are no names."""
+    """Yield all subsets that are not empty, the largest last; without names, the empty subset."""
     if not names:
         yield ()
     for size in range(1, len(names) + 1):
         yield from combinations(names, size)
-
-
-def _weights(layer: Layer) -> int:
-    return layer.shape[0] * layer.shape[1]

@@ -1,4 +1,4 @@
-"""Weights as the methods of a study leave them, dequantized."""
+"""Round weights by the methods of a study; return them dequantized."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, set_seed
 
 from casp_plugin.model.components import LANGUAGE, component_of, outside_language
 from casp_plugin.model.schemes import weight_args
-from casp_plugin.modifiers.awq import awq_mappings, exactly
+from casp_plugin.modifiers.awq import awq_mappings, exact_pattern
 
 __all__ = ["changed_by", "mappings_of", "uniform"]
 
-#: norms of vision towers and what reads them: CLIP and SigLIP; BLIP-2; Qwen2-VL and its heirs
+#: norms of vision towers and the layers that read them: CLIP, SigLIP; BLIP-2; Qwen2-VL and later
 _VISION_MAPPINGS = [
     (r"(layer_norm|norm)1", r"(q_proj|k_proj|v_proj|qkv)"),
     (r"(layer_norm|norm)2", r"(fc1|gate_proj|up_proj)"),
@@ -29,14 +29,14 @@ _VISION_MAPPINGS = [
 
 
 def uniform(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """A weight in ``bits`` bits with one range for the whole tensor, dequantized.
+    """Round a weight to ``bits`` bits with one range for the whole tensor; return it dequantized.
 
     ``Q(w) = (max - min) / (2^k - 1) * round((2^k - 1) (w - min) / (max - min)) + min``
     (arXiv 2601.15287, appendix A.1).
 
     :param weight: of any shape
     :param bits: k
-    :return: as ``weight``
+    :return: of the shape and dtype of ``weight``
     """
     wide = weight.float()
     low, high = wide.aminmax()
@@ -55,20 +55,23 @@ def changed_by(
     batches: Iterable[dict],
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """What llm-compressor's GPTQ or AWQ makes of some layers of a model.
+    """Quantize some layers of a model by llm-compressor's GPTQ or AWQ; return the changed tensors.
 
     :param method: ``gptq`` or ``awq``
-    :param model: which is spoilt by this
-    :param names: of the layers, all of one component
+    :param model: the model, of no use afterwards
+    :param names: names of the layers, all of one component
+    :param bits: width of the codes
+    :param group_size: columns that share a scale; -1 for all
     :param batches: calibration data
-    :return: all tensors of the model that differ afterwards, the layers' weights dequantized
+    :param seed: seed of all random generators
+    :return: tensors that differ afterwards, by name, the layers' weights dequantized
     :raises ValueError: if AWQ does not know the model
     """
     with disable_onloading():
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     set_seed(seed)
     oneshot(model=model, recipe=_recipe(method, model, names, bits, group_size), dataset=batches)
-    remove_dispatch(model)  # else what is written below goes into copies on the accelerator
+    remove_dispatch(model)  # else the copies below go into tensors on the accelerator alone
     for name in names:
         layer = model.get_submodule(name)
         rounded = fake_quantize(
@@ -99,9 +102,10 @@ def _recipe(
 
 
 def mappings_of(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]:
-    """What AWQ scales for some layers; empty where nothing is known, so that it rounds to nearest.
+    """Return the mappings of AWQ for some layers; none where no norm before them is known, so that
+    they are rounded to nearest.
 
-    :param names: of the layers, all of one component
+    :param names: names of the layers, all of one component
     :raises ValueError: if llm-compressor does not know the language model
     """
     if component_of(names[0]) == LANGUAGE:
@@ -110,7 +114,7 @@ def mappings_of(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]:
 
 
 def _vision_mappings(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]:
-    """Norms of a vision tower's blocks that ``_VISION_MAPPINGS`` knows, with what reads them."""
+    """Return the mappings of the norms of a vision tower that ``_VISION_MAPPINGS`` knows."""
     readers: dict[str, list[str]] = {}
     for name in names:
         block = re.match(r"(.*[.]\d+)[.]", name)
@@ -120,6 +124,6 @@ def _vision_mappings(model: nn.Module, names: Sequence[str]) -> list[AWQMapping]
                     if re.fullmatch(norm, child):
                         readers.setdefault(f"{block[1]}.{child}", []).append(name)
     return [
-        AWQMapping(exactly(norm), [exactly(name) for name in found])
-        for norm, found in readers.items()
+        AWQMapping(exact_pattern(norm), [exact_pattern(name) for name in layers])
+        for norm, layers in readers.items()
     ]

@@ -1,12 +1,13 @@
-"""What a study found, in files: analyses, tables, pictures, shares for bit allocation."""
+"""Files of a finished study: analyses, tables, figures, and shares for bit allocation."""
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from loguru import logger
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,30 +27,32 @@ ANALYSES_NAME, SHARES_NAME, TABLES_NAME = "analysis.json", "sensitivity.json", "
 
 
 def analyse_all(points: pd.DataFrame, layers: Mapping[str, Layer], metric: str) -> list[Analysis]:
-    """Every axis that tells parts apart, for every method and task. What cannot be told is left
-    out, with a warning.
+    """Analyse every axis with several levels, for every method and task; a warning tells of
+    analyses that the points do not allow.
 
     :param points: rows of a study
-    :param layers: of the model, by name
+    :param layers: layers of the model, by name
+    :param metric: metric of the quality
     """
     wanted = []
-    for axis, field in AXES.items():
-        found = weights_of(layers, axis)
+    for axis, column in AXES.items():
+        weights = weights_of(layers, axis)
         for method, rows in points[points.method != "original"].groupby("method", sort=False):
-            if len(found) > 1 and rows[field].nunique() > 1:
-                wanted += [(method, task, axis, found) for task in _tasks_of(points, metric)]
-    made = []
-    for method, task, axis, found in tqdm(wanted, desc="Forests", leave=False):
+            if len(weights) > 1 and rows[column].nunique() > 1:
+                wanted += [(method, task, axis, weights) for task in _tasks_of(points, metric)]
+    analyses = []
+    for method, task, axis, weights in tqdm(wanted, desc="Forests", leave=False):
         try:
-            made.append(analyse(points, method, task, metric, axis, found))
+            analyses.append(analyse(points, method, task, metric, axis, weights))
         except ValueError as error:
             logger.warning(f"{axis}s: {error}; left out")
-    return made
+    return analyses
 
 
 def _tasks_of(points: pd.DataFrame, metric: str) -> list[str]:
-    """Tasks that were scored by a metric."""
-    return [c.removesuffix(f"/{metric}") for c in points.columns if c.endswith(f"/{metric}")]
+    """Return the tasks that were scored by a metric."""
+    suffix = f"/{metric}"
+    return [name.removesuffix(suffix) for name in points.columns if name.endswith(suffix)]
 
 
 def summarise(
@@ -60,51 +63,60 @@ def summarise(
     metric: str,
     note: str,
 ) -> dict[str, Table]:
-    """Write what was found beside the points.
+    """Write the analyses, tables and figures of a study, and shares for bit allocation.
 
-    :param note: model, data and versions, below the tables
+    :param folder: folder of the study
+    :param model: folder or Hugging Face id of the original model
+    :param points: rows of the study
+    :param analyses: as ``analyse_all`` returns them
+    :param metric: metric of the quality
+    :param note: model, data and versions, in words; written below the tables
     :return: the tables, by title
     """
     tables = {}
     for axis in AXES:
-        if chosen := [one for one in analyses if one.axis == axis]:
+        if chosen := [analysis for analysis in analyses if analysis.axis == axis]:
             tables[f"Importance of {axis}s, %"] = _importance_table(chosen)
     tasks = _tasks_of(points, metric)
     tables[f"Models that no other beats in bits a weight and in {metric}"] = _front_table(
         points, tasks, metric
     )
-    for method in dict.fromkeys(one.method for one in analyses):
+    for method in dict.fromkeys(analysis.method for analysis in analyses):
         for task in tasks:
-            found = losses_together(points, method, task, metric)
-            if len(found):
-                tables[f"Losses of two components, {method}, {task}"] = _together_table(found)
+            losses = losses_together(points, method, task, metric)
+            if len(losses):
+                tables[f"Losses of two components, {method}, {task}"] = _together_table(losses)
     if analyses:
         save_records(analyses, folder / ANALYSES_NAME)
     text = Console(file=io.StringIO(), width=1000)
     for title, table in tables.items():
         text.print(f"{title}:\n", table)
     write_whole(folder / TABLES_NAME, f"{text.file.getvalue().strip()}\n\n{note}\n")
-    _picture(folder / "quality.png", lambda: draw_quality(points, tasks, metric))
-    for axis in dict.fromkeys(one.axis for one in analyses):
-        chosen = [one for one in analyses if one.axis == axis]
+    _write_figure(folder / "quality.png", draw_quality(points, tasks, metric))
+    for axis in dict.fromkeys(analysis.axis for analysis in analyses):
+        chosen = [analysis for analysis in analyses if analysis.axis == axis]
         name = f"importance_{axis.replace(' ', '_')}.png"
-        _picture(folder / name, lambda chosen=chosen: draw_importances(chosen))
-    if shares := _shares(analyses):
+        _write_figure(folder / name, draw_importances(chosen))
+    if shares := _shares_by_method(analyses):
         axis, methods = shares
-        found = Sensitivity(model=model, axis=axis, methods=methods)
-        write_whole(folder / SHARES_NAME, found.model_dump_json(indent=1) + "\n")
+        sensitivity = Sensitivity(model=model, axis=axis, methods=methods)
+        write_whole(folder / SHARES_NAME, sensitivity.model_dump_json(indent=1) + "\n")
     return tables
 
 
-def _shares(analyses: Sequence[Analysis]) -> tuple[str, dict[str, Shares]] | None:
-    """Shares of components, of thirds of the blocks where there is one component."""
+def _shares_by_method(analyses: Sequence[Analysis]) -> tuple[str, dict[str, Shares]] | None:
+    """Return an axis and the shares of its parts by method: components, or thirds of the blocks
+    where there is a single component; None without analyses of either."""
     for axis in ("component", "block group"):
-        chosen = [one for one in analyses if one.axis == axis]
+        chosen = [analysis for analysis in analyses if analysis.axis == axis]
         methods = {}
-        for method in dict.fromkeys(one.method for one in chosen):
-            found = [one for one in chosen if one.method == method]
-            parts = [{p: each.consensus for p, each in one.parts.items()} for one in found]
-            methods[method] = shares_of(parts, [one.pairs for one in found])
+        for method in dict.fromkeys(analysis.method for analysis in chosen):
+            of_method = [analysis for analysis in chosen if analysis.method == method]
+            parts = [
+                {part: importance.consensus for part, importance in analysis.parts.items()}
+                for analysis in of_method
+            ]
+            methods[method] = shares_of(parts, [analysis.pairs for analysis in of_method])
         if methods:
             return axis, methods
     return None
@@ -115,21 +127,23 @@ def _importance_table(analyses: Sequence[Analysis]) -> Table:
     columns = ("weights", "forest [95 %]", "permutation", "SHAP", "consensus", "models", "R2")
     for column in ("method", "task", "part", *columns):
         table.add_column(column, justify="right" if column in columns else "left")
-    for one in analyses:
-        for part, each in one.parts.items():
+    for analysis in analyses:
+        labels = (analysis.method, analysis.task)
+        for part, importance in analysis.parts.items():
+            low, high = 100 * importance.low, 100 * importance.high
             table.add_row(
-                one.method,
-                one.task,
+                *labels,
                 part,
-                f"{100 * each.weights:.1f}",
-                f"{100 * each.forest:.1f} \\[{100 * each.low:.1f}, {100 * each.high:.1f}]",
-                *(f"{100 * v:.1f}" for v in (each.permutation, each.shap, each.consensus)),
-                str(one.points),
-                f"{one.fit:.2f}",
+                f"{100 * importance.weights:.1f}",
+                f"{100 * importance.forest:.1f} \\[{low:.1f}, {high:.1f}]",
+                f"{100 * importance.permutation:.1f}",
+                f"{100 * importance.shap:.1f}",
+                f"{100 * importance.consensus:.1f}",
+                str(analysis.points),
+                f"{analysis.fit:.2f}",
             )
-        for pair, share in one.pairs.items():
-            shapley = f"{100 * share:.1f}"
-            table.add_row(one.method, one.task, pair, "", "", "", shapley, "", "", "")
+        for pair, share in analysis.pairs.items():
+            table.add_row(*labels, pair, "", "", "", f"{100 * share:.1f}", "", "", "")
     return table
 
 
@@ -141,9 +155,9 @@ def _front_table(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Tab
         for task in tasks:
             for _, row in best_models(points, method, task, metric).iterrows():
                 if row.method == method:
-                    parts = ", ".join(filter(None, (row[field] for field in AXES.values())))
+                    levels = ", ".join(filter(None, (row[column] for column in AXES.values())))
                     numbers = (f"{row.bits_per_weight:.2f}", f"{row[f'{task}/{metric}']:.4g}")
-                    table.add_row(method, task, *numbers, str(row.bits), parts)
+                    table.add_row(method, task, *numbers, str(row.bits), levels)
     return table
 
 
@@ -157,7 +171,7 @@ def _together_table(losses: pd.DataFrame) -> Table:
     return table
 
 
-def _picture(path: Path, draw: Callable) -> None:
+def _write_figure(path: Path, figure: Figure) -> None:
     picture = io.BytesIO()
-    draw().savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=120)
     write_whole(path, picture.getvalue())

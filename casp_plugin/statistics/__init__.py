@@ -1,1 +1,1 @@
-"""What the calibration data says about the layers of a dense model, measured by hooks."""
+"""Statistics of the calibration data at the layers of a dense model, collected by hooks."""

@@ -1,5 +1,5 @@
-"""Measurements on disk: what a run measured, for itself when it is started again, and for other
-runs of the same model and data.
+"""Measurements on disk, for a run that is started again and for other runs of the same model and
+data.
 """
 
 import json
@@ -22,9 +22,8 @@ from torch import nn
 
 from casp_plugin.maths.low_rank import Spectrum
 from casp_plugin.plan.plan import UnitPlan
-from casp_plugin.statistics.attention_maps import AttentionDensity
-from casp_plugin.statistics.layer_notes import Measured
-from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.statistics.layer_notes import LayerNotes
+from casp_plugin.statistics.statistics import AttentionDensity, Request, Statistics
 from casp_plugin.system.distributed import (
     barrier,
     gathered,
@@ -33,30 +32,32 @@ from casp_plugin.system.distributed import (
     rank,
 )
 from casp_plugin.system.files import whole_file, write_whole
+from casp_plugin.system.messages import gigabytes
 
 __all__ = ["MeasurementCache"]
 
-_TENSORS = [each.name for each in fields(Statistics) if "torch.Tensor" in str(each.type)]
-_SPECTRUM = [each.name for each in fields(Spectrum)]
+_TENSORS = [field.name for field in fields(Statistics) if "torch.Tensor" in str(field.type)]
+_SPECTRUM = [field.name for field in fields(Spectrum)]
 _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
 
 
 class MeasurementCache:
-    """What was measured under one set of facts, in a folder of its own below ``root``.
+    """Measurements under one set of facts, in a folder below ``root``.
 
-    ``facts.json`` tells the facts, ``derivatives.*`` hold what took passes of its own; a folder
-    below, with the settings of a recipe as facts, one pair of files for each part of the model.
-    Tensors that are read back stay on disk, mapped into memory.
+    ``facts.json`` holds the facts, ``derivatives.*`` the statistics that take passes of their own.
+    A folder below, for the settings of a recipe, holds layer notes: a ``facts.json`` of the
+    settings and one pair of files per part of the model. Tensors that are read back stay on disk,
+    mapped into memory.
 
-    :param root: folder that may hold the measurements of many models
-    :param facts: all that statistics depend on, as JSON values
-    :param settings: what else the rest depends on
+    :param root: folder for the measurements of any number of models
+    :param facts: everything that statistics depend on, as JSON values
+    :param settings: everything else that layer notes depend on, as JSON values
     """
 
     def __init__(self, root: Path | str, facts: dict, settings: dict):
-        self.folder = Path(root) / _fingerprint(facts)
-        self._parts = self.folder / _fingerprint(settings)
+        self.folder = Path(root) / _json_digest(facts)
+        self._parts_folder = self.folder / _json_digest(settings)
         self._facts, self._settings = facts, settings
 
     @classmethod
@@ -69,36 +70,37 @@ class MeasurementCache:
         facts: dict,
         settings: dict,
     ) -> "MeasurementCache":
-        """That of a model, data and a request, told apart by their contents.
+        """Return the cache of a model, data and a request, told apart by their contents.
 
-        :param facts: what else the statistics depend on, as JSON values
+        :param facts: everything else that statistics depend on, as JSON values
+        :param settings: everything else that layer notes depend on, as JSON values
         :raises OSError: if nothing can be written below ``root``
         """
         Path(root).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()  # now rather than when all is measured
-        asked = {each.name: getattr(request, each.name) for each in fields(Request)}
-        asked = {n: sorted(v) if isinstance(v, frozenset) else v for n, v in asked.items()}
+        tempfile.TemporaryFile(dir=root).close()  # fails before the long work, not after it
+        requested = {field.name: getattr(request, field.name) for field in fields(Request)}
+        requested = {n: sorted(v) if isinstance(v, frozenset) else v for n, v in requested.items()}
         contents = {
-            "config": _fingerprint(model.config.to_json_string(use_diff=False)),
+            "config": _json_digest(model.config.to_json_string(use_diff=False)),
             "weights": _model_digest(model),
-            "data": _fingerprint("".join(gathered(_data_digest(dataloader)))),
+            "data": _json_digest("".join(gathered(_data_digest(dataloader)))),
         }
-        return cls(root, {**facts, **contents, "request": asked}, settings)
+        return cls(root, {**facts, **contents, "request": requested}, settings)
 
     def begin(self) -> None:
-        """Note the facts; tell a user whose facts are others than last time what has changed."""
+        """Write the facts, and log which of them differ from the last run of the same model."""
         if is_source_process():
-            for folder, facts in ((self.folder, self._facts), (self._parts, self._settings)):
+            for folder, facts in ((self.folder, self._facts), (self._parts_folder, self._settings)):
                 if not (folder / FACTS_NAME).exists():
                     _tell_changes(folder, facts)
                     write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
-                os.utime(folder)  # used last
+                os.utime(folder)  # time of the last use
         barrier()
 
     def limit(self, most: int) -> None:
-        """Throw away what was used longest ago, but what this run uses, until the rest fits.
+        """Delete the folders used longest ago, never this one, until the root fits.
 
-        :param most: bytes of the whole root
+        :param most: largest size of the whole root, in bytes
         """
         if not is_source_process():
             return
@@ -107,48 +109,49 @@ class MeasurementCache:
         sizes = {path: _bytes_of(path) for path in folders}
         for path in sorted(folders, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) > most and path != self.folder:
-                logger.info(f"cache is over {most / 1e9:.1f} GB: {path} goes")
+                logger.info(f"cache is over {gigabytes(most)}: {path} goes")
                 shutil.rmtree(path)
                 del sizes[path]
 
     def derivatives(self) -> Statistics | None:
-        """Those that were kept; None if there are none."""
-        found = _load(self.folder / "derivatives")
-        return found and _statistics(*found)
+        """Return the derivatives on disk; None if there are none."""
+        pair = _read_pair(self.folder / "derivatives")
+        return pair and _statistics(*pair)
 
     def keep_derivatives(self, statistics: Statistics) -> Statistics:
-        """Write them whole or not at all.
+        """Write derivatives, whole or not at all.
 
-        :return: the same, on disk
+        :return: the same statistics, mapped from disk
         """
         if is_source_process():
-            _save(self.folder / "derivatives", *_packed(statistics))
+            _write_pair(self.folder / "derivatives", *_packed(statistics))
         barrier()
         return self.derivatives()
 
-    def parts(self) -> list[Measured]:
-        """The first parts of the model, as far as they were kept."""
-        found: list[Measured] = []
-        while not (found and found[-1].last):
-            part = self._part(len(found))
+    def parts(self) -> list[LayerNotes]:
+        """Return the notes of the model's first parts, as far as they are on disk."""
+        parts: list[LayerNotes] = []
+        while not (parts and parts[-1].last):
+            part = self._read_part(len(parts))
             if part is None:
                 break
-            found.append(part)
-        if found:
-            what = "measured before" if found[-1].last else "measured so far"
-            logger.info(f"{what}: {len(found)} parts of the model, in {self._parts}")
-        return found
+            parts.append(part)
+        if parts:
+            progress = "measured before" if parts[-1].last else "measured so far"
+            logger.info(f"{progress}: {len(parts)} parts of the model, in {self._parts_folder}")
+        return parts
 
-    def keep_part(self, number: int, part: Measured) -> Measured:
-        """Write a part whole or not at all; every rank its own piece of it.
+    def keep_part(self, number: int, part: LayerNotes) -> LayerNotes:
+        """Write the notes of a part, whole or not at all; every rank writes its own piece.
 
-        :return: what all ranks have of it, on disk
+        :param number: position of the part in the model, from 0
+        :return: the notes of all ranks, mapped from disk
         """
         index, tensors = _packed(part.statistics)
         for key, spectrum in enumerate(part.spectra.values()):
             for name in _SPECTRUM:
                 tensors[f"spectra/{key}/{name}"] = getattr(spectrum, name).cpu().contiguous()
-        found = {
+        values = {
             "units": _UNITS.dump_python(part.units, mode="json"),
             "spectra": [list(names) for names in part.spectra],
             "statistics": index,
@@ -156,75 +159,75 @@ class MeasurementCache:
             "last": part.last,
             "pieces": number_of_ranks(),
         }
-        _save(self._piece(number, rank()), found, tensors)
+        _write_pair(self._piece(number, rank()), values, tensors)
         barrier()
-        return self._part(number)
+        return self._read_part(number)
 
     def _piece(self, number: int, piece: int) -> Path:
-        return self._parts / (f"{number:04}-{piece}" if piece else f"{number:04}")
+        return self._parts_folder / (f"{number:04}-{piece}" if piece else f"{number:04}")
 
-    def _part(self, number: int) -> Measured | None:
-        first = _load(self._piece(number, 0))
+    def _read_part(self, number: int) -> LayerNotes | None:
+        first = _read_pair(self._piece(number, 0))
         if first is None:
             return None
         pieces = [first]
         for piece in range(1, first[0]["pieces"]):
-            pieces.append(_load(self._piece(number, piece)))
-        return None if None in pieces else reduce(or_, map(_measured, pieces))
+            pieces.append(_read_pair(self._piece(number, piece)))
+        return None if None in pieces else reduce(or_, map(_layer_notes, pieces))
 
 
-def _measured(kept: tuple[dict, dict[str, torch.Tensor]]) -> Measured:
-    """A piece of a part."""
-    found, tensors = kept
-    return Measured(
-        _UNITS.validate_python(found["units"]),
+def _layer_notes(pair: tuple[dict, dict[str, torch.Tensor]]) -> LayerNotes:
+    """Return the notes of one piece of a part."""
+    values, tensors = pair
+    return LayerNotes(
+        _UNITS.validate_python(values["units"]),
         {
             tuple(names): Spectrum(*(tensors[f"spectra/{key}/{name}"] for name in _SPECTRUM))
-            for key, names in enumerate(found["spectra"])
+            for key, names in enumerate(values["spectra"])
         },
-        _statistics(found["statistics"], tensors),
-        found["end"],
-        found["last"],
+        _statistics(values["statistics"], tensors),
+        values["end"],
+        values["last"],
     )
 
 
 def _packed(statistics: Statistics) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Statistics as JSON values, and the tensors that these name."""
+    """Return statistics as JSON values, and the tensors whose keys the values hold."""
     keys: dict[int, str] = {}
     tensors = {}
-    found = {each.name: getattr(statistics, each.name) for each in fields(Statistics)}
+    values = {field.name: getattr(statistics, field.name) for field in fields(Statistics)}
     for field in _TENSORS:
-        for name, tensor in sorted(found[field].items()):
+        for name, tensor in sorted(values[field].items()):
             key = keys.setdefault(id(tensor), f"{field}/{name}")
             tensors[key] = tensor.cpu().contiguous()
-        found[field] = {name: keys[id(tensor)] for name, tensor in found[field].items()}
-    found["attention_densities"] = {
-        name: asdict(each) for name, each in statistics.attention_densities.items()
+        values[field] = {name: keys[id(tensor)] for name, tensor in values[field].items()}
+    values["attention_densities"] = {
+        name: asdict(density) for name, density in statistics.attention_densities.items()
     }
-    found["reached"] = sorted(statistics.reached)
-    return found, tensors
+    values["reached"] = sorted(statistics.reached)
+    return values, tensors
 
 
-def _statistics(found: dict, tensors: dict[str, torch.Tensor]) -> Statistics:
-    """What was packed."""
-    found = dict(found)
-    for name in _TENSORS:  # one object where modules share one
-        found[name] = {module: tensors[key] for module, key in found[name].items()}
-    found["attention_densities"] = {
-        name: AttentionDensity(**each) for name, each in found["attention_densities"].items()
+def _statistics(values: dict, tensors: dict[str, torch.Tensor]) -> Statistics:
+    """Return the statistics that :func:`_packed` took apart."""
+    values = dict(values)
+    for name in _TENSORS:  # modules that shared a tensor share it again
+        values[name] = {module: tensors[key] for module, key in values[name].items()}
+    values["attention_densities"] = {
+        name: AttentionDensity(**density) for name, density in values["attention_densities"].items()
     }
-    found["reached"] = frozenset(found["reached"])
-    return Statistics(**found)
+    values["reached"] = frozenset(values["reached"])
+    return Statistics(**values)
 
 
-def _save(path: Path, found: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """A pair of files, of which the second says that both are there."""
+def _write_pair(path: Path, values: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a pair of files; the JSON, written last, tells that both are there."""
     with whole_file(path.with_suffix(".safetensors")) as partial:
         save_file(tensors, partial)
-    write_whole(path.with_suffix(".json"), json.dumps(found))
+    write_whole(path.with_suffix(".json"), json.dumps(values))
 
 
-def _load(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
+def _read_pair(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
     index = path.with_suffix(".json")
     if not index.exists():
         return None
@@ -236,7 +239,7 @@ def _load(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
 
 
 def _tell_changes(folder: Path, facts: dict) -> None:
-    """Say why what was measured last, of the same model, is not used."""
+    """Log which facts differ from the last measurement of the same model."""
     others = [path for path in folder.parent.glob(f"*/{FACTS_NAME}") if path.parent != folder]
     for path in sorted(others, key=lambda path: path.parent.stat().st_mtime, reverse=True):
         before = json.loads(path.read_text())
@@ -253,31 +256,31 @@ def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _fingerprint(facts: dict | str) -> str:
-    """16 hexadecimal digits that change with any of some JSON values."""
+def _json_digest(facts: dict | str) -> str:
+    """Return 16 hexadecimal digits that change with any of the JSON values."""
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _model_digest(model: nn.Module) -> str:
-    """Changes with any weight of a model."""
+    """Return a digest that changes with any weight of a model."""
     digest = blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
-        _add(digest, name, tensor)
+        _add_tensor(digest, name, tensor)
     return digest.hexdigest()
 
 
 def _data_digest(dataloader: Iterable[dict]) -> str:
-    """Changes with any value of any batch."""
+    """Return a digest that changes with any value of any batch."""
     digest = blake2b(digest_size=8)
-    with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
+    with torch.random.fork_rng(devices=[]):  # reading batches must not change later draws
         for batch in dataloader:
             for name, value in batch.items():
                 if isinstance(value, torch.Tensor):
-                    _add(digest, name, value)
+                    _add_tensor(digest, name, value)
     return digest.hexdigest()
 
 
-def _add(digest, name: str, tensor: torch.Tensor) -> None:
+def _add_tensor(digest, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy())

@@ -1,7 +1,10 @@
-"""How much the loss, or the output of an attention module, moves with what linear layers put out.
+"""Derivatives of the loss, or of an attention module's output, by the outputs of linear layers.
 
-Second moments of derivatives over tokens: the output metrics of ``lowrank`` and the importances of
+Their second moments over tokens are the output metrics of ``low_rank`` and the importances of
 ``pricing``.
+
+Shapes: B sequences of a batch, T tokens of a sequence, N tokens without padding, V entries of the
+vocabulary, out the output channels of a linear.
 """
 
 import zlib
@@ -28,29 +31,30 @@ from casp_plugin.statistics.hooks import (
 from casp_plugin.system.distributed import gathered
 from casp_plugin.system.machine import trim_memory
 
-__all__ = ["AttentionDerivatives", "LossGradients", "drawn", "weights_read"]
+__all__ = ["AttentionDerivatives", "LossGradients", "draw_labels", "weights_read"]
 
-#: sequences and tokens that derivatives are taken from, at least; they settle long before the
-#: moments of inputs do
+#: least number of sequences and tokens for derivatives, which settle long before moments of inputs
 SAMPLES, TOKENS = 16, 8192
-#: tokens whose predictions are looked at together
+#: number of tokens whose predictions are differentiated together
 CHUNK = 8
 
 
 class LossGradients:
     """Gradients of the loss at the outputs of linear layers, for labels drawn from the model's own
-    predictions: E[g g^T] is then a block of the Fisher information (K-FAC, arXiv 1503.05671), not
-    of the empirical one.
+    predictions.
 
-    Parameters get no gradients, and only what enters the decoder layers is kept on the way
-    (activation checkpointing): it takes the memory of one layer and the logits beside the model.
+    With such labels E[g g^T] is a block of the Fisher information (K-FAC, arXiv 1503.05671), not of
+    the empirical one.
 
-    Sums over the tokens that a layer sees are divided by the number of predicted tokens, which is
-    that of the layer's own in a plain language model: times the mean squared error of an output
-    they give the change of the loss a token, in a vision tower as in a decoder layer.
+    Parameters get no gradients, and only the inputs of the decoder layers are kept (activation
+    checkpointing): beside the model it takes the memory of one layer and of the logits.
 
-    :param squares: linears whose g^2 per output is wanted
-    :param moments: linears whose g g^T is wanted
+    Sums over the tokens of a layer are divided by the number of predicted tokens, which in a plain
+    language model is the number of the layer's tokens. Times the mean squared error of an output,
+    they are the change of the loss per token, in a vision tower as in a decoder layer.
+
+    :param squares: linears whose g^2 per output channel is requested
+    :param moments: linears whose g g^T is requested
     """
 
     def __init__(self, squares: frozenset[str], moments: frozenset[str]):
@@ -65,11 +69,14 @@ class LossGradients:
         layers: list[str],
         desc: str = "Collecting gradients",
     ) -> None:
-        """
-        :param model: the model, ready to be run
-        :param dataloader: batches, of which the first are used
+        """Run the first batches forward and backward, and sum up the gradients.
+
+        :param model: the model, in the state in which calibration runs it
+        :param dataloader: batches
         :param layers: names of the decoder layers
-        :param desc: of the progress bar
+        :param desc: text of the progress bar
+        :raises ValueError: if logits or gradients are not finite, or the decoder reads other tokens
+            than the data has
         """
         with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
@@ -90,25 +97,26 @@ class LossGradients:
                     f"the gradient of the loss at {name} holds NaN or infinite values: run the "
                     "model in a wider dtype, or use another importance and method than fisher"
                 )
-            # a vision tower, or an expert, sees more or fewer tokens than are predicted
+            # a vision tower or an expert has more or fewer tokens than are predicted
             mean.tokens = predicted if mean.tokens else 0
 
     def _on_linear(self, name: str):
         def on_gradient(gradient: torch.Tensor) -> None:
-            g = tokens_of(gradient, self._mask).float()
+            g = tokens_of(gradient, self._mask).float()  # (N, out)
             if name in self.squares:
-                self.squares[name].add(g.square().sum(0), len(g))
+                self.squares[name].add(g.square().sum(0), len(g))  # (out,)
             if name in self.moments:
                 first = self.moments[name].total is None
-                self.moments[name].add_products(g, len(g))
-                if first:  # what stays lies between what goes, and would keep its pages
+                self.moments[name].add_products(g, len(g))  # (out, out)
+                if first:  # the new sum lies between temporary blocks, whose pages it would pin
                     trim_memory()
 
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if output.requires_grad:
                 output.register_hook(on_gradient)
                 return output
-            # the first on its way: of text, of images, of queries. What follows may change it
+            # the first layer on its way (of text, images or queries): start the graph here; the
+            # clone may be changed in place
             output.requires_grad_().register_hook(on_gradient)
             return output.clone()
 
@@ -116,13 +124,13 @@ class LossGradients:
 
 
 class AttentionDerivatives:
-    """Derivatives of each attention module alone, along random directions of its output, relative
-    to the size of the hidden state that the output is added to.
+    """Derivatives of the outputs of attention modules by the outputs of linears inside them.
 
-    Backward runs inside one module at a time, so softmax, RoPE, norms and head groups of any
-    family are in it and no graph is kept across layers.
+    They are taken along random directions of the attention output, relative to the size of the
+    hidden state that it is added to. Backward runs inside one module at a time, so softmax, RoPE,
+    norms and head groups of any family are included, and no graph is kept across layers.
 
-    :param linears: linears inside attention modules, whose E[J^T J] is wanted
+    :param linears: linears inside attention modules whose E[J^T J] is requested
     """
 
     def __init__(self, linears: frozenset[str]):
@@ -133,9 +141,10 @@ class AttentionDerivatives:
         self._hidden: torch.Tensor | None = None
 
     def collect(self, model: nn.Module, dataloader: Iterable[dict], layers: list[str]) -> None:
-        """
-        :param model: the model, ready to be run
-        :param dataloader: batches, of which the first are used
+        """Run the first batches through a model, and sum up the derivatives.
+
+        :param model: the model, in the state in which calibration runs it
+        :param dataloader: batches
         :param layers: names of the decoder layers
         """
         with Hooks(model) as hooks, disable_lm_head(model):
@@ -167,27 +176,28 @@ class AttentionDerivatives:
     def _on_linear(self, name: str):
         def hook(module: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor:
             self._outputs[name] = output
-            return output.clone()  # what follows may change it in place
+            return output.clone()  # later code may change it in place
 
         return hook
 
     def _on_leave(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        attended = output[0] if isinstance(output, tuple) else output
-        beside = self._hidden  # of the decoder layer, unless this attention is in none
-        if beside is None or beside.shape != attended.shape:
-            beside = attended.detach()
-        size = beside.float().norm(dim=-1, keepdim=True)
+        attended = output[0] if isinstance(output, tuple) else output  # (B, T, hidden)
+        residual = self._hidden  # input of the decoder layer, unless the attention is in none
+        if residual is None or residual.shape != attended.shape:
+            residual = attended.detach()
+        size = residual.float().norm(dim=-1, keepdim=True)  # (B, T, 1)
+        # (B, T, hidden)
         probe = torch.randn(attended.shape, generator=self._generator).to(attended.device) / size
         if self._mask is not None and self._mask.shape == probe.shape[:-1]:
-            probe = probe * self._mask[..., None]  # what padding puts out is nobody's
+            probe = probe * self._mask[..., None]  # no derivative of the outputs at padding
         names = list(self._outputs)
         gradients = torch.autograd.grad(
             attended, [self._outputs[name] for name in names], probe.to(attended.dtype)
         )
         torch.set_grad_enabled(False)
         for name, gradient in zip(names, gradients, strict=True):
-            g = tokens_of(gradient, self._mask).float()
-            self.moments[name].add_products(g, len(g))
+            g = tokens_of(gradient, self._mask).float()  # (N, out)
+            self.moments[name].add_products(g, len(g))  # (out, out)
         attended = attended.detach()
         return (attended, *output[1:]) if isinstance(output, tuple) else attended
 
@@ -195,13 +205,16 @@ class AttentionDerivatives:
 def weights_read(
     model: nn.Module, batch: dict, layers: list[str], linears: dict[str, nn.Module]
 ) -> frozenset[str]:
-    """Return those of some linears that a model never calls, but whose weights it reads (Mamba's
-    `dt_proj`): no hook sees what they do.
+    """Return the names of linears whose weights the logits depend on.
 
-    :param batch: one of the calibration data
+    Given linears that a model never calls, these are the ones whose weights it reads all the same
+    (Mamba's `dt_proj`), out of sight of any hook.
+
+    :param batch: a batch of the calibration data
     :param layers: names of the decoder layers
+    :param linears: linears by name
     """
-    weights = {name: each.weight for name, each in linears.items() if hasattr(each, "weight")}
+    weights = {name: m.weight for name, m in linears.items() if hasattr(m, "weight")}
     if not weights:
         return frozenset()
     with _no_parameter_gradients(model), _checkpointed(model, layers), torch.enable_grad():
@@ -209,20 +222,22 @@ def weights_read(
             weight.requires_grad_(True)
         try:
             logits = model(**on_device(batch, model)).logits
-            asked = list(weights.values())
-            found = [None] * len(asked)
+            parameters = list(weights.values())
+            gradients = [None] * len(parameters)
             if logits.requires_grad:
-                found = torch.autograd.grad(logits.float().sum(), asked, allow_unused=True)
+                gradients = torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True)
         finally:
             for weight in weights.values():
                 weight.requires_grad_(False)
-    return frozenset(n for n, each in zip(weights, found, strict=True) if each is not None)
+    return frozenset(n for n, g in zip(weights, gradients, strict=True) if g is not None)
 
 
 def _generator(batch: dict, mask: torch.Tensor | None) -> torch.Generator:
-    """Chance that hangs on torch's seed and on what the batch holds, not on what ran before: the
-    same on whatever rank it runs. Apart from torch's own: asking for derivatives changes nothing
-    that comes after."""
+    """Return a generator seeded by torch's seed and the content of a batch.
+
+    It gives the same numbers on any rank, whatever ran before, and leaves torch's own generator
+    alone, so that requesting derivatives changes no later draw.
+    """
     ids = batch.get("input_ids")
     if ids is None:
         ids = next(value for value in batch.values() if torch.is_tensor(value))
@@ -235,8 +250,11 @@ def _generator(batch: dict, mask: torch.Tensor | None) -> torch.Generator:
 def _predicting_text(
     batch: dict, model: nn.Module, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Tokens whose prediction counts: not those before a token of an image, which no model
-    predicts, nor before one that the batch's labels leave out. None where all do."""
+    """Return the tokens whose prediction counts, shape (B, T), bool; None where all count.
+
+    Not counted are padding, tokens before a token of an image, which no model predicts, and tokens
+    before one that the batch's labels leave out.
+    """
     kept = [] if mask is None else [mask]
     images, labels = image_mask(batch, model), batch.get("labels")
     if images is not None:
@@ -249,55 +267,60 @@ def _predicting_text(
 def _backward(
     model: nn.Module, batch: dict, mask: torch.Tensor | None, generator: torch.Generator
 ) -> int:
-    """Forward, and backward of the summed loss against sampled labels, down to the activations.
+    """Run forward, and backward from the summed loss against sampled labels to the activations.
 
-    The derivative of the loss by the logits is written down, softmax less one at the label, some
-    tokens at a time: logits of a large vocabulary are what takes most memory here.
+    The derivative of the loss by the logits, softmax minus one at the label, overwrites the logits
+    some tokens at a time: logits of a large vocabulary dominate the memory here.
 
+    :param mask: tokens whose prediction counts, shape (B, T), bool; None for all
+    :param generator: draws the labels
     :return: number of predicted tokens
     """
     with torch.enable_grad():
-        logits = model(**batch).logits
-    rows = logits.detach().flatten(0, -2)  # where they were, their derivative will be
-    tokens = torch.arange(len(rows), device=rows.device)
+        logits = model(**batch).logits  # (B, T, V)
+    rows = logits.detach().flatten(0, -2)  # (B * T, V), a view: logits, then their derivative
+    tokens = torch.arange(len(rows), device=rows.device)  # (B * T,)
     if mask is not None and mask.numel() != len(rows):
         raise ValueError(
             f"{type(model).__name__} puts out logits for {len(rows)} tokens where the data has "
             f"{mask.numel()}: its decoder reads others, which cannot be measured"
         )
     counted = tokens if mask is None else tokens[mask.flatten()]
-    for some in counted.split(CHUNK):
-        chances = rows[some].float().softmax(-1)
-        if not torch.isfinite(chances).all():
+    for chunk in counted.split(CHUNK):
+        probabilities = rows[chunk].float().softmax(-1)  # (CHUNK, V)
+        if not torch.isfinite(probabilities).all():
             raise ValueError(
                 f"{type(model).__name__} puts out NaN or infinite values on the calibration data: "
                 "run it in a wider dtype, or leave out the samples that do it"
             )
-        labels = drawn(chances, generator)
-        slope = chances.scatter_add_(1, labels, chances.new_full(labels.shape, -1))
-        rows[some] = slope.to(rows.dtype)
+        labels = draw_labels(probabilities, generator)  # (CHUNK, 1)
+        minus_one = probabilities.new_full(labels.shape, -1)
+        slope = probabilities.scatter_add_(1, labels, minus_one)  # (CHUNK, V)
+        rows[chunk] = slope.to(rows.dtype)
     if mask is not None:
         rows[~mask.flatten()] = 0
     logits.backward(rows.view_as(logits))
     return len(counted)
 
 
-def drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One draw from each of some distributions: a random number for each, not one for each entry as
-    ``torch.multinomial`` takes, which is slow for a vocabulary.
+def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw one label from every distribution, with one random number per row.
 
-    :param chances: shape (rows, entries), on any device
-    :param generator: of the CPU
-    :return: indices, shape (rows, 1)
+    ``torch.multinomial`` takes one per entry, which is slow for a vocabulary.
+
+    :param probabilities: shape (N, V), on any device
+    :param generator: generator on the CPU
+    :return: indices, shape (N, 1)
     """
-    below = chances.cumsum(-1)
-    points = torch.rand(len(chances), 1, generator=generator).to(below) * below[:, -1:]
-    return torch.searchsorted(below, points, right=True).clamp_(max=chances.shape[1] - 1)
+    below = probabilities.cumsum(-1)  # (N, V)
+    # (N, 1)
+    points = torch.rand(len(probabilities), 1, generator=generator).to(below) * below[:, -1:]
+    return torch.searchsorted(below, points, right=True).clamp_(max=probabilities.shape[1] - 1)
 
 
 @contextmanager
 def _no_parameter_gradients(model: nn.Module):
-    """Gradients of activations only."""
+    """Let parameters take no gradients; activations still do."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -310,7 +333,7 @@ def _no_parameter_gradients(model: nn.Module):
 
 @contextmanager
 def _checkpointed(model: nn.Module, layers: list[str]):
-    """Decoder layers that keep their inputs only, and run again on the way back."""
+    """Let decoder layers keep their inputs only, and run again in the backward pass."""
 
     def recomputing(forward):
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

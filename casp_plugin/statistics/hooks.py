@@ -1,4 +1,7 @@
-"""Watching a model run: hooks that go away together, tokens that count, means over them."""
+"""Hooks on a model, masks of tokens, and means over tokens.
+
+Shapes: B sequences of a batch, T tokens of a sequence, N tokens without padding, C channels.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -24,7 +27,7 @@ __all__ = [
 
 
 class Hooks:
-    """Forward hooks that go away together."""
+    """Forward hooks that are removed together, at the end of a ``with`` block."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -49,47 +52,46 @@ class Hooks:
 
 
 class TokenMean:
-    """Running mean of per-token values."""
+    """Running mean of values per token."""
 
     def __init__(self):
         self.total = None
         self.tokens = 0
 
     def add(self, summed: torch.Tensor, tokens: float) -> None:
-        """
-        :param summed: sum of the values over tokens; kept and added to in place
-        :param tokens: how many, or the sum of their weights
+        """Add the values of some tokens.
+
+        :param summed: sum of the values over the tokens; kept, and changed in place later
+        :param tokens: number of tokens, or the sum of their weights
         """
         self.total = summed if self.total is None else self.total.add_(summed)
         self.tokens += tokens
 
     def add_products(self, rows: torch.Tensor, tokens: float) -> None:
-        """
-        :param rows: of which the sum of x x^T is added, (tokens, channels), without a second
-            matrix of that size
-        :param tokens: how many, or the sum of their weights
+        """Add x x^T of some tokens, without a second matrix of that size.
+
+        :param rows: x of the tokens, shape (N, C)
+        :param tokens: number of tokens, or the sum of their weights
         """
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)
+        self.total.addmm_(rows.T, rows)  # (C, N) @ (N, C)
         self.tokens += tokens
 
     def finish(self) -> torch.Tensor:
-        """The mean, in the place of the sum: moments are large, and asked for once."""
+        """Return the mean, which overwrites the sum: moments are large, and read once."""
         return self.total.div_(self.tokens)
 
 
 def add_ranks(means: dict, device: torch.device) -> None:
-    """Add up what all ranks have, where any of them has something.
+    """Sum running means over all ranks, in place.
 
-    :param means: ``TokenMean`` by what they are of; those that only other ranks have are added
+    :param means: ``TokenMean`` by key; keys that only other ranks have are added
     """
     if number_of_ranks() == 1:
         return
-    found = {
-        key: (mean.total.shape, mean.total.dtype) for key, mean in means.items() if mean.tokens
-    }
-    anywhere = {key: kind for each in gathered(found) for key, kind in each.items()}
+    here = {key: (mean.total.shape, mean.total.dtype) for key, mean in means.items() if mean.tokens}
+    anywhere = {key: layout for found in gathered(here) for key, layout in found.items()}
     for key, (shape, dtype) in sorted(anywhere.items(), key=lambda item: str(item[0])):
         mean = means.setdefault(key, TokenMean())
         if mean.total is None:
@@ -102,26 +104,28 @@ def add_ranks(means: dict, device: torch.device) -> None:
 def first_batches(
     dataloader: Iterable[dict], samples: int, desc: str, tokens: int = 0
 ) -> Iterator[dict]:
-    """The batches that hold the first sequences, with a progress bar.
+    """Yield the first batches, with a progress bar, until they hold enough sequences and tokens.
 
-    :param samples: sequences at least, of all ranks together
-    :param tokens: tokens at least: short sequences say little each
+    :param samples: least number of sequences, of all ranks together
+    :param desc: text of the progress bar
+    :param tokens: least number of tokens, of all ranks together: short sequences say little
     """
     samples, tokens = (-(-amount // number_of_ranks()) for amount in (samples, tokens))
     seen = 0
     with tqdm(desc=desc, total=samples) as bar:
         for batch in dataloader:
             yield batch
-            # pixels may come in patches
-            first = next(v for v in (batch.get("input_ids"), *batch.values()) if torch.is_tensor(v))
-            bar.update(len(first))
-            seen += first.shape[:2].numel()
+            # input_ids first: pixels may come in patches, not in sequences
+            values = (batch.get("input_ids"), *batch.values())
+            rows = next(value for value in values if torch.is_tensor(value))  # (B, T, ...)
+            bar.update(len(rows))
+            seen += rows.shape[:2].numel()
             if bar.n >= samples and seen >= tokens:
                 return
 
 
 def on_device(batch: dict, model: nn.Module) -> dict:
-    """The batch with its tensors where the model is.
+    """Return a batch with its tensors on the model's device.
 
     :raises ValueError: if it holds tokens that the model does not know
     """
@@ -131,8 +135,9 @@ def on_device(batch: dict, model: nn.Module) -> dict:
 
 
 def check_tokens(batch: dict, model: nn.Module) -> None:
-    """
-    :raises ValueError: if a batch holds tokens that the model does not know
+    """Check that the model's vocabulary has all tokens of a batch.
+
+    :raises ValueError: if it does not
     """
     ids, embeddings = batch.get("input_ids"), get_embeddings(model)[0]
     if ids is None or not hasattr(embeddings, "num_embeddings"):
@@ -146,30 +151,43 @@ def check_tokens(batch: dict, model: nn.Module) -> None:
 
 
 def token_mask(batch: dict) -> torch.Tensor | None:
-    """Which tokens count, (batch, tokens); None where all do: picking rows is slow."""
+    """Return the tokens that are no padding, shape (B, T), bool; None where none is padding.
+
+    None saves picking rows, which is slow.
+    """
     mask = batch.get("attention_mask")
     mask = mask.bool() if mask is not None and mask.ndim == 2 else None
     return None if mask is None or mask.all() else mask
 
 
 def image_mask(batch: dict, model: nn.Module) -> torch.Tensor | None:
-    """Which tokens stand for images or videos, (batch, tokens); None where none does."""
+    """Return the tokens that stand for images or videos, shape (B, T), bool; None without any."""
     config, ids = model.config, batch.get("input_ids")
-    kinds = (f"{what}_token_{key}" for what in ("image", "video") for key in ("id", "index"))
-    known = {getattr(config, kind, None) for kind in kinds} - {None}
+    media = ("image", "video")
+    names = (f"{medium}_token_{key}" for medium in media for key in ("id", "index"))
+    known = {getattr(config, name, None) for name in names} - {None}
     if ids is None or not known:
         return None
-    found = torch.isin(ids, torch.tensor(sorted(known), device=ids.device))
-    return found if found.any() else None
+    mask = torch.isin(ids, torch.tensor(sorted(known), device=ids.device))
+    return mask if mask.any() else None
 
 
 def by_token(values: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """Whether activations are those of these tokens, (batch, tokens): some models (OPT) run parts
-    of a layer on the tokens of all sequences in a row."""
+    """Tell whether activations belong to the tokens of a batch.
+
+    Some models (OPT) run parts of a layer on the tokens of all sequences in a row.
+
+    :param values: activations, shape (B, T, C) or (B * T, C) if they do
+    :param tokens: any values per token, shape (B, T)
+    """
     return values.shape[:-1] in (tokens.shape, (tokens.numel(),))
 
 
 def tokens_of(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Activations as (tokens, channels), padding dropped where the mask fits."""
-    rows = values.reshape(-1, values.shape[-1])
+    """Return activations as rows, shape (N, C), without padding where the mask fits.
+
+    :param values: shape (..., C)
+    :param mask: tokens that are no padding, shape (B, T), bool; None for all
+    """
+    rows = values.reshape(-1, values.shape[-1])  # (B * T, C)
     return rows[mask.flatten()] if mask is not None and by_token(values, mask) else rows

@@ -1,4 +1,4 @@
-"""Measuring a model part by part: what is noted down of one is kept before the next one runs."""
+"""Measure a model part by part: notes of one part are stored before the next part runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,18 +14,23 @@ from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import decoder_layers, reading_together
 from casp_plugin.statistics.cache import MeasurementCache
 from casp_plugin.statistics.derivatives import LossGradients, weights_read
-from casp_plugin.statistics.forward import Part, calibrating, collect_derivatives, collect_parts
+from casp_plugin.statistics.forward import (
+    PartStatistics,
+    calibrating,
+    collect_derivatives,
+    collect_parts,
+)
 from casp_plugin.statistics.hooks import Hooks, on_device
-from casp_plugin.statistics.layer_notes import Measured
+from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import Request, Statistics
 from casp_plugin.statistics.tracing import subgraphs_of
 from casp_plugin.system.distributed import barrier, gathered, number_of_ranks, own_share
 from casp_plugin.system.messages import one_line
 
-__all__ = ["FirstBatch", "measure", "noted", "try_first_batch"]
+__all__ = ["FirstBatch", "measure", "take_notes", "try_first_batch"]
 
-#: notes down what will be needed of some layers
-Note = Callable[[Statistics, Measured], None]
+#: adds to the notes what the modifiers need of the measured layers
+Note = Callable[[Statistics, LayerNotes], None]
 
 
 def measure(
@@ -34,39 +39,43 @@ def measure(
     request: Request,
     cache: MeasurementCache,
     note: Note,
-) -> Measured:
-    """What is noted down of all layers; what the cache has is not measured again.
+) -> LayerNotes:
+    """Return the notes of all layers; parts in the cache are not measured again.
 
     :param model: the dense model
     :param dataloader: calibration batches
-    :param request: what is to be noted down from
+    :param request: the statistics that ``note`` needs
+    :param cache: notes of earlier runs; new ones are added
+    :param note: takes the notes of a part's layers
     :raises ValueError: if there is no data
     """
     parts, derivatives = cache.parts(), cache.derivatives()
-    barrier()  # all have looked before any writes
+    barrier()  # all ranks have read before any rank writes
     if derivatives is None:
         derivatives = cache.keep_derivatives(collect_derivatives(model, dataloader, request))
     densities = derivatives.attention_densities
     del derivatives
-    whole = reduce(or_, parts, Measured(last=False))
+    whole = reduce(or_, parts, LayerNotes(last=False))
     if not whole.last:
-        for part in _parts(model, dataloader, request, whole.end):
-            new = part.statistics.reached - whole.statistics.reached  # but for what runs twice
+        for part in _collect_parts(model, dataloader, request, whole.end):
+            new = part.statistics.reached - whole.statistics.reached  # a layer may run twice
             mine = new if number_of_ranks() == 1 else _own_share(new, model)
-            # read again, so that pages which were looked at are let go
-            parts.append(cache.keep_part(len(parts), _noted(part, cache.derivatives(), mine, note)))
+            # derivatives are mapped anew, so that pages in use are released
+            parts.append(
+                cache.keep_part(len(parts), _notes_of_part(part, cache.derivatives(), mine, note))
+            )
             whole |= parts[-1]
-            del part  # before the next one sums up its own
+            del part  # frees its statistics before the next part runs
     whole.statistics |= Statistics(attention_densities=densities)
     return whole
 
 
 @dataclass(frozen=True)
 class FirstBatch:
-    """What one batch tells of the linears of a model.
+    """Linears of a model that one batch uses.
 
-    :param reached: those that were called
-    :param read: those that were not, but whose weights the loss depends on
+    :param reached: linears that were called
+    :param read: linears that were not called, but whose weights the loss depends on
     """
 
     reached: frozenset[str] = frozenset()
@@ -76,12 +85,12 @@ class FirstBatch:
 def try_first_batch(
     model: nn.Module, dataloader: Iterable[dict], gradients: frozenset[str] = frozenset()
 ) -> FirstBatch:
-    """Run one batch through a model: what cannot be measured fails now.
+    """Run one batch through a model, so that a model that cannot be measured fails early.
 
-    :param gradients: linears for whose outputs gradients will be wanted
-    :raises ValueError: if the model cannot be run so
+    :param gradients: linears whose output gradients will be requested
+    :raises ValueError: if the batches hold no ``input_ids``, or the model cannot run them
     """
-    with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
+    with torch.random.fork_rng(devices=[]):  # reading a batch must not change later draws
         batch = next(iter(dataloader), None)
     if batch is None:
         return FirstBatch()
@@ -95,43 +104,44 @@ def try_first_batch(
                 for name in linears:
                     hooks.add(name, lambda *_, name=name: reached.add(name))
                 if gradients:
-                    squares = LossGradients(gradients, frozenset())
-                    squares.collect(model, [batch], layers, "Trying one batch")
+                    loss_gradients = LossGradients(gradients, frozenset())
+                    loss_gradients.collect(model, [batch], layers, "Trying one batch")
                 else:
                     with torch.no_grad():
                         model(**on_device(batch, model))
-            found = frozenset().union(*gathered(frozenset(reached)))
-            unseen = {name: each for name, each in linears.items() if name not in found}
-            return FirstBatch(found, weights_read(model, batch, layers, unseen))
+            called = frozenset().union(*gathered(frozenset(reached)))
+            unseen = {name: linear for name, linear in linears.items() if name not in called}
+            return FirstBatch(called, weights_read(model, batch, layers, unseen))
         except (ValueError, OSError):
             raise
-        except Exception as error:  # whatever its code meets
+        except Exception as error:  # the model's code raises anything
             raise ValueError(
                 f"{type(model).__name__} cannot be measured on the first batch of the data: "
                 f"{type(error).__name__}: {one_line(error)[:300]}"
             ) from error
 
 
-def _noted(part: Part, derivatives: Statistics, mine: frozenset[str], note: Note) -> Measured:
-    """What is noted down of the layers of a part that are this rank's."""
-    here = part.statistics
-    found = noted(here.of(mine | here.influences.keys()) | derivatives.of(mine), note)
-    found.end, found.last = part.end, part.last
-    return found
+def _notes_of_part(
+    part: PartStatistics, derivatives: Statistics, mine: frozenset[str], note: Note
+) -> LayerNotes:
+    """Return the notes of this rank's layers of a part."""
+    forward = part.statistics.of(mine | part.statistics.influences.keys())
+    notes = take_notes(forward | derivatives.of(mine), note)
+    notes.end, notes.last = part.end, part.last
+    return notes
 
 
-def noted(statistics: Statistics, note: Note) -> Measured:
-    """What is noted down of some layers."""
+def take_notes(statistics: Statistics, note: Note) -> LayerNotes:
+    """Return the notes of measured layers, with the small ones of their statistics."""
     small = ("influences", "attention_densities", "routed", "reached", "tokens")
     kept = Statistics(**{name: getattr(statistics, name) for name in small})
-    found = Measured(statistics=kept)
-    note(statistics, found)
-    return found
+    notes = LayerNotes(statistics=kept)
+    note(statistics, notes)
+    return notes
 
 
 def _own_share(names: frozenset[str], model: nn.Module) -> frozenset[str]:
-    """Linears whose factorisations and prices are this rank's; those that read one input stay
-    together."""
+    """Return this rank's linears to factor and price; linears with one input stay together."""
 
     def work(group: tuple[str, ...]) -> float:
         return sum(model.get_submodule(name).weight.numel() for name in group)
@@ -140,16 +150,16 @@ def _own_share(names: frozenset[str], model: nn.Module) -> frozenset[str]:
     return frozenset(name for group in groups for name in group)
 
 
-def _parts(
+def _collect_parts(
     model: nn.Module, dataloader: Iterable[dict], request: Request, after: int
-) -> Iterator[Part]:
-    """Statistics part by part; of the model as a whole where that fails on the way."""
+) -> Iterator[PartStatistics]:
+    """Yield statistics part by part, or of the whole model where running parts fails."""
     subgraphs = _subgraphs(model, dataloader)
     try:
         yield from collect_parts(model, dataloader, request, subgraphs, after)
-    except (OSError, ValueError):  # a full disk; data that is at fault
+    except (OSError, ValueError):  # a full disk, faulty data
         raise
-    except Exception as error:  # code that goes another way for some batch
+    except Exception as error:  # code that branches differently for some batch
         if len(subgraphs) < 2:
             raise
         logger.warning(
@@ -161,7 +171,7 @@ def _parts(
 
 
 def _subgraphs(model: nn.Module, dataloader: Iterable[dict]) -> list[Subgraph]:
-    """None where the model must run as a whole."""
+    """Return the subgraphs of a model; an empty list where it must run as a whole."""
     try:
         return subgraphs_of(model, dataloader)
     except ValueError as error:  # unless oneshot was given another pipeline or tracing_ignore

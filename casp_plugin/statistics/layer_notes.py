@@ -1,4 +1,4 @@
-"""What is kept of the layers of a model once their statistics are gone: prices and spectra."""
+"""Layer notes: what is kept of a layer once its statistics are gone, prices and spectra."""
 
 from dataclasses import dataclass, field
 
@@ -6,18 +6,18 @@ from casp_plugin.maths.low_rank import Spectrum
 from casp_plugin.plan.plan import UnitPlan
 from casp_plugin.statistics.statistics import Statistics
 
-__all__ = ["Measured"]
+__all__ = ["LayerNotes"]
 
 
 @dataclass
-class Measured:
-    """What the modifiers of a recipe noted down about some layers.
+class LayerNotes:
+    """Notes of the modifiers of a recipe about some layers.
 
-    :param units: single linears, or those of one latent, with the prices of all candidates
-    :param spectra: of linears that may share a latent, by their names
-    :param statistics: what is still needed when all layers were seen
-    :param end: subgraphs of the model that have run by then
-    :param last: whether it has run as a whole
+    :param units: single linears, or the linears of one latent, with the prices of all candidates
+    :param spectra: spectra of linears that may share a latent, by their names
+    :param statistics: the small statistics that are needed when all layers have been measured
+    :param end: number of subgraphs of the model that have run
+    :param last: whether the whole model has run
     """
 
     units: list[UnitPlan] = field(default_factory=list)
@@ -26,9 +26,9 @@ class Measured:
     end: int = 0
     last: bool = True
 
-    def __or__(self, other: "Measured") -> "Measured":
-        """Of the layers of both, of which the others come later."""
-        return Measured(
+    def __or__(self, other: "LayerNotes") -> "LayerNotes":
+        """Return the notes of the layers of both, the other's being later layers."""
+        return LayerNotes(
             self.units + other.units,
             self.spectra | other.spectra,
             self.statistics | other.statistics,

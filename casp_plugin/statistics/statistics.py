@@ -1,5 +1,5 @@
-"""Statistics of the calibration data: what enters and leaves the layers of the dense model, and
-how much the loss moves with it. ``collection`` measures them.
+"""Statistics of the calibration data: moments of inputs and outputs of the dense model's layers,
+and derivatives of the loss by the outputs. ``forward`` and ``derivatives`` collect them.
 """
 
 from collections.abc import Container
@@ -7,29 +7,26 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from casp_plugin.statistics.attention_maps import AttentionDensity
-
-__all__ = ["Request", "Statistics"]
+__all__ = ["AttentionDensity", "Request", "Statistics"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure, by module name.
+    """Names of the modules to measure, by statistic; fields correspond to those of ``Statistics``.
 
-    :param second_moments: linears whose input second moment E[x x^T] is wanted
-    :param mean_squares: linears whose E[x^2] per input channel is wanted, each with the size of the
-        Hadamard blocks that will rotate its input, 1 for none
-    :param energies: linears whose output energy is wanted
-    :param influences: decoder layers whose block influence is wanted
-    :param gradients: linears for whose outputs the squared gradient of the loss is wanted
-    :param gradient_moments: linears for whose outputs E[g g^T] of that gradient is wanted
-    :param attention_moments: linears inside attention modules for whose outputs it is wanted how
-        much the attention output moves with them
-    :param attention_maps: attention modules whose maps' densities are wanted
-    :param reached: linears of which it is wanted only whether a token reaches them
-    :param routed: linears of which it is wanted what share of the tokens is routed to their expert
-    :param image_weight: what a token that stands for an image counts in the means over inputs and
-        outputs, one of text being 1; None for 1, or for that of the request this one is joined to
+    :param second_moments: linears, for E[x x^T] of the input
+    :param mean_squares: linears, for E[x^2] per input channel, with the size of the Hadamard blocks
+        that will rotate the input, 1 for no rotation
+    :param energies: linears, for the output energy
+    :param influences: decoder layers, for the block influence
+    :param gradients: linears, for the squared gradient of the loss by the output
+    :param gradient_moments: linears, for E[g g^T] of that gradient
+    :param attention_moments: linears inside attention modules, for E[J^T J] of the attention output
+    :param attention_maps: attention modules, for the densities of their maps
+    :param reached: linears, only for whether a token reaches them
+    :param routed: linears of experts, for the share of tokens that is routed to the expert
+    :param image_weight: weight of a token that stands for an image in the means over inputs and
+        outputs, where a text token weighs 1; None for 1, and to take the other request's in ``|``
     """
 
     second_moments: frozenset[str] = frozenset()
@@ -45,45 +42,62 @@ class Request:
     image_weight: float | None = None
 
     def __or__(self, other: "Request") -> "Request":
-        merged = {name: getattr(self, name) | getattr(other, name) for name in _MEASURED}
+        merged = {name: getattr(self, name) | getattr(other, name) for name in _BY_REQUEST}
         weight = other.image_weight if self.image_weight is None else self.image_weight
         return Request(**merged, image_weight=weight)
 
     def __bool__(self) -> bool:
-        return any(getattr(self, name) for name in _MEASURED)
+        return any(getattr(self, name) for name in _BY_REQUEST)
 
     @property
     def linears(self) -> frozenset[str]:
-        """Every linear that is looked at on the way forward."""
+        """Return the linears that are measured in the forward pass."""
         squares = {name for name, _ in self.mean_squares}
         return self.second_moments | squares | self.energies | self.reached
 
 
-_MEASURED = [field.name for field in fields(Request) if field.name != "image_weight"]
+_BY_REQUEST = [field.name for field in fields(Request) if field.name != "image_weight"]
+
+
+@dataclass(frozen=True)
+class AttentionDensity:
+    """Densities of the maps of one attention module, means over sequences.
+
+    :param heads: share of entries above a threshold, by head
+    :param entropy: keys effectively looked at over visible keys, by head
+    :param image: ``heads`` over keys that stand for images; None without images
+    :param text: ``heads`` over the other keys; None without images
+    """
+
+    heads: list[float]
+    entropy: list[float]
+    image: list[float] | None = None
+    text: list[float] | None = None
 
 
 @dataclass
 class Statistics:
-    """What one calibration pass measured. Keys are module names of the model as it was then.
+    """Results of one pass over the calibration data, by name of a module of the dense model.
 
-    :param second_moments: E[x x^T], shape (in, in), float32; modules that share one input
-        share one tensor
+    :param second_moments: E[x x^T], shape (in, in), float32; modules that read one input share one
+        tensor
     :param mean_squares: E[x^2] per input channel, shape (in,), float32, of the rotated input where
-        a rotation was asked for
-    :param output_energies: E||W x||^2, the bias left out
-    :param influences: block influence per decoder layer
-    :param gradient_squares: g^2 per output channel, g the gradient of the loss, summed over a
-        sequence, by what the layer puts out at one token; summed over the layer's tokens, over the
-        number of predicted ones; shape (out,), float32
-    :param gradient_moments: g g^T likewise, shape (out, out), float32. The labels are drawn from
-        the model's own predictions: this is the Fisher information, not the empirical one
-    :param attention_moments: E[J^T J], J the derivative of the attention output, relative to the
-        size of the hidden state it is added to; shape (out, out), float32
-    :param attention_densities: how sparse the maps of attention modules are
+        a rotation was requested
+    :param output_energies: E||W x||^2, without the bias
+    :param influences: block influence of a decoder layer
+    :param gradient_squares: g^2 per output channel, g the gradient of the loss of a sequence by the
+        layer's output at one token; summed over the layer's tokens and divided by the number of
+        predicted tokens; shape (out,), float32
+    :param gradient_moments: g g^T likewise, shape (out, out), float32. Labels are drawn from the
+        model's own predictions: this is the Fisher information, not the empirical one
+    :param attention_moments: E[J^T J], J the derivative of the attention output by the linear's
+        output, relative to the size of the hidden state that the attention output is added to;
+        shape (out, out), float32
+    :param attention_densities: densities of attention maps
+    :param routed: share of tokens that the router sends to a linear's expert; llm-compressor runs
+        all tokens through every expert, so other statistics do not show it
     :param reached: linears that a token reached
-    :param routed: share of the tokens that the router sends to a linear's expert; only linears of
-        experts are in it, and llm-compressor runs all tokens through each of them
-    :param tokens: tokens seen, padding left out
+    :param tokens: number of tokens, without padding
     """
 
     second_moments: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -99,18 +113,20 @@ class Statistics:
     tokens: int = 0
 
     def __or__(self, other: "Statistics") -> "Statistics":
-        """Of the modules of both; tokens are those of the one that saw more."""
-        named = {name: getattr(self, name) | getattr(other, name) for name in (*_NAMED, "reached")}
-        return Statistics(**named, tokens=max(self.tokens, other.tokens))
+        """Return the statistics of the modules of both, with the larger number of tokens."""
+        by_module = {
+            name: getattr(self, name) | getattr(other, name) for name in (*_BY_MODULE, "reached")
+        }
+        return Statistics(**by_module, tokens=max(self.tokens, other.tokens))
 
     def of(self, modules: Container[str]) -> "Statistics":
-        """Of some modules only."""
-        found = {}
-        for name in _NAMED:
+        """Return the statistics of some modules only."""
+        kept = {}
+        for name in _BY_MODULE:
             values = getattr(self, name).items()
-            found[name] = {module: value for module, value in values if module in modules}
+            kept[name] = {module: value for module, value in values if module in modules}
         reached = frozenset(name for name in self.reached if name in modules)
-        return Statistics(**found, reached=reached, tokens=self.tokens)
+        return Statistics(**kept, reached=reached, tokens=self.tokens)
 
 
-_NAMED = [each.name for each in fields(Statistics) if each.name not in ("reached", "tokens")]
+_BY_MODULE = [field.name for field in fields(Statistics) if field.name not in ("reached", "tokens")]

@@ -1,16 +1,15 @@
-"""Models in parts that run one after another, as llm-compressor's sequential pipeline has them.
+"""Split a model into parts that run one after another, for llm-compressor's sequential pipeline.
 
-Vision towers take part in that too: its tracer wraps what it cannot trace, in multimodal models
-whatever stands below ``if pixel_values is not None``: the linear layers in there run and are
-observed, but belong to no subgraph, so that they are never quantized. Here the first subgraph,
-which runs before the language model's layers, has them. Where no such line stands (BLIP-2), what
-makes the features of images is wrapped by its name.
+Its tracer wraps code that it cannot trace; in multimodal models that is all code below
+``if pixel_values is not None``. Linear layers in there run and are observed, but belong to no
+subgraph, so that they are never quantized. Here they belong to the first subgraph, which runs
+before the decoder layers. In models without such a line (BLIP-2), the method that computes the
+features of images is wrapped by its name.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,23 +17,20 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.args import DatasetArguments
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
-from llmcompressor.pipelines.sequential import helpers, pipeline
-from llmcompressor.pipelines.sequential.helpers import SequentialTracer, Subgraph, trace_subgraphs
-from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
+from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.utils.helpers import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from torch import nn
 from torch.fx import Graph
-from torch.fx.proxy import Argument
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from casp_plugin.model.load import is_multimodal
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import decoder_layers
 from casp_plugin.system.messages import one_line
 
-__all__ = ["check_traceable", "register", "subgraphs_of", "whole_model"]
+__all__ = ["check_traceable", "subgraphs_of", "trace", "whole_model"]
 
 
 @dataclass
@@ -51,7 +47,7 @@ class _Whole(Subgraph):
 
 @dataclass
 class _WithWrapped(Subgraph):
-    """A subgraph that also answers for modules inside the functions it calls."""
+    """A subgraph together with the modules below the code that the tracer wraps."""
 
     wrapped: list[nn.Module] = field(default_factory=list)
 
@@ -59,12 +55,12 @@ class _WithWrapped(Subgraph):
         return super().submodules(model, recurse) + self.wrapped
 
 
-#: what transformers calls the methods that run a tower and its connector
+#: methods of transformers that run a tower and its connector
 _FEATURES = ["get_image_features", "get_video_features", "get_audio_features"]
 
 
 def check_traceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
-    """Meet now what llm-compressor would meet after the statistics, by oneshot's defaults.
+    """Raise before the statistics the error that llm-compressor would raise after them.
 
     :raises ValueError: if a multimodal model cannot be traced
     """
@@ -73,37 +69,41 @@ def check_traceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
 
 
 def subgraphs_of(model: PreTrainedModel, dataloader: Iterable[dict]) -> list[Subgraph]:
-    """What runs before the first decoder layer, then each with what follows it, by oneshot's
-    defaults; nothing for no data.
+    """Return the parts that a model has by oneshot's defaults: the code before the first decoder
+    layer, then every decoder layer with the code that follows it; no part without data.
 
-    :raises ValueError: if the model cannot be traced
+    :raises ValueError: if a multimodal model cannot be traced
     """
     with torch.random.fork_rng(devices=[]):  # asking for a batch changes nothing that comes after
         sample = next(iter(dataloader), None)
     if sample is None:
         return []
     ignore = DatasetArguments().tracing_ignore
-    return _trace(model, sample, infer_sequential_targets(model), ignore)
+    return trace(model, sample, infer_sequential_targets(model), ignore)
 
 
 def whole_model(names: set[str] | None = None) -> Subgraph:
     """Return the model as its only part.
 
-    :param names: arguments that batches hold; None for whatever they hold
+    :param names: arguments that batches hold; None for any
     """
     return _Whole(Graph(), names, set())
 
 
-def _trace(
+def trace(
     model: nn.Module, sample: dict, targets: list[str], ignore: list[str], *args
 ) -> list[Subgraph]:
-    """Parts of a model; the whole of it where it has none, or where they do something else.
+    """Return the parts of a model; the model as one part where it cannot be traced, runs layers
+    more than once, or computes something else in parts.
+
+    It takes the place of llm-compressor's ``trace_subgraphs``, whose arguments it has, see
+    ``system.patches``.
 
     :raises ValueError: if a multimodal model cannot be traced
     """
     try:
         subgraphs = trace_subgraphs(model, sample, targets, ignore + _FEATURES, *args)
-    except Exception as error:  # whatever its code meets when it runs without values
+    except Exception as error:  # of the model's code, which runs without values
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if is_multimodal(model.config):
             raise ValueError(
@@ -116,10 +116,9 @@ def _trace(
     held = {module for subgraph in subgraphs for module in subgraph.submodules(model)}
     wrapped = [m for m in model.modules() if is_module_quantized(m) and m not in held]
     if wrapped:
-        values = {each.name: getattr(subgraphs[0], each.name) for each in fields(Subgraph)}
-        subgraphs[0] = _WithWrapped(**values, wrapped=wrapped)
+        subgraphs[0] = _WithWrapped(**vars(subgraphs[0]), wrapped=wrapped)
     runs = Counter(m for graph in subgraphs for m in {*graph.submodules(model)} & linears)
-    if runs and max(runs.values()) > 1:  # quantized after the first, not observed any more
+    if runs and max(runs.values()) > 1:  # quantized after the first run, not observed in the next
         return _whole(model, sample, "it runs layers more than once")
     if why := _other_result(model, sample, subgraphs):
         return _whole(model, sample, why)
@@ -132,8 +131,9 @@ def _whole(model: nn.Module, sample: dict, why: str) -> list[Subgraph]:
 
 
 def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> str | None:
-    """Why parts, run one after another as the pipeline runs them, do not do what the model does;
-    None where they do. A model may change a value that parts get copies of (Gemma 4)."""
+    """Return why the parts, run one after another as the pipeline runs them, do not compute the
+    result of the model; None where they do. Parts get copies of values, which some models change
+    in place (Gemma 4)."""
     layers = decoder_layers(model)
     if not layers:
         return None
@@ -154,49 +154,13 @@ def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> 
                 if graph is not subgraphs[-1]:
                     waiting.update(0, outputs)
                     waiting.delete(0, graph.consumed_names)
-    except Exception as error:  # whatever its code meets when values were copied
+    except Exception as error:  # of the model's code, which runs with copies of values
         return f"{type(error).__name__}: {one_line(error)[:200]}"
     finally:
         handle.remove()
     whole, parts = runs
     alike = len(whole) == len(parts) and all(
-        torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
-        for one, other in zip(whole, parts, strict=True)
+        torch.allclose(expected.float(), output.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
+        for expected, output in zip(whole, parts, strict=True)
     )
     return None if alike else f"{layers[-1]} puts out something else then"
-
-
-class _Tracer(SequentialTracer):
-    """Configs that a graph makes anew keep their attention implementation. llm-compressor 0.14
-    leaves it out, so that models which make their mask by such a config (Mixtral, Qwen3-MoE) get
-    that of sdpa, none at all for sequences without padding, beside eager attention: they would be
-    calibrated without causality."""
-
-    def create_arg(self, a: Any) -> Argument:
-        if not isinstance(a, PreTrainedConfig):
-            return super().create_arg(a)
-        values = a.to_dict() | {"attn_implementation": a._attn_implementation}
-        arguments = {key: self.create_arg(value) for key, value in values.items()}
-        return self.create_node("call_function", type(a), (), arguments)
-
-
-_patching = HFTracer.patch_for_tracing.__wrapped__
-
-
-@contextmanager
-def _patch_for_tracing(self: HFTracer, root: nn.Module) -> Iterator[None]:
-    """Functions of torch as the tracer wants them; as they were again also where tracing fails,
-    which llm-compressor 0.14 leaves out."""
-    steps = _patching(self, root)
-    next(steps)
-    try:
-        yield
-    finally:
-        next(steps, None)
-
-
-def register() -> None:
-    """Let the sequential pipeline of llm-compressor trace by the functions above."""
-    pipeline.trace_subgraphs = _trace
-    helpers.SequentialTracer = _Tracer
-    HFTracer.patch_for_tracing = _patch_for_tracing

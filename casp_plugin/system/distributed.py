@@ -1,6 +1,6 @@
 """Processes of `torchrun` that calibrate together, each on its share of the data.
 
-Everything here is for all ranks at once, in the same order; a process alone passes through.
+Every rank calls these functions, in the same order; a single process passes through.
 """
 
 import os
@@ -33,8 +33,10 @@ Value = TypeVar("Value")
 
 
 def join_torchrun() -> None:
-    """Where `torchrun` started this process, meet the others: on GPUs as llm-compressor's own
-    ``init_dist``, on CPUs by gloo."""
+    """Join the other processes where `torchrun` started this one.
+
+    On GPUs by llm-compressor's own ``init_dist``, on CPUs by gloo.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or is_distributed():
         return
     if torch.accelerator.is_available():
@@ -44,30 +46,32 @@ def join_torchrun() -> None:
 
 
 def rank() -> int:
+    """Return this process' rank, 0 for a single process."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def number_of_ranks() -> int:
+    """Return how many processes calibrate together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def barrier() -> None:
-    """Wait for all."""
+    """Wait until every rank is here."""
     if is_distributed():
         dist.barrier()
 
 
 def gathered(value: Value) -> list[Value]:
-    """What all ranks have, in their order."""
+    """Return the values of all ranks, in the order of the ranks."""
     if not is_distributed():
         return [value]
-    found: list[Any] = [None] * number_of_ranks()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * number_of_ranks()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def shared(value: Value) -> Value:
-    """What the source rank has."""
+    """Return the source rank's value, on every rank."""
     if not is_distributed():
         return value
     box = [value]
@@ -76,13 +80,17 @@ def shared(value: Value) -> Value:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor, summed in place."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def own_share(items: Iterable[Value], weight: Callable[[Value], float]) -> list[Value]:
-    """Of work to be spread, what is for this rank: about as heavy as the others'."""
+    """Return this rank's share of the items; shares of all ranks weigh about the same.
+
+    :param items: the same on all ranks
+    :param weight: weight of an item, in any unit
+    """
     _, shares, _ = greedy_bin_packing(list(items), number_of_ranks(), item_weight_fn=weight)
     return shares[rank()]

@@ -20,20 +20,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a name of its own, then put it in place; folders above it are made."""
+    """Write a file under a temporary name, then move it into place; make missing folders."""
     with whole_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place once it is written; on any failure it
-    goes away. Folders above it are made."""
-    handle, name = tempfile.mkstemp(prefix=_beside(path), dir=path.parent)
+    """Yield a temporary file beside ``path``, moved to ``path`` when the block ends.
+
+    On any failure it is removed, and ``path`` stays as it was. Missing folders are made.
+
+    :raises OSError: if the disk is full; the message names ``path``
+    """
+    handle, name = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
-        with _naming(path):
+        with _naming_full_disk(path):
             yield partial
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
@@ -43,19 +47,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path | str) -> Iterator[Path]:
-    """A temporary folder beside ``target`` whose files move there once all are written.
+    """Yield a temporary folder beside ``target``, whose files move there when the block ends.
 
-    On any failure the temporary folder goes away and ``target`` stays as it was. Files that
-    ``target`` already holds under other names are kept. All ranks of `torchrun` get one folder.
+    On any failure it is removed, and ``target`` stays as it was. Files that ``target`` already
+    holds under other names are kept. All ranks of `torchrun` get the same folder.
+
+    :raises OSError: if the disk is full; the message names ``target``
     """
     if not is_source_process():
         yield shared(None)
         barrier()
         return
     target = Path(target)
-    partial = Path(tempfile.mkdtemp(prefix=_beside(target), dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=_temporary_prefix(target), dir=target.parent))
     try:
-        with _naming(target):
+        with _naming_full_disk(target):
             yield shared(partial)
         barrier()
         if not target.exists():
@@ -71,22 +77,24 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let a disk that is full say what could not be written there."""
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    """Add the path to errors of a full disk that do not name one."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "filename", None) is not None:
             raise
-        for number in _FULL:  # which safetensors tells in words
+        for number in _FULL:  # safetensors has the number in its message only
             if getattr(error, "errno", None) == number or f"os error {number}" in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 
-def _beside(target: Path) -> str:
-    """How names of temporary files and folders for this target begin, which tells who writes there.
-    What processes of this machine that were killed have left is removed; folders are made."""
+def _temporary_prefix(target: Path) -> str:
+    """Return how names of temporary files for a target begin: target, machine, process.
+
+    Make missing folders, and remove what killed processes of this machine have left.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     machine = socket.gethostname()
     for left in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(machine)}-*"):
@@ -104,7 +112,7 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # alive, of another user
         pass
     return True
 

@@ -1,4 +1,4 @@
-"""This machine: what a measurement was made on and by, and its memory."""
+"""This machine: packages and device that a measurement was made with, and its memory."""
 
 import ctypes
 import platform
@@ -24,18 +24,18 @@ _PACKAGES = (
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that may have a part in it, of those that are installed."""
-    found = {}
+    """Return the versions of the installed packages that can change a measurement, by name."""
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's with the threads that torch takes."""
+    """Return the accelerator's name, or the processor's with the number of torch's threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     if torch.accelerator.is_available():
@@ -49,7 +49,10 @@ def device_name() -> str:
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system, where the C library can (glibc): it keeps pages between
-    blocks that are in use, as much as all the moments that were summed up before."""
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    glibc keeps free pages that lie between used blocks: without this, memory grows by the moments
+    of every layer.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

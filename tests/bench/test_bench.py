@@ -3,14 +3,15 @@
 import gc
 import multiprocessing
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
-import tiny_vlms
 import torch
 from llmcompressor.modifiers.gptq import GPTQModifier
 from pydantic import ValidationError
 from rich.console import Console
+from support import tiny_vlms
 from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
@@ -63,7 +64,7 @@ def test_random_pictures(shown, video):
 
 def speed(model, *rounds, size=None):
     made = [
-        Round(prompt_tokens=6, prefill=prefill, total=total, prefill_memory=memory, memory=2**30)
+        Round(prompt_tokens=6, prefill=prefill, total=total, prefill_memory=memory, memory=10**9)
         for prefill, total, memory in rounds
     ]
     shared = {"engine": "hf", "device": "abacus", "versions": {}, "workload": SMALL}
@@ -71,11 +72,11 @@ def speed(model, *rounds, size=None):
 
 
 def test_speeds_by_hand():
-    fast = speed("fast", (1.0, 2.0, 7), (2.0, 4.0, 9), (1.0, 5.0, 8), size=2**30)
-    slow = speed("slow", (2.0, 4.0, 1), (3.0, 5.0, 2), (4.0, 5.0, 3), size=2**31)
+    fast = speed("fast", (1.0, 2.0, 7), (2.0, 4.0, 9), (1.0, 5.0, 8), size=10**9)
+    slow = speed("slow", (2.0, 4.0, 1), (3.0, 5.0, 2), (4.0, 5.0, 3), size=2 * 10**9)
     assert fast.prefill == 1
     assert fast.decode == 2  # rounds of 2 x 2 tokens in 1, 2 and 4 seconds
-    assert (fast.prefill_memory, fast.memory) == (9, 2**30)
+    assert (fast.prefill_memory, fast.memory) == (9, 10**9)
     ratios = fast.against(slow)
     assert ratios["prefill"] == (0.5, 0.25, pytest.approx(2 / 3))
     assert ratios["decode"] == (1, 0.25, 2)
@@ -108,21 +109,27 @@ def test_engine_sees(tmp_path):
     assert answer(engine, workload).prompt_tokens == engine.inputs["input_ids"].shape[1]
 
 
-def test_measure_in_turns(tiny_llama):
+def test_a_process_of_its_own(tiny_llama):
+    [found] = measure([tiny_llama], SMALL, rounds=1, warmup=0)
+    assert found.rounds[0].prompt_tokens == 6
+    assert not multiprocessing.active_children()
+
+
+def test_measure_in_turns(tiny_llama, bench_in_threads):
     first, second = measure([tiny_llama, tiny_llama], SMALL, rounds=2, warmup=1)
     assert len(first.rounds) == len(second.rounds) == 2
     assert first.bytes_on_disk > 0
     assert first.versions["torch"] == torch.__version__
-    assert not multiprocessing.active_children()
 
 
-def test_a_model_that_fails(tiny_llama, tmp_path):
+def test_a_model_that_fails(tiny_llama, bench_in_threads, tmp_path):
+    running = threading.active_count()
     with pytest.raises(ChildProcessError, match=r"nowhere: (OSError|HFValidationError)"):
         measure([tiny_llama, str(tmp_path / "nowhere")], SMALL)
-    assert not multiprocessing.active_children()
+    assert threading.active_count() == running
 
 
-def test_command(tiny_llama, tmp_path):
+def test_command(tiny_llama, bench_in_threads, tmp_path):
     path = tmp_path / "bench.json"
     command = ["bench", tiny_llama, "--baseline", tiny_llama, "--prompt-tokens", 6, "--new-tokens"]
     command += [40, "--rounds", 1, "--engine-args", "dtype=float64", "--output", path]
@@ -142,7 +149,7 @@ casp_stage:
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])
-def test_random_weights(tiny_llama, tmp_path, family):
+def test_random_weights(tiny_llama, bench_in_threads, tmp_path, family):
     """From a folder without weights: the recipe's shapes and bytes, that load and run."""
     source = tiny_llama if family == "llama" else tiny_vlms.save_tiny_vlm(tmp_path / "in", family)
     bare, path = tmp_path / "bare", tmp_path / "bench.json"

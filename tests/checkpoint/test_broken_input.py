@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, save_tiny_model
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file, save_file
+from support.tiny_models import VOCABULARY, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier, plan_recipe

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import SIZES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.tiny_models import SIZES
 from transformers import AutoConfig
 
 from casp_plugin.checkpoint.format import SECTION, read_config, read_section

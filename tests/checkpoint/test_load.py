@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file, save_file
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from casp_plugin import BitAllocationModifier

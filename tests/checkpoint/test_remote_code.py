@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_texts, save_tiny_model
-from typer.testing import CliRunner
+from support.command_line import casp, run_arguments
+from support.tiny_models import save_tiny_model
 
-from casp_plugin import cli
 from casp_plugin.checkpoint.check import check
 from casp_plugin.model.load import load_model
 
@@ -25,20 +24,13 @@ from .configuration_own import OwnConfig
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
-RECIPE = """
-casp_stage:
-  casp_modifiers:
-    LowRankQKModifier: {keep: 0.4}
-    BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}
-    GPTQModifier: {}
-"""
 TRUST = "--trust-remote-code"
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(files):
     """A model with code of its own, a recipe and texts."""
-    source = tmp_path / "own"
+    source = files / "own"
     save_tiny_model(source)
     (source / "configuration_own.py").write_text(CONFIG)
     (source / "modeling_own.py").write_text(MODEL)
@@ -49,20 +41,11 @@ def files(tmp_path):
         "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
     }
     (source / "config.json").write_text(json.dumps(config))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    save_texts(tmp_path / "data.jsonl")
-    return tmp_path
-
-
-def casp(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return files
 
 
 def run(files, *more):
-    return casp(
-        "run", files / "own", "--recipe", files / "recipe.yaml", "--dataset", files / "data.jsonl",
-        "--output", files / "out", "--max-length", 32, *more,
-    )  # fmt: skip
+    return casp(*run_arguments(files / "own", files, *more))
 
 
 def test_not_unless_the_user_says_so(files):
@@ -72,7 +55,7 @@ def test_not_unless_the_user_says_so(files):
     assert not (files / "out").exists()
 
 
-def test_every_command(files):
+def test_every_command(files, bench_in_threads):
     result = run(files, TRUST)
     assert result.exit_code == 0, f"{result.output} {result.exception!r}"
     out = files / "out"

@@ -5,18 +5,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_texts, save_tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.command_line import casp
+from support.samples import save_texts
+from support.tiny_models import save_tiny_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaForSequenceClassification,
     WhisperForConditionalGeneration,
 )
-from typer.testing import CliRunner
 
-from casp_plugin import CompressionPlan, cli
+from casp_plugin import CompressionPlan
 from casp_plugin.checkpoint.check import check
 from casp_plugin.checkpoint.sizes import size_breakdown
 from casp_plugin.model.load import bytes_on_disk, load_model
@@ -45,10 +46,6 @@ def files(tmp_path):
     (tmp_path / "factors.yaml").write_text(HEAD + FACTORS + BITS + TAIL)
     save_texts(tmp_path / "data.jsonl")
     return tmp_path
-
-
-def casp(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def run(files, model, recipe="bits", output="out", *more):

@@ -1,49 +1,13 @@
 """The command line as a user types it."""
 
 import os
+import shutil
 
 import pytest
-from conftest import save_texts
-from typer.testing import CliRunner
+from support.command_line import RECIPE, casp, error_of, run_arguments
 
-from casp_plugin import CompressionPlan, cli
+from casp_plugin import CompressionPlan
 from casp_plugin.data.sources import load_text
-
-RECIPE = """
-casp_stage:
-  casp_modifiers:
-    LowRankQKModifier: {keep: 0.4}
-    BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}
-    GPTQModifier: {}
-"""
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A recipe and a calibration file."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    save_texts(tmp_path / "data.jsonl")
-    return tmp_path
-
-
-def casp(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def error_of(capsys, monkeypatch, *arguments):
-    """What ``casp`` prints to stderr when it fails."""
-    monkeypatch.setattr("sys.argv", ["casp", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 1
-    return " ".join(capsys.readouterr().err.split())
-
-
-def run_arguments(tiny_llama, files, *more):
-    return [
-        "run", tiny_llama, "--recipe", files / "recipe.yaml", "--dataset", files / "data.jsonl",
-        "--output", files / "out", "--max-length", 32, *more,
-    ]  # fmt: skip
 
 
 def test_plan_without_data(tiny_llama, files):
@@ -63,7 +27,55 @@ def test_plan_with_data_draws_the_bits(tiny_llama, files):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert CompressionPlan.load(files / "p.json").decided
+    assert "it/s" not in result.output  # but one line for every stage
+    assert result.output.count("choosing\n") == 1
     assert (files / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_budget_of_the_command_line(tiny_llama, files):
+    result = casp(*run_arguments(tiny_llama, files, "--average-bits", 4, "--samples", 2))
+    assert result.exit_code == 0, result.output
+    plan = CompressionPlan.load(files / "out")
+    assert plan.average_bits == 4
+    assert 3.95 <= plan.reached_bits <= 4
+    assert "average_bits: 4.0" in (files / "out" / "recipe.yaml").read_text()
+
+
+def test_budgets_of_components_of_the_command_line(tiny_llama, files):
+    recipe = files / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("average_bits: 5", "average_bits: {language: 5}"))
+    command = ["plan", tiny_llama, "--recipe", recipe, "--json", files / "p.json"]
+    assert casp(*command, "--average-bits", "language=4.5").exit_code == 0
+    assert CompressionPlan.load(files / "p.json").average_bits == {"language": 4.5}
+
+
+@pytest.mark.parametrize(
+    ("budget", "average_bits", "message"),
+    [
+        ("4", "{language: 5}", "average_bits has a budget for each component (language)"),
+        ("4", "{language: 5}", "by budgets of the same, as in language=5"),
+        ("vision=4", "{language: 5}", "average_bits has a budget for each component (language)"),
+        ("language=4", "5", "has one budget for all components: one number is needed"),
+        ("language=", "{language: 5}", "--average-bits : numbers are needed"),
+        ("many", "5", "--average-bits many: numbers are needed"),
+        ("-1", "5", "--average-bits -1: numbers are needed"),
+        ("nan", "5", "--average-bits nan: numbers are needed"),
+        ("1.5", "5", "1.5 cannot be reached"),
+        ("4", None, "has no BitAllocationModifier to give average_bits to"),
+    ],
+)
+def test_budgets_that_do_not_fit(
+    tiny_llama, files, capsys, monkeypatch, budget, average_bits, message
+):
+    recipe = RECIPE.replace("average_bits: 5", f"average_bits: {average_bits}")
+    if average_bits is None:
+        recipe = "\n".join(line for line in RECIPE.splitlines() if "BitAllocation" not in line)
+    (files / "recipe.yaml").write_text(recipe)
+    arguments = run_arguments(tiny_llama, files, "--average-bits", budget)
+    told = error_of(capsys, monkeypatch, *arguments)
+    assert message in told
+    assert "average" in told
+    assert not (files / "out").exists()
 
 
 def test_run_check_fold(tiny_llama, files):
@@ -78,10 +90,10 @@ def test_run_check_fold(tiny_llama, files):
     assert not [path for path in files.iterdir() if path.name.startswith(".")]
 
 
-def test_check_fails_on_a_broken_checkpoint(tiny_llama, files):
-    casp(*run_arguments(tiny_llama, files))
-    (files / "out" / "model.safetensors").unlink()
-    result = casp("check", files / "out")
+def test_check_fails_on_a_broken_checkpoint(compressed_llama, tmp_path):
+    shutil.copytree(compressed_llama, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    result = casp("check", tmp_path / "out")
     assert result.exit_code == 1
     assert "FAILED" in result.output
 
@@ -102,9 +114,8 @@ def test_output_without_permission(tiny_llama, files, capsys, monkeypatch):
     assert "cannot be written" in error_of(capsys, monkeypatch, *run_arguments(tiny_llama, files))
 
 
-def test_quantized_model(tiny_llama, files, capsys, monkeypatch):
-    casp(*run_arguments(tiny_llama, files))
-    arguments = ["plan", files / "out", "--recipe", files / "recipe.yaml"]
+def test_quantized_model(compressed_llama, files, capsys, monkeypatch):
+    arguments = ["plan", compressed_llama, "--recipe", files / "recipe.yaml"]
     assert "already quantized" in error_of(capsys, monkeypatch, *arguments)
 
 

@@ -4,25 +4,18 @@ import json
 from io import BytesIO
 from pathlib import Path
 
-import numpy
 import pytest
-import tiny_vlms
 import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image
+from support import tiny_vlms
+from support.samples import png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casp_plugin.data.conversation_batches import conversation_loader, processed
 from casp_plugin.data.conversations import Conversation, load_conversations
 
 FILLER = "w5 w6 w7"
-
-
-def png(width=32, height=32, seed=0) -> bytes:
-    pixels = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
 
 
 def rows(count=4):

@@ -4,10 +4,10 @@ told with its row or line."""
 import json
 
 import pytest
-from conftest import save_tiny_model
 from datasets import Dataset, DatasetDict
 from loguru import logger
 from PIL import Image
+from support.tiny_models import save_tiny_model
 from transformers import AutoTokenizer
 
 from casp_plugin.data.conversations import load_conversations

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import save_texts, save_tiny_model
 from datasets import Dataset
 from loguru import logger
+from support.samples import save_texts
+from support.tiny_models import save_tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -206,7 +207,7 @@ def test_max_length_of_studies(opt, tmp_path, monkeypatch, command, more):
         seen.update(facts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casp_plugin.evaluation.sweep.begin", begin)
+    monkeypatch.setattr("casp_plugin.evaluation.study_folder.begin", begin)
     data = ["--dataset", tmp_path / "data.jsonl", "--heldout", tmp_path / "data.jsonl"]
     if command == "sweep":
         more = [*more, "--recipe", tmp_path / "recipe.yaml"]

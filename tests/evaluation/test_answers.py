@@ -3,9 +3,9 @@
 from math import exp
 
 import pytest
-import tiny_vlms
 import torch
-from test_conversations import png
+from support import tiny_vlms
+from support.samples import png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casp_plugin.data.conversation_batches import processed

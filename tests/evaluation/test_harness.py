@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_vlms
 import torch
-from conftest import save_texts
-from test_cli import RECIPE
+from support import tiny_vlms
+from support.samples import save_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -72,28 +71,14 @@ def test_images(tmp_path):
     assert found["casp_colours", "exact_match"].value == 0
 
 
-@pytest.fixture(scope="module")
-def compressed(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compressed")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    save_texts(folder / "data.jsonl")
-    arguments = [
-        "run", tiny_llama, "--recipe", folder / "recipe.yaml", "--dataset", folder / "data.jsonl",
-        "--output", folder / "out", "--max-length", 32,
-    ]  # fmt: skip
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 0, result.output
-    return str(folder / "out")
-
-
-def test_eval_compares(tiny_llama, compressed, tmp_path):
+def test_eval_compares(tiny_llama, compressed_llama, tmp_path):
     data = tmp_path / "text.jsonl"
     rows = [{"text": " ".join(f"w{(i * 11 + j) % 90 + 3}" for j in range(20))} for i in range(12)]
     data.write_text("\n".join(map(json.dumps, rows)))
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     shared = ["--dataset", data, "--max-length", 16, "--reference", tiny_llama]
     shared += ["--tasks", "casp_facts", "--include-path", LM_EVAL]
-    arguments = map(str, ["eval", tiny_llama, compressed, *shared, "--output", first])
+    arguments = map(str, ["eval", tiny_llama, compressed_llama, *shared, "--output", first])
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
     original, smaller = load_records(Evaluation, first, "casp eval")
@@ -107,10 +92,10 @@ def test_eval_compares(tiny_llama, compressed, tmp_path):
     assert smaller.measurements[1].value > 0
     assert smaller.settings["stride"] == 16
     assert smaller.versions["transformers"]
-    assert f"{compressed} against" in " ".join(result.output.split())
+    assert f"{compressed_llama} against" in " ".join(result.output.split())
 
     # the same by two calls
-    command = ["eval", compressed, *shared, "--baseline", first, "--output", second]
+    command = ["eval", compressed_llama, *shared, "--baseline", first, "--output", second]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 0, result.output
     assert load_records(Evaluation, second, "casp eval")[0].measurements == smaller.measurements
@@ -157,18 +142,18 @@ def test_answers_that_are_kept_are_those_of_one_model(tiny_llama, tmp_path):
     assert len(list(tmp_path.glob("answers_*.db"))) == 2
 
 
-def test_stock_command(compressed, tmp_path):
+def test_stock_command(compressed_llama, tmp_path):
     """lm_eval itself, after the import."""
     code = "import casp_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    command = ["--model", "hf", "--model_args", f"pretrained={compressed}", "--device", "cpu"]
+    command = ["--model", "hf", "--model_args", f"pretrained={compressed_llama}", "--device", "cpu"]
     command += ["--tasks", "casp_facts_text", "--include_path", LM_EVAL]
     command += ["--output_path", str(tmp_path / "stock")]
     subprocess.run([sys.executable, "-c", code, *command], check=True)
     [path] = (tmp_path / "stock").rglob("results*.json")
     stock = json.loads(path.read_text())["results"]["casp_facts_text"]["word_perplexity,none"]
-    found = asked(compressed, "casp_facts_text")["casp_facts_text", "word_perplexity"]
+    found = asked(compressed_llama, "casp_facts_text")["casp_facts_text", "word_perplexity"]
     assert stock == pytest.approx(found.value, rel=1e-3)
-    model = AutoModelForCausalLM.from_pretrained(compressed)
+    model = AutoModelForCausalLM.from_pretrained(compressed_llama)
     assert hasattr(model.model.layers[0].self_attn.q_proj, "down")  # the factors were in use
 
 
@@ -180,7 +165,9 @@ def error_of(*arguments):
 
 def test_bad_input(tiny_llama, tmp_path):
     assert "nowhere" in error_of(tiny_llama, tmp_path / "nowhere")  # before the first is scored
-    assert "lm-eval has no task nonsense" in error_of(tiny_llama, "--tasks", "nonsense")
+    assert "lm-eval has no task nonsense" in error_of(
+        tiny_llama, "--tasks", "nonsense", "--include-path", LM_EVAL
+    )
     wrong = error_of(tiny_llama, "--tasks", "x", "--harness", "helm")
     assert "harness 'helm' must be one of lm-eval, lmms-eval" in wrong
     longer = error_of(tiny_llama, "--max-length", 8, "--stride", 9)

@@ -1,12 +1,13 @@
 """A model at many sizes, measured once; a sweep that was stopped goes on."""
 
 import pytest
-from test_cli import casp, error_of, files  # noqa: F401
+from support.command_line import casp, error_of
 
 from casp_plugin import CompressionPlan
 from casp_plugin.evaluation.records import load_records
 from casp_plugin.evaluation.results import Evaluation, Measurement
-from casp_plugin.evaluation.sweep import Point, begin, finished, frontier_table
+from casp_plugin.evaluation.study_folder import begin
+from casp_plugin.evaluation.sweep import Point, finished, frontier_table
 
 UNIFORM = """
 uniform_stage:
@@ -16,7 +17,7 @@ uniform_stage:
 METRICS = ["perplexity", "kl", "top1_agreement"]
 
 
-def arguments(tiny_llama, files, *more):  # noqa: F811
+def arguments(tiny_llama, files, *more):
     (recipe,) = files.glob("recipe*.yaml")
     return [
         "sweep", tiny_llama, "--recipe", recipe, "--dataset", files / "data.jsonl",
@@ -30,7 +31,7 @@ def point(name, bytes_=1, value=2.0):
     return Point(name=name, bytes=bytes_, evaluation=found)
 
 
-def test_sizes_of_one_model(tiny_llama, files, monkeypatch):  # noqa: F811
+def test_sizes_of_one_model(tiny_llama, files, monkeypatch):
     import casp_plugin.statistics.layer_by_layer as measuring
 
     collected = []
@@ -71,7 +72,7 @@ def test_sizes_of_one_model(tiny_llama, files, monkeypatch):  # noqa: F811
     assert len(rows) == 3 + len(points) + 2
 
 
-def test_caches_beside_sizes(tiny_llama, files):  # noqa: F811
+def test_caches_beside_sizes(tiny_llama, files):
     """Each size is scored with each cache; the checkpoint is the same."""
     caches = ["kcvt:bits=8,g=4", "kcvt:bits=2,g=4"]
     more = [word for each in caches for word in ("--kv-cache", each)]
@@ -137,7 +138,7 @@ def test_folders_of_something_else(tmp_path):
         (["--average-bits", "4", "--max-length", "1"], None),
     ],
 )
-def test_errors_before_anything_is_written(tiny_llama, files, capsys, monkeypatch, more, message):  # noqa: F811
+def test_errors_before_anything_is_written(tiny_llama, files, capsys, monkeypatch, more, message):
     if message is None:
         assert casp(*arguments(tiny_llama, files, *more)).exit_code == 2
     else:
@@ -146,7 +147,7 @@ def test_errors_before_anything_is_written(tiny_llama, files, capsys, monkeypatc
     assert not (files / "sweep").exists()
 
 
-def test_budgets_of_components(tiny_llama, files, capsys, monkeypatch):  # noqa: F811
+def test_budgets_of_components(tiny_llama, files, capsys, monkeypatch):
     path = files / "recipe.yaml"
     path.write_text(path.read_text().replace("average_bits: 5", "average_bits: {language: 5}"))
     found = error_of(capsys, monkeypatch, *arguments(tiny_llama, files, "--average-bits", "4"))

@@ -5,11 +5,12 @@ import itertools
 import math
 
 import pytest
-import tiny_vlms
 import torch
-from conftest import save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import tiny_vlms
+from support.tiers import tiered
+from support.tiny_models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casp_plugin.kv_cache import CacheScheme, CompressedCache, with_kv_cache
@@ -147,7 +148,7 @@ def test_any_chunks_give_the_same_cache(name, cuts):
     for start, end in itertools.pairwise(edges):
         parts.update(keys[:, :, start:end], values[:, :, start:end])
     assert whole.nbytes == parts.nbytes
-    for ours, theirs in zip(whole._read(), parts._read(), strict=True):
+    for ours, theirs in zip(whole.decode(), parts.decode(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -206,7 +207,7 @@ def test_appending_takes_no_longer_with_length(name):
     assert layer.stored[0] is first
     assert [pair[0].tokens for pair in layer.stored] == [16 * tokens, 16 * tokens] + 8 * [tokens]
     assert layer.nbytes == whole.nbytes
-    for ours, theirs in zip(layer._read(), whole._read(), strict=True):
+    for ours, theirs in zip(layer.decode(), whole.decode(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -217,7 +218,7 @@ def test_codes_that_end_inside_a_byte_stay_apart():
     for piece in zip(keys.split(1, dim=2), values.split(1, dim=2), strict=True):
         layer.update(*piece)
     assert len(layer.stored) == 40
-    for ours, theirs in zip(layer._read(), whole._read(), strict=True):
+    for ours, theirs in zip(layer.decode(), whole.decode(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -229,10 +230,10 @@ def test_beams(change):
     layer.update(keys, values)
     getattr(layer, change)(order)
     other.update(keys[order], values[order])
-    for ours, theirs in zip(layer._read(), other._read(), strict=True):
+    for ours, theirs in zip(layer.decode(), other.decode(), strict=True):
         assert torch.equal(ours, theirs)
     layer.batch_repeat_interleave(2)
-    for ours, theirs in zip(layer._read(), other._read(), strict=True):
+    for ours, theirs in zip(layer.decode(), other.decode(), strict=True):
         assert torch.equal(ours, theirs.repeat_interleave(2, dim=0))
 
 
@@ -431,7 +432,7 @@ def test_images_that_are_attended_to_apart_are_refused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+@pytest.mark.parametrize("family", tiered(tiny_vlms.FAMILIES, "llava", "qwen2_vl"))
 def test_prompts_with_images(tmp_path, family):
     tiny_vlms.save_tiny_vlm(tmp_path, family)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()

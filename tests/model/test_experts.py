@@ -4,15 +4,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_texts, save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file, save_file
+from support.command_line import casp
+from support.samples import save_texts
+from support.tiers import tiered
+from support.tiny_models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from casp_plugin import BitAllocationModifier, LowRankQKModifier, cli
+from casp_plugin import BitAllocationModifier, LowRankQKModifier
 from casp_plugin.checkpoint.check import check
 from casp_plugin.model.load import bare_model, load_model
 from casp_plugin.modifiers import plan_recipe
@@ -29,10 +31,6 @@ FAMILIES = {
 }
 
 
-def casp(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
 def recipe(importance="fisher"):
     allocation = {"average_bits": 3.6, "candidates": [2, 3, 4], "group_size": 32}
     return [
@@ -46,7 +44,7 @@ def expert_units(plan):
     return [unit for unit in plan.units if unit.name.endswith("experts")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiered(FAMILIES, "qwen2_moe"))
 def test_plan_is_what_is_run(batches, tmp_path, family):
     source = save_tiny_model(tmp_path / "in", family, **FAMILIES[family])
     bare = plan_recipe(bare_model(AutoConfig.from_pretrained(source)), recipe())
@@ -58,7 +56,7 @@ def test_plan_is_what_is_run(batches, tmp_path, family):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiered(FAMILIES, "mixtral"))
 def test_quantized_experts_reload(batches, tmp_path, family, symmetric):
     """At widths of their own, with zero points or without."""
     model = load_model(save_tiny_model(tmp_path / "in", family, **FAMILIES[family]))
@@ -156,7 +154,7 @@ MORE = {
 
 
 @pytest.mark.parametrize("factored", [False, True])
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", tiered(MORE, "qwen3_moe", "phimoe"))
 def test_run_check_fold_and_save_again(tmp_path, family, factored):
     """A router that puts out a tuple (Phi-MoE), names of its own on disk (Mixtral), experts in some
     layers (Jamba): all of it is checked, and nothing is quantized that chooses experts."""

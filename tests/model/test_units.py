@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from support.tiny_models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from casp_plugin.model.load import skeleton
+from casp_plugin.model.load import copy_without_weights
 from casp_plugin.model.low_rank_linear import LowRankLinear, named_linears
 from casp_plugin.model.units import decoder_layers, find_units, matched_linears, reading_together
 
@@ -135,9 +135,9 @@ def test_everything_ignored(load_tiny):
         matched_linears(load_tiny(), ["Linear"], ["re:.*"], "targets")
 
 
-def test_skeleton_has_the_shapes_and_no_memory(load_tiny):
+def test_a_copy_without_weights_has_the_shapes_and_no_memory(load_tiny):
     model = load_tiny()
-    bare = skeleton(model)
+    bare = copy_without_weights(model)
     assert all(parameter.is_meta for parameter in bare.parameters())
     assert {n: p.shape for n, p in bare.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from support.tiers import tiered
+from support.tiny_models import save_tiny_model
 from transformers import set_seed
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier, plan_recipe
@@ -29,7 +30,7 @@ def test_same_seed_same_bytes(model, batches, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("method", ["fisher", "attention", "whitened"])
+@pytest.mark.parametrize("method", tiered(["fisher", "attention", "whitened"], "fisher"))
 def test_threads_do_not_change_the_plan(model, batches, method):
     before = torch.get_num_threads()
     plans = []

@@ -1,12 +1,15 @@
 """Every family that transformers builds is compressed and comes back, or is refused before the data
-runs. Some always run; the rest with `-m families`, or in processes by `benchmarks/families.py`."""
+runs. Some belong to `make test`, more to `make test-models`; the rest run with `-m families`, or in
+processes by `benchmarks/families.py`."""
 
 import pytest
-from families import NOT_BUILT, RECIPES, families, has_query_and_key, outcome
+from support.families import NOT_BUILT, RECIPES, families, has_query_and_key, outcome
 
+#: plain with ranks, linears that are none, recurrent layers, refused
+QUICK = {("llama", "R"), ("gpt2", "B"), ("mamba", "B"), ("llama4_text", "B")}
 #: one of each kind: plain, linears that are none, buffers that are not stored, experts, routers,
 #: layers that share, recurrent layers, models that see
-ALWAYS = {
+KINDS = {
     "falcon": "B",
     "gemma3_text": "B",
     "gemma3n_text": "B",
@@ -29,8 +32,9 @@ ALWAYS = {
 def _cases():
     for family in families():
         for recipe in RECIPES:
-            always = recipe in ALWAYS.get(family, "")
-            yield pytest.param(family, recipe, marks=() if always else pytest.mark.families)
+            tier = "models" if recipe in KINDS.get(family, "") else "families"
+            marks = () if (family, recipe) in QUICK else getattr(pytest.mark, tier)
+            yield pytest.param(family, recipe, marks=marks)
 
 
 @pytest.mark.parametrize(("family", "recipe"), _cases())

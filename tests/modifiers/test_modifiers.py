@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.autoround import AutoRoundModifier as StockAutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from pydantic import ValidationError
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-import casp_plugin.modifiers.base
+import casp_plugin.modifiers.recipe_run
 from casp_plugin import BitAllocationModifier, LowRankLinear, LowRankQKModifier, plan_recipe
+from casp_plugin.modifiers.base import RecipeContext
 from casp_plugin.statistics.forward import collect
 from casp_plugin.statistics.statistics import Request
 from casp_plugin.statistics.tracing import subgraphs_of
@@ -301,16 +302,21 @@ def test_bad_fields(modifier, fields, message):
         modifier(**fields)
 
 
+def requested(low_rank, model, allocation):
+    context = RecipeContext.of([low_rank, allocation, GPTQModifier()])
+    return low_rank.request(model, context)
+
+
 def test_methods_price_ranks_by_the_same_loss(load_tiny):
     """Whatever factors are best for, what they lose is compared with what bits lose."""
     for method in ("svd", "whitened", "attention"):
         low_rank = LowRankQKModifier(method=method)
-        asked = low_rank.request(load_tiny(), [bits(), GPTQModifier()])
+        asked = requested(low_rank, load_tiny(), bits())
         assert asked.gradient_moments == asked.second_moments != frozenset()
         influence = bits(importance="block_influence")
-        assert not low_rank.request(load_tiny(), [influence, GPTQModifier()]).gradient_moments
+        assert not requested(low_rank, load_tiny(), influence).gradient_moments
         fixed = LowRankQKModifier(method=method, keep=0.5)
-        assert not fixed.request(load_tiny(), [bits(), GPTQModifier()]).gradient_moments
+        assert not requested(fixed, load_tiny(), bits()).gradient_moments
 
 
 @pytest.mark.parametrize("importance", ["fisher", "uniform", "block_influence"])
@@ -372,7 +378,7 @@ def test_bad_recipes_fail_before_any_calibration(tiny_llama, batches, monkeypatc
     def too_late(*args):
         raise AssertionError("statistics were collected before the recipe was checked")
 
-    monkeypatch.setattr(casp_plugin.modifiers.base, "measure", too_late)
+    monkeypatch.setattr(casp_plugin.modifiers.recipe_run, "measure", too_late)
     recipe = [modifier.model_copy(deep=True) for modifier in recipe]
     with pytest.raises(ValueError, match=message):
         compress(tiny_llama, recipe, batches)

@@ -1,9 +1,10 @@
-"""The models that README names, at their real sizes and without weights: the recipes fit."""
+"""Models of docs/vision-language.md at their real sizes and without weights: the recipes fit."""
 
 from pathlib import Path
 
 import pytest
 import yaml
+from support.tiers import tiered
 from transformers import AutoConfig
 
 from casp_plugin.model.components import LANGUAGE
@@ -11,8 +12,9 @@ from casp_plugin.model.load import bare_model
 from casp_plugin.modifiers import plan_recipe
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "vision-language.md"
 GPTQ, LLAVA, SMALL = (
-    f"recipes/{name}.yaml" for name in ("casp_gptq_2.25", "llava_gptq_2.25", "smollm2/casp_2.28")
+    f"recipes/{name}.yaml" for name in ("casp_gptq", "llava_gptq", "smollm2/casp")
 )
 
 
@@ -120,7 +122,7 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, "llava-hf/llava-1.5-7b-hf"))
 def test_recipe_fits(name):
     family, vision, language, billions, recipe = MODELS[name]
     sizes = {"vision_config": vision, "text_config": language, "dtype": "float16"}
@@ -131,7 +133,7 @@ def test_recipe_fits(name):
     budgets = {budget.component or LANGUAGE: budget.average_bits for budget in plan.budgets}
     bits = {LANGUAGE: 2.25, "vision": 4.25, "connector": 4.25} if recipe == LLAVA else {}
     assert budgets == (bits or {LANGUAGE: 2.281503 if recipe == SMALL else 2.25})
-    assert f"| `{name}` | `{recipe}` | {_ignored(name)} |" in (ROOT / "README.md").read_text()
+    assert f"| `{name}` | `{recipe}` | {_ignored(name)} |" in PAGE.read_text()
     if recipe == GPTQ:
         bits = {"average_bits": {LANGUAGE: 2.25, "vision": 4.25}, "candidates": [2, 3, 4, 8]}
         ignore = ["re:.*lm_head$", _ignored(name).strip("`")]
@@ -143,7 +145,7 @@ def test_recipe_fits(name):
 
 
 def _ignored(name):
-    """What README says to ignore so that the vision tower can be quantized."""
+    """What the page says to ignore so that the vision tower can be quantized."""
     family, vision, *_ = MODELS[name]
     if family.startswith("qwen"):
         odd = {"qwen2_5_vl": "down_proj", "qwen3_vl": "linear_fc2"}.get(family)

@@ -1,21 +1,27 @@
 """Every recipe that ships runs, saves and reloads: GPTQ, RTN, AWQ and AutoRound."""
 
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
+from support.tiers import tiered
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from casp_plugin import plan_recipe
 from casp_plugin.checkpoint.check import check
+from casp_plugin.model.load import bare_model, read_model_config
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 # those of vision-language models: test_real_sizes.py
 OF_TEXT = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("llava"))
+BENCHMARKS = sorted((RECIPES / "smollm2").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,11 @@ def wide_llama(tmp_path_factory):
     return save_tiny_model(folder, "llama", torch.bfloat16, **sizes, **heads)
 
 
-@pytest.mark.parametrize("path", OF_TEXT, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    tiered(OF_TEXT, RECIPES / "casp_awq.yaml", RECIPES / "casp_rtn.yaml"),
+    ids=attrgetter("stem"),
+)
 def test_recipe(path, wide_llama, batches, tmp_path):
     recipe = path.read_text().replace("iters: 200", "iters: 2")
     model = oneshot(
@@ -51,21 +61,47 @@ def test_recipe(path, wide_llama, batches, tmp_path):
         torch.testing.assert_close(model(ids).logits, reloaded(ids).logits, atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((RECIPES / "smollm2").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_recipe_of_the_benchmarks(path):
-    """Those of ours fit SmolLM2-135M; all are recipes."""
-    text = path.read_text()
-    if "BitAllocationModifier" not in text:
-        assert Recipe.create_instance(str(path)).modifiers
-        return
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """Folder with the config of SmolLM2-135M."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
     config = LlamaConfig(**sizes, **heads, tie_word_embeddings=True, dtype=torch.bfloat16)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plan = plan_recipe(model, str(path))
-    [budget] = plan.budgets
-    least, most = budget.reachable_bits
-    assert least <= budget.average_bits <= most
+    folder = tmp_path_factory.mktemp("smollm2")
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "path", tiered(BENCHMARKS, RECIPES / "smollm2" / "casp.yaml"), ids=attrgetter("stem")
+)
+def test_recipe_of_the_benchmarks(path, smollm2, monkeypatch):
+    """Every budget of the benchmarks can be filled in, and reached on SmolLM2-135M."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    at_budgets = import_module("budgets").at_budgets
+    filled = dict(at_budgets([path], [2.28, 2.56, 3.30], smollm2))
+    if path.stem == "mix_2.56":
+        assert filled == {"mix_2.56": path.read_text()}
+        return
+    assert list(filled) == [f"{path.stem}_{bits}" for bits in ("2.28", "2.56", "3.30")]
+    # the recipe as it is
+    assert yaml.safe_load(filled[f"{path.stem}_2.28"]) == yaml.safe_load(path.read_text())
+    assert all(Recipe.create_instance(text).modifiers for text in filled.values())
+    if "BitAllocationModifier" in path.read_text():
+        [budget] = plan_recipe(bare_model(read_model_config(smollm2)), str(path)).budgets
+        least, most = budget.reachable_bits
+        assert all(least <= budget_bits <= most for budget_bits in (2.281503, 2.562753, 3.297128))
+
+
+def test_budgets_are_the_bytes_of_one_width(smollm2, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    at_budget = import_module("budgets").at_budget
+    stock, ours = (RECIPES / "smollm2" / f"{name}.yaml" for name in ("uniform", "casp"))
+    found = {}
+    for budget in (2.28, 2.56, 3.30):
+        [modifiers] = yaml.safe_load(at_budget(stock, budget, smollm2))["casp_stage"].values()
+        weights = modifiers["GPTQModifier"]["config_groups"]["group_0"]["weights"]
+        [modifiers] = yaml.safe_load(at_budget(ours, budget, smollm2))["casp_stage"].values()
+        bits = modifiers["BitAllocationModifier"]["average_bits"]
+        found[budget] = (weights["num_bits"], weights["group_size"], bits)
+    assert found == {2.28: (2, 64, 2.281503), 2.56: (2, 32, 2.562753), 3.30: (3, 64, 3.297128)}

@@ -1,10 +1,11 @@
 """What would not load is refused before any data runs."""
 
 import pytest
-from conftest import save_texts, save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from support.samples import save_texts
+from support.tiny_models import save_tiny_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 from typer.testing import CliRunner

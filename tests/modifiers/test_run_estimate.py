@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from llmcompressor.modifiers.gptq import GPTQModifier
+from support.tiny_models import save_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 

@@ -2,9 +2,9 @@
 
 import json
 import shutil
+from functools import cache
 
 import pytest
-import tiny_vlms
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -12,6 +12,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from loguru import logger
+from support import tiny_vlms
+from support.compressed_vlms import COMPONENTS, DENSE_CONNECTORS, batch_of, compress
+from support.tiers import tiered
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.models.opt import modeling_opt
@@ -27,69 +30,57 @@ from casp_plugin import (
 from casp_plugin.checkpoint.check import check
 from casp_plugin.checkpoint.fold import fold
 from casp_plugin.model.low_rank_linear import LowRankLinear
-from casp_plugin.modifiers import plan_recipe, tracing
+from casp_plugin.modifiers import plan_recipe
 from casp_plugin.plan.tables import plan_tables
 from casp_plugin.report.figures.plans import draw
+from casp_plugin.statistics import tracing
 
-COMPONENTS = {
-    family: ["language", "vision"] + ["connector"] * (family != "gemma3")
-    for family in tiny_vlms.FAMILIES
-}
-
-# families whose connector vLLM cannot run quantized
-DENSE_CONNECTORS = {"blip-2", "llava_next_video", "paligemma"}
+#: `make test` has one of those that are alike, a dense connector, and a tower by other names
+FAMILIES = tiered(tiny_vlms.FAMILIES, "llava", "blip-2", "gemma3")
 # families whose processor does without torchvision
 WITH_PROCESSOR = {"llava", "llava_next", "gemma3", "paligemma", "blip-2"}
 
 
-def batch_of(model, folder, family):
-    ids = torch.tensor([tiny_vlms.image_prompt(family, expanded=True)])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.startswith("qwen"):
-        batch["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    return {**batch, **tiny_vlms.image_inputs(folder, family)}
+@pytest.fixture(scope="module")
+def all_components(tmp_path_factory):
+    """Compresses all components of a family, once by each quantizer: folder, model and batch."""
 
+    @cache
+    def made(family, quantizer):
+        folder = tmp_path_factory.mktemp("all_components")
+        model, batch = compress(folder, family, quantizer(), components=COMPONENTS[family])
+        for path in (folder / "in").glob("*processor*"):
+            shutil.copy(path, folder / "out")
+        return folder / "out", model, batch
 
-def compress(folder, family, *quantizers, **bits):
-    """(compressed model, its batch)"""
-    tiny_vlms.save_tiny_vlm(folder / "in", family)
-    model = AutoModelForImageTextToText.from_pretrained(folder / "in", dtype=torch.float32)
-    batch = batch_of(model, folder / "in", family)
-    defaults = {"average_bits": 5, "candidates": [2, 3, 4, 8], "group_size": 32}
-    model = oneshot(
-        model=model,
-        processor=AutoTokenizer.from_pretrained(folder / "in"),
-        recipe=[LowRankQKModifier(), BitAllocationModifier(**{**defaults, **bits}), *quantizers],
-        dataset=DataLoader([batch] * 4, batch_size=None),
-        output_dir=str(folder / "out"),
-    )
-    return model, batch
+    return made
 
 
 @pytest.mark.parametrize("quantizer", [GPTQModifier, QuantizationModifier])
-@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
-def test_all_components(family, quantizer, tmp_path):
-    model, batch = compress(tmp_path, family, quantizer(), components=COMPONENTS[family])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_components(family, quantizer, all_components):
+    out, model, batch = all_components(family, quantizer)
     found = {unit.component for unit in model.casp_plan.units}
     assert found == set(COMPONENTS[family])
     assert all(torch.isfinite(p).all() for p in model.parameters() if p.is_floating_point())
-    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    reloaded = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, reloaded(**batch).logits)
-    for path in (tmp_path / "in").glob("*processor*"):
-        shutil.copy(path, tmp_path / "out")
-    findings = {finding.what: finding for finding in check(tmp_path / "out")}
+    findings = {finding.what: finding for finding in check(out)}
     failed = [what for what, finding in findings.items() if finding.passed is False]
     assert failed == (["vLLM"] if family in DENSE_CONNECTORS else [])
     assert findings["reload"].detail.endswith("for an image") == (family in WITH_PROCESSOR)
 
 
-@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
-def test_fold(family, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fold(family, all_components, tmp_path):
     """Stock transformers does not load SigLIP towers quantized."""
-    components = ["language"] if family in ("gemma3", "paligemma") else COMPONENTS[family]
-    model, batch = compress(tmp_path, family, GPTQModifier(), components=components)
-    fold(tmp_path / "out", tmp_path / "folded")
+    if family in ("gemma3", "paligemma"):
+        model, batch = compress(tmp_path, family, GPTQModifier(), components=["language"])
+        out = tmp_path / "out"
+    else:
+        out, model, batch = all_components(family, GPTQModifier)
+    fold(out, tmp_path / "folded")
     folded = AutoModelForImageTextToText.from_pretrained(tmp_path / "folded", dtype=torch.float32)
     assert not any(isinstance(module, LowRankLinear) for module in folded.modules())
     with torch.no_grad():
@@ -330,14 +321,6 @@ def test_untraceable_on_the_command_line(files, monkeypatch):
 def test_batches_of_images(files):
     arguments = ("--dataset", files / "data.jsonl", "--output", files / "out", "--batch-size", 2)
     assert "--batch-size is for text" in str(casp(files, "run", *arguments).exception)
-
-
-def test_registering_twice_changes_nothing():
-    from llmcompressor.pipelines.sequential import pipeline
-
-    before = pipeline.trace_subgraphs
-    tracing.register()
-    assert pipeline.trace_subgraphs is before
 
 
 RECIPE = """

@@ -1,16 +1,17 @@
 """The page and the card say what the files say, to people who did not make them."""
 
+import shutil
 from html.parser import HTMLParser
 
 import pytest
-import tiny_vlms
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import save_tiny_model
 from huggingface_hub import ModelCard
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
-from test_cli import casp, error_of, files, run_arguments  # noqa: F401
+from support import tiny_vlms
+from support.command_line import casp, error_of
+from support.tiny_models import save_tiny_model
 
 from casp_plugin import CompressionPlan
 from casp_plugin.bench.runs import Speed
@@ -23,9 +24,9 @@ from casp_plugin.report.page import page
 
 
 @pytest.fixture
-def checkpoint(tiny_llama, files):  # noqa: F811
-    assert casp(*run_arguments(tiny_llama, files)).exit_code == 0
-    return files / "out"
+def checkpoint(compressed_llama, tmp_path):
+    """A copy of one's own, into which the page and the card are written."""
+    return shutil.copytree(compressed_llama, tmp_path / "out")
 
 
 def evaluation(model, losses):
@@ -47,7 +48,7 @@ def speed(model, prefill, bytes_on_disk):
 
 
 @pytest.fixture
-def measured(checkpoint, tiny_llama, files):  # noqa: F811
+def measured(checkpoint, tiny_llama, files):
     """--eval and --bench of a checkpoint and its original."""
     losses = [10.0 + i for i in range(8)]
     records = [evaluation(tiny_llama, losses), evaluation(checkpoint, [x + 2 for x in losses])]
@@ -116,7 +117,7 @@ def test_sizes_by_component_and_head(tmp_path):
     assert found["vision"]["other matrices"] > 0  # position and patch embeddings
 
 
-def test_page_and_card(checkpoint, tiny_llama, files, measured):  # noqa: F811
+def test_page_and_card(checkpoint, tiny_llama, files, measured):
     result = casp("report", checkpoint, *measured, "--license", "apache-2.0")
     assert result.exit_code == 0, result.output
     text = (checkpoint / "report.html").read_text()
@@ -195,7 +196,7 @@ def test_a_card_of_someone_else_stays(checkpoint):
     assert "## Limitations" in path.read_text()
 
 
-def test_wrong_files(checkpoint, tiny_llama, files, capsys, monkeypatch):  # noqa: F811
+def test_wrong_files(checkpoint, tiny_llama, files, capsys, monkeypatch):
     save_records([evaluation(tiny_llama, [1.0, 2.0])], files / "other.json")
     found = error_of(capsys, monkeypatch, "report", checkpoint, "--eval", files / "other.json")
     assert f"other.json measured {tiny_llama}, not" in found

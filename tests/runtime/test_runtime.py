@@ -331,16 +331,16 @@ def kernel_table(on_cuda):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def test_readme_has_the_kernel_table(on_cuda):
-    """CASP_UPDATE_README=1 writes it."""
-    readme = Path(__file__).parents[2] / "README.md"
-    before, begin, rest = readme.read_text().partition("<!-- kernels -->\n")
+def test_docs_have_the_kernel_table(on_cuda):
+    """CASP_UPDATE_DOCS=1 writes it."""
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    before, begin, rest = page.read_text().partition("<!-- kernels -->\n")
     found, end, after = rest.partition("<!-- /kernels -->\n")
     assert begin
     assert end
     table = kernel_table(on_cuda) + "\n"
-    if os.environ.get("CASP_UPDATE_README"):
-        readme.write_text(before + begin + table + end + after)
+    if os.environ.get("CASP_UPDATE_DOCS"):
+        page.write_text(before + begin + table + end + after)
     else:
         assert found == table
 

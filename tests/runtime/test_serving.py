@@ -13,14 +13,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-import test_vision_language
-import tiny_vlms
 import torch
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -28,6 +26,8 @@ from llmcompressor.modifiers.transform import QuIPModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from openai import OpenAI
 from safetensors.torch import load_file
+from support import compressed_vlms, tiny_vlms
+from support.tiny_models import save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -52,16 +52,17 @@ from casp_plugin.model.load import load_model
 
 pytestmark = pytest.mark.vllm
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "smollm2"
+ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parents[1] / "vllm_site"
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONPATH": str(SITE),
 }
+# GiB, where vllm_site/worker.py does not ask for less
+SPACE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # vLLM-CPU's attention takes heads of 32 and more
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "initializer_range": 0.15}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [90, 3, 41, 17, 60]]
@@ -284,10 +285,10 @@ def test_vision_language_family(serve, batches, tmp_path, family):
 @pytest.mark.parametrize("family", SERVED)
 def test_all_components(serve, tmp_path, family):
     """Vision tower and connector quantized as well."""
-    components = test_vision_language.COMPONENTS[family]
-    if family in test_vision_language.DENSE_CONNECTORS:
+    components = compressed_vlms.COMPONENTS[family]
+    if family in compressed_vlms.DENSE_CONNECTORS:
         components = ["language", "vision"]
-    test_vision_language.compress(tmp_path, family, GPTQModifier(), components=components)
+    compressed_vlms.compress(tmp_path, family, GPTQModifier(), components=components)
     assert_sees(serve, tmp_path / "in", tmp_path / "out", family)
 
 
@@ -433,7 +434,7 @@ def server(vllm_python, batches, tmp_path):
     address = f"http://127.0.0.1:{port}"
     command = [Path(vllm_python).parent / "vllm", "serve", folder, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**os.environ, **ENVIRONMENT, **SPACE, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = tmp_path / "log"
     process = subprocess.Popen(
         [*command, "--enforce-eager"],
@@ -477,7 +478,7 @@ def test_bench(vllm_python, batches, tmp_path):
     command += ["--engine", "vllm", "--prompt-tokens", "8", "--new-tokens", "40", "--rounds", "2"]
     command += ["--engine-args", "dtype=float32,enforce_eager=True,max_model_len=64"]
     command += ["--output", tmp_path / "bench.json"]
-    subprocess.run(list(map(str, command)), check=True, env={**os.environ, **ENVIRONMENT})
+    subprocess.run(list(map(str, command)), check=True, env={**os.environ, **ENVIRONMENT, **SPACE})
     original, smaller = load_records(Speed, tmp_path / "bench.json", "casp bench")
     assert (original.engine, smaller.model) == ("vllm", str(folder))
     assert smaller.rounds[0].prompt_tokens == 8
@@ -491,8 +492,17 @@ def test_tested_architectures():
     assert text | vision == TESTED
 
 
-@pytest.mark.parametrize("recipe", ["casp_2.28", "hadamard_2.56", "uniform_3.30"])
-def test_smollm2(serve, tmp_path, recipe):
+@pytest.fixture
+def at_budget(monkeypatch):
+    """Fills the recipes of the benchmarks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("budgets").at_budget
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("casp", 2.28), ("hadamard", 2.56), ("uniform", 3.30)]
+)
+def test_smollm2(serve, at_budget, tmp_path, recipe, bits):
     """Recipes on a real model, calibrated shortly: vLLM writes the same text."""
     source = os.environ.get("CASP_SMOLLM2")
     if source is None:
@@ -501,7 +511,7 @@ def test_smollm2(serve, tmp_path, recipe):
     tokenizer = AutoTokenizer.from_pretrained(source)
     oneshot(
         model=source,
-        recipe=str(RECIPES / f"{recipe}.yaml"),
+        recipe=at_budget(ROOT / "recipes" / "smollm2" / f"{recipe}.yaml", bits, source),
         output_dir=str(folder),
         dataset=calibration_loader(load_text("bundled", tokenizer, 8), tokenizer, 256),
     )
@@ -536,7 +546,7 @@ def test_lm_eval(vllm_python, tmp_path):
         command += ["--model", backend, "--model_args", arguments, "--tasks", "casp_facts*"]
         command += ["--include_path", str(Path(__file__).parents[1] / "tasks" / "lm_eval")]
         command += ["--device", "cpu", "--output_path", str(tmp_path / backend)]
-        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
+        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT, **SPACE})
         [path] = (tmp_path / backend).rglob("results*.json")
         found[backend] = json.loads(path.read_text())["results"]
     for task, metrics in found["hf"].items():
@@ -546,8 +556,8 @@ def test_lm_eval(vllm_python, tmp_path):
     assert found["hf"]["casp_facts"]["acc,none"] > 0.5
 
 
-@pytest.mark.parametrize("recipe", ["casp_2.28", "casp_all_3.30"])
-def test_small_vlm(serve, tmp_path, recipe):
+@pytest.mark.parametrize(("recipe", "bits"), [("casp", 2.28), ("casp_all", 3.30)])
+def test_small_vlm(serve, at_budget, tmp_path, recipe, bits):
     """A real vision-language model answers questions about images alike in both: in float32, in
     which transformers loads a compressed LLaVA only where it was saved so."""
     source, data = (os.environ.get(f"CASP_SMALL_VLM{what}") for what in ("", "_DATA"))
@@ -559,7 +569,7 @@ def test_small_vlm(serve, tmp_path, recipe):
     oneshot(
         model=load_model(source, dtype=torch.float32),
         processor=processor,
-        recipe=str(RECIPES.parent / "small_vlm" / f"{recipe}.yaml"),
+        recipe=at_budget(ROOT / "recipes" / "small_vlm" / f"{recipe}.yaml", bits, source),
         dataset=conversation_loader(calibration, processor, 256),
         output_dir=str(folder),
     )

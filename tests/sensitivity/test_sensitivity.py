@@ -2,22 +2,21 @@
 
 import json
 import math
-from io import BytesIO
 from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
 import pytest
-import tiny_vlms
 import torch
 from compressed_tensors.offload.cache import CPUCache
-from conftest import save_texts, save_tiny_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from support import tiny_vlms
+from support.samples import png, save_texts
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,10 +25,10 @@ from casp_plugin.cli import app
 from casp_plugin.cli.app import main
 from casp_plugin.evaluation.text import evaluate
 from casp_plugin.model.load import bare_model, load_model
-from casp_plugin.model.location import AXES, Part, find_parts, levels
+from casp_plugin.model.location import AXES, Location, find_locations, levels
 from casp_plugin.model.schemes import stored_bytes, weight_args
 from casp_plugin.plan.sensitivity_file import Sensitivity, Shares, shares_of
-from casp_plugin.sensitivity import study
+from casp_plugin.sensitivity import scoring, study
 from casp_plugin.sensitivity.analysis import (
     analyse,
     best_models,
@@ -45,16 +44,23 @@ from casp_plugin.sensitivity.grid import (
     weights_of,
 )
 from casp_plugin.sensitivity.rounding import changed_by, uniform
-from casp_plugin.sensitivity.study import Calibration, Judged, Study, find_layers, points_of
+from casp_plugin.sensitivity.scoring import Judged
+from casp_plugin.sensitivity.study import Calibration, Study, find_layers, points_of
 from casp_plugin.sensitivity.summary import analyse_all
 
 HEAD = ["re:(.*[.])?lm_head$"]
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """A tenth of the forests that intervals are told from."""
+    monkeypatch.setattr("casp_plugin.sensitivity.analysis.RESAMPLES", 10)
+
+
 def layers_of(*components, blocks=("front", "middle", "end")):
     """One layer of each kind in each block of some components."""
     return {
-        f"{component}.{block}.{kind}": Layer(Part(component, block, kind), (64, 64 + 32 * i))
+        f"{component}.{block}.{kind}": Layer(Location(component, block, kind), (64, 64 + 32 * i))
         for component in components
         for i, (block, kind) in enumerate(product(blocks, ("attention", "feed-forward")))
     }
@@ -83,7 +89,7 @@ def test_parts_of_a_language_model(llama):
         index = int(name.split(".")[2])
         block = ("front", "front", "middle", "middle", "end", "end")[index]
         kind = "attention" if "self_attn" in name else "feed-forward"
-        assert layer.part == Part("language", block, kind)
+        assert layer.location == Location("language", block, kind)
 
 
 @pytest.mark.parametrize(
@@ -96,15 +102,15 @@ def test_parts_of_a_language_model(llama):
 def test_parts_of_three_components(family, connector, loose, tmp_path):
     tiny_vlms.save_tiny_vlm(tmp_path, family, blocks=3)
     layers = find_layers(load_model(str(tmp_path)), HEAD)
-    parts = [layer.part for layer in layers.values()]
+    parts = [layer.location for layer in layers.values()]
     assert set(levels(parts, "component")) == {"vision", "connector", "language"}
     assert levels(parts, "block group") == ["front", "middle", "end"]
     assert levels(parts, "layer type") == ["attention", "feed-forward"]
     assert sum(part.block is None for part in parts) == loose
     [name] = [name for name in layers if name.endswith(connector)]
-    assert layers[name].part.component == "connector"
+    assert layers[name].location.component == "connector"
     if family == "blip-2":
-        assert layers[name].part == Part("connector", "end", "feed-forward")
+        assert layers[name].location == Location("connector", "end", "feed-forward")
 
 
 def test_short_stacks_and_experts_have_no_thirds():
@@ -112,13 +118,13 @@ def test_short_stacks_and_experts_have_no_thirds():
     layer = torch.nn.ModuleDict({"attention": torch.nn.Linear(2, 2), "experts": inside})
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer] * 3)})
     names = ["layers.2.experts.0", "layers.0.attention"]
-    assert list(find_parts(model, names).values()) == [
-        Part("language", "end", "feed-forward"),
-        Part("language", "front", "attention"),
+    assert list(find_locations(model, names).values()) == [
+        Location("language", "end", "feed-forward"),
+        Location("language", "front", "attention"),
     ]
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer] * 2)})
     for name in ("layers.1.attention", "layers.1.experts.3"):
-        assert find_parts(model, [name]) == {name: Part("language", None, None)}
+        assert find_locations(model, [name]) == {name: Location("language", None, None)}
 
 
 def test_sizes_of_the_grids():
@@ -126,16 +132,18 @@ def test_sizes_of_the_grids():
     assert len(grid("uniform", three)) == 4 * 7 * 7 * 3
     assert len(grid("gptq", three)) == len(grid("awq", three)) == 6 * 7
     # a projector without blocks is quantized or not, whatever blocks are chosen
-    projector = {"p": Layer(Part("connector", None, None), (8, 8))}
+    projector = {"p": Layer(Location("connector", None, None), (8, 8))}
     assert len(grid("uniform", layers_of("vision", "language") | projector)) == 4 * (6 * 21 + 1)
     assert len(grid("uniform", layers_of("language"))) == 4 * 7 * 3
     assert len(grid("gptq", layers_of("language"))) == 6 * 7 * 3
 
 
 def test_a_grid_quantizes_no_set_of_layers_twice():
-    layers = layers_of("vision", "language") | {"p": Layer(Part("connector", None, None), (8, 8))}
+    layers = layers_of("vision", "language") | {
+        "p": Layer(Location("connector", None, None), (8, 8))
+    }
     seen = {
-        (one.bits, frozenset(name for name, each in layers.items() if one.takes(each.part)))
+        (one.bits, frozenset(name for name, each in layers.items() if one.takes(each.location)))
         for one in grid("uniform", layers)
     }
     assert len(seen) == len(grid("uniform", layers))
@@ -148,9 +156,9 @@ def test_a_grid_quantizes_no_set_of_layers_twice():
                     frozenset(
                         name
                         for name, each in layers.items()
-                        if each.part.component in components
-                        and each.part.block in (None, *blocks)
-                        and each.part.kind in (None, *kinds)
+                        if each.location.component in components
+                        and each.location.block in (None, *blocks)
+                        and each.location.layer_type in (None, *kinds)
                     )
                 )
     assert sets == expected - {frozenset()}
@@ -167,15 +175,18 @@ def test_bits_a_weight():
     spent, whole = {}, {}
     for layer in layers.values():
         weights = math.prod(layer.shape)
-        part = layer.part
-        taken = (part.component, part.kind) == ("vision", "attention") and part.block != "middle"
+        part = layer.location
+        taken = (part.component, part.layer_type) == (
+            "vision",
+            "attention",
+        ) and part.block != "middle"
         bits = weights * 4 + 32 if taken else weights * 16
-        for level in ("per_weight", *(getattr(part, axis) for axis in AXES.values())):
+        for level in ("per_weight", *map(part.level, AXES)):
             spent[level] = spent.get(level, 0) + bits
             whole[level] = whole.get(level, 0) + weights
     assert found == pytest.approx({f"bits_{k}": spent[k] / whole[k] for k in spent})
     everything = Configuration("gptq", 3, ("language",), (), ())
-    flat = {"p": Layer(Part("language", None, None), (48, 96))}
+    flat = {"p": Layer(Location("language", None, None), (48, 96))}
     stored = stored_bytes((48, 96), weight_args(3, 32), torch.bfloat16)
     taken = features(everything, flat, torch.bfloat16, 32)["bits_per_weight"]
     assert taken == pytest.approx(stored * 8 / (48 * 96))
@@ -317,14 +328,18 @@ def test_scores_are_those_of_the_changed_models(llama, texts, whole):
 
     assert rows["text/perplexity"][0] == pytest.approx(perplexity(lambda _: []), rel=1e-6)
     for one in SOME[:2]:
-        names = [n for n, e in find_layers(load_model(llama), HEAD).items() if one.takes(e.part)]
+        names = [
+            n for n, e in find_layers(load_model(llama), HEAD).items() if one.takes(e.location)
+        ]
         rounded = perplexity(
             lambda p, names=names: [
                 (f"{n}.weight", uniform(p[f"{n}.weight"].data, 2)) for n in names
             ]
         )
         assert row(one) == pytest.approx(rounded, rel=1e-6)
-    names = [n for n, e in find_layers(load_model(llama), HEAD).items() if SOME[2].takes(e.part)]
+    names = [
+        n for n, e in find_layers(load_model(llama), HEAD).items() if SOME[2].takes(e.location)
+    ]
     by_gptq = changed(llama, batches, "gptq", 2, names)
     assert row(SOME[2]) == pytest.approx(perplexity(lambda _: by_gptq.items()), rel=1e-5)
     assert row(SOME[3]) != row(SOME[2])
@@ -362,10 +377,10 @@ def test_two_processes_find_the_same(llama, texts, whole, tmp_path):
 
 def test_processes_that_memory_allows(monkeypatch):
     memory = type("memory", (), {"available": 10_000})
-    monkeypatch.setattr(study.psutil, "virtual_memory", lambda: memory)
-    assert study.processes_of(8, 1_000) == 3
-    assert study.processes_of(2, 1_000) == 2
-    assert study.processes_of(8, 1_000_000) == 1
+    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: memory)
+    assert scoring.processes_of(8, 1_000) == 3
+    assert scoring.processes_of(2, 1_000) == 2
+    assert scoring.processes_of(8, 1_000_000) == 1
 
 
 # What is told from the scores.
@@ -438,11 +453,11 @@ def test_axes_that_a_method_does_not_vary():
 def test_a_connector_that_is_always_whole_does_not_tell_for_others():
     """Its bits are the width of all that is quantized, which those of others, averages, hide."""
     layers = layers_of("vision", "language") | {
-        "connector": Layer(Part("connector", None, None), (64, 64))
+        "connector": Layer(Location("connector", None, None), (64, 64))
     }
     rows = []
     for one in points_of(["uniform"], layers, torch.bfloat16, 32, 150):
-        worst = any(one.takes(layer.part) for n, layer in layers.items() if "language" in n)
+        worst = any(one.takes(layer.location) for n, layer in layers.items() if "language" in n)
         found = features(one, layers, torch.bfloat16, 32)
         rows.append(one.row() | found | {"t/perplexity": math.exp(8 / one.bits if worst else 0)})
     found = {one.axis: one for one in analyse_all(pd.DataFrame(rows), layers, "perplexity")}
@@ -636,29 +651,21 @@ def test_studies_of_something_else(llama, batches, tmp_path):
 # The command.
 
 
-def png(seed):
-    file = BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
 def casp(*arguments):
     found = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert found.exit_code == 0, found.output
     return found.output
 
 
-def test_the_command_on_a_model_that_sees(tmp_path, monkeypatch):
+def test_the_command_on_a_model_that_sees(tmp_path):
     tiny_vlms.save_tiny_vlm(tmp_path / "in", "llava", blocks=3)
     rows = {
-        "image": [png(i) for i in range(4)],
+        "image": [png(seed=i) for i in range(4)],
         "question": ["w5 w9"] * 4,
         "answer": [f"w{i + 9} w20" for i in range(4)],
         "task": ["caption", "vqa"] * 2,
     }
     Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
-    monkeypatch.setattr("casp_plugin.sensitivity.analysis.RESAMPLES", 5)
     data = ("--dataset", tmp_path / "data.parquet", "--heldout", tmp_path / "data.parquet")
     arguments = (
         *("sensitivity", tmp_path / "in", "--output", tmp_path / "out", *data),
@@ -691,8 +698,7 @@ def test_the_command_on_a_model_that_sees(tmp_path, monkeypatch):
     assert {one["task"] for one in analyses} == {"caption", "vqa"}
 
 
-def test_the_command_on_a_language_model(llama, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("casp_plugin.sensitivity.analysis.RESAMPLES", 5)
+def test_the_command_on_a_language_model(llama, texts, tmp_path):
     output = casp(
         *("sensitivity", llama, "--output", tmp_path / "out", "--methods", "uniform"),
         *("--heldout", texts, "--heldout-samples", 2, "--max-length", 24, "--max-points", 14),

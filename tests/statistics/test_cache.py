@@ -4,11 +4,11 @@ import io
 
 import pytest
 import torch
-from conftest import VOCABULARY, save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from loguru import logger
 from safetensors.torch import load_file
+from support.tiny_models import VOCABULARY, save_tiny_model
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, set_seed
 
@@ -17,10 +17,9 @@ import casp_plugin.statistics.layer_by_layer as measuring
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.maths.low_rank import Spectrum
 from casp_plugin.plan.plan import Candidate, UnitPlan
-from casp_plugin.statistics.attention_maps import AttentionDensity
 from casp_plugin.statistics.cache import MeasurementCache
-from casp_plugin.statistics.layer_notes import Measured
-from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.statistics.layer_notes import LayerNotes
+from casp_plugin.statistics.statistics import AttentionDensity, Request, Statistics
 
 
 def recipe(cache_dir=None, average_bits=5.0, **fields):
@@ -83,7 +82,7 @@ def test_parts_as_they_were(tmp_path):
     ]
     unit = UnitPlan(name="b", modules={"b": (3, 3)}, weights=9, candidates=candidates)
     spectrum = Spectrum(torch.rand(4).double(), torch.randn(4, 2), torch.randn(2, 3))
-    part = Measured([unit], {("a.q", "a.k"): spectrum}, statistics, 3, False)
+    part = LayerNotes([unit], {("a.q", "a.k"): spectrum}, statistics, 3, False)
     cache = MeasurementCache(tmp_path, {"a": 1}, {"b": 1})
     assert cache.parts() == []
     cache.keep_part(0, part)

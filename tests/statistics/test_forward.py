@@ -1,9 +1,9 @@
 """Statistics layer by layer against those of the model as a whole."""
 
 import pytest
-import tiny_vlms
 import torch
-from conftest import VOCABULARY, save_tiny_model
+from support import tiny_vlms
+from support.tiny_models import VOCABULARY, save_tiny_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

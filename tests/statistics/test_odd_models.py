@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import save_texts, save_tiny_model
+from support.samples import save_texts
+from support.tiny_models import save_tiny_model
 from torch import nn
 from typer.testing import CliRunner
 

@@ -2,10 +2,10 @@
 
 import torch
 from compressed_tensors.offload import get_device_map, load_offloaded_model, set_onload_device
-from conftest import save_tiny_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, set_seed
 
 from casp_plugin import BitAllocationModifier, LowRankQKModifier, plan_recipe

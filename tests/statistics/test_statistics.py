@@ -2,8 +2,8 @@
 
 import pytest
 import scipy.linalg
-import tiny_vlms
 import torch
+from support import tiny_vlms
 from transformers import AutoModelForImageTextToText
 
 from casp_plugin.model.low_rank_linear import named_linears
@@ -141,7 +141,7 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
     for batch in list(batches)[:2]:
         logits = model(**batch).logits.flatten(0, 1)
         generator = derivatives._generator(batch, None)
-        labels = derivatives.drawn(logits.detach().softmax(-1), generator)[:, 0]
+        labels = derivatives.draw_labels(logits.detach().softmax(-1), generator)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         for name, g in zip(outputs, torch.autograd.grad(loss, outputs.values()), strict=True):
             gradients[name].append(g.flatten(0, 1).double())
@@ -161,7 +161,7 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
 def test_drawn_as_often_as_likely():
     chances = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     generator = torch.Generator().manual_seed(0)
-    labels = derivatives.drawn(chances.expand(20000, -1), generator)
+    labels = derivatives.draw_labels(chances.expand(20000, -1), generator)
     often = labels.flatten().bincount(minlength=6) / 20000
     torch.testing.assert_close(often, chances, atol=0.01, rtol=0)
     assert often[chances == 0].sum() == 0

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import VOCABULARY, save_tiny_model
 from safetensors.torch import load_file
+from support.tiny_models import VOCABULARY, save_tiny_model
 
 from casp_plugin import CompressionPlan
 

@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import save_texts, save_tiny_model
+from support.samples import save_texts
+from support.tiny_models import save_tiny_model
 
 from casp_plugin.system.files import whole_file, whole_folder, write_whole
 

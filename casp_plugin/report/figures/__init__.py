@@ -1,1 +1,1 @@
-"""Pictures of plans and of results."""
+"""Figures of plans and of results."""

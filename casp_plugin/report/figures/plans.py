@@ -1,5 +1,5 @@
-"""A plan as pictures: bits, ranks and costs over the layers, spectra, other budgets, and how sparse
-the attention of each head is."""
+"""Figures of a plan: bits, ranks and costs over the layers, spectra, other budgets, and the
+attention density of heads."""
 
 import math
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from casp_plugin.maths.average_bits import average_bits
 from casp_plugin.plan.plan import CompressionPlan
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "rank_grids",
 ]
 
-#: cells in a row that still have room for a number
+#: cells of a row that leave room for numbers in them, at most
 _NUMBERED = 48
 
 
@@ -30,10 +31,14 @@ _NUMBERED = 48
 class Grid:
     """Values by row and layer.
 
-    :param label: of the colours
-    :param ticks: values that there are, where they are few
-    :param logarithmic: colours by orders of magnitude
-    :param spec: how a cell's value is written into it; None for not at all
+    :param title: title of the panel
+    :param rows: names of the rows
+    :param columns: names of the columns: layers
+    :param values: values by row, then by column; NaN for empty cells
+    :param label: label of the colours
+    :param ticks: all values that occur, where they are few
+    :param logarithmic: whether colours show orders of magnitude
+    :param spec: format of the numbers in the cells; None for no numbers
     """
 
     title: str
@@ -47,16 +52,16 @@ class Grid:
 
 
 def draw(plan: CompressionPlan) -> Figure:
-    """
-    :param plan: a decided one
-    :return: a panel of bits for each component of the model, and one of attention densities for
-        each whose attention was looked at
+    """Draw a panel of bits for every component of a model, and panels of attention densities where
+    the plan has them.
+
+    :param plan: a decided plan
     """
     return draw_grids([*bit_grids(plan), *density_grids(plan)])
 
 
 def draw_grids(grids: list[Grid]) -> Figure:
-    """A panel for each grid, one below the other."""
+    """Draw a panel for every grid, one below the other."""
     widths = [len(grid.columns) for grid in grids]
     heights = [1.6 + 0.3 * len(grid.rows) for grid in grids]
     figure = Figure(figsize=(4.5 + 0.28 * max(widths), sum(heights)), layout="constrained")
@@ -80,24 +85,26 @@ def draw_grids(grids: list[Grid]) -> Figure:
 
 
 def bit_grids(plan: CompressionPlan) -> list[Grid]:
-    """Chosen bits of every unit, a grid for each component."""
-    candidates = sorted({c.bits for unit in plan.units for c in unit.candidates})
+    """Return the chosen bits of all units, a grid for every component."""
+    candidates = sorted({option.bits for unit in plan.units for option in unit.candidates})
     grids = []
     for component, units in _by_component(plan):
-        reached = sum(unit.choice.bytes for unit in units) * 8 / sum(unit.weights for unit in units)
-        cells = {_cell(unit.name): unit.choice.bits for unit in units}
+        reached = average_bits(
+            sum(unit.choice.bytes for unit in units), sum(unit.weights for unit in units)
+        )
+        cells = {_row_and_column(unit.name): unit.choice.bits for unit in units}
         title = f"{component}: bits, {reached:.3f} on average"
         grids.append(_grid(title, cells, "bits", candidates, spec="g"))
     return grids
 
 
 def cost_grids(plan: CompressionPlan) -> list[Grid]:
-    """What the fewest bits would cost each unit, importance x error; a grid for each component
-    whose errors were measured."""
+    """Return the costs (importance x error) of all units at their fewest bits, a grid for every
+    component whose errors were measured."""
     grids = []
     for component, units in _by_component(plan):
         cells = {
-            _cell(unit.name): unit.importance * unit.candidates[0].error
+            _row_and_column(unit.name): unit.importance * unit.candidates[0].error
             for unit in units
             if unit.importance is not None and unit.candidates[0].error is not None
         }
@@ -108,11 +115,14 @@ def cost_grids(plan: CompressionPlan) -> list[Grid]:
 
 
 def rank_grids(plan: CompressionPlan) -> list[Grid]:
-    """Ranks of what was factored, a grid for each component that has any."""
+    """Return the ranks of all factored layers, a grid for every component that has any."""
     grids = []
     for component in dict.fromkeys(entry.component for entry in plan.low_rank):
         entries = [entry for entry in plan.low_rank if entry.component == component]
-        cells = {_cell(e.module): math.nan if e.rank is None else e.rank for e in entries}
+        cells = {
+            _row_and_column(entry.module): math.nan if entry.rank is None else entry.rank
+            for entry in entries
+        }
         if not all(map(math.isnan, cells.values())):
             title = f"{component}: rank of the factors (white: dense)"
             grids.append(_grid(title, cells, "rank", None, spec="g"))
@@ -120,8 +130,8 @@ def rank_grids(plan: CompressionPlan) -> list[Grid]:
 
 
 def density_grids(plan: CompressionPlan) -> list[Grid]:
-    """Share of the attention maps' entries that are not nearly zero, by head; of images and text
-    too where there were images."""
+    """Return the attention density of every head (share of the map's entries that are not nearly
+    zero), a grid for every component, and grids for images and for text where there were images."""
     panels: dict[str, dict] = {}
     for attention in plan.attention:
         over = {
@@ -129,7 +139,7 @@ def density_grids(plan: CompressionPlan) -> list[Grid]:
             ", over images": attention.image,
             ", over text": attention.text,
         }
-        _, layer = _cell(attention.module)
+        _, layer = _row_and_column(attention.module)
         for kind, heads in over.items():
             if heads is not None:
                 cells = panels.setdefault(f"{attention.component}: attention density{kind}", {})
@@ -138,8 +148,8 @@ def density_grids(plan: CompressionPlan) -> list[Grid]:
 
 
 def draw_spectra(plan: CompressionPlan) -> Figure | None:
-    """Share of the output energy that factors lose, by rank, a line for each latent and a dot where
-    its rank was chosen; None without spectra."""
+    """Draw the share of the output energy that factors lose, by rank: a line for every latent, with
+    a dot at the chosen rank; None without spectra."""
     if not plan.spectra:
         return None
     ranks = {entry.module: (entry.rank, entry.error) for entry in plan.low_rank}
@@ -154,7 +164,7 @@ def draw_spectra(plan: CompressionPlan) -> Figure | None:
         if rank is not None and error is not None:
             axes.plot(rank, error, "o", color=colour, markersize=5)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=max(1e-5, min(min(s.lost[:-1]) for s in plan.spectra)))
+    axes.set_ylim(bottom=max(1e-5, min(min(spectrum.lost[:-1]) for spectrum in plan.spectra)))
     axes.set_xlabel("rank (dots: chosen)")
     axes.set_ylabel("share of the output energy lost")
     figure.colorbar(mapped, label="attention module, in order")
@@ -162,15 +172,16 @@ def draw_spectra(plan: CompressionPlan) -> Figure | None:
 
 
 def draw_budgets(plan: CompressionPlan) -> Figure | None:
-    """Least expected error at other budgets; None where errors are unknown."""
+    """Draw the least expected error by budget; None where errors are unknown."""
     if not plan.pareto:
         return None
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     for budget in plan.budgets:
-        points = [p for p in plan.pareto if p.component == budget.component]
-        bits = [p.average_bits for p in points]
-        [line] = axes.plot(bits, [p.error for p in points], "o-", label=budget.component)
+        points = [point for point in plan.pareto if point.component == budget.component]
+        bits = [point.average_bits for point in points]
+        errors = [point.error for point in points]
+        [line] = axes.plot(bits, errors, "o-", label=budget.component)
         axes.axvline(budget.reached_bits, linestyle="--", color=line.get_color())
     axes.set_yscale("log")
     axes.set_xlabel("average bits (dashed: this checkpoint)")
@@ -201,10 +212,10 @@ def _grid(title: str, cells: dict[tuple[str, str], float], label: str, ticks, **
     return Grid(title, rows, columns, values, label, ticks, **more)
 
 
-def _cell(name: str) -> tuple[str, str]:
-    """Row and column of a module: ``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``, ``3``."""
-    parts = name.split(".")
-    for at, part in enumerate(parts):
-        if part[:1].isdigit():
-            return ".".join(parts[at + 1 :]) or "layer", part
+def _row_and_column(name: str) -> tuple[str, str]:
+    """Return row and column of a module: ``mlp.up_proj``, ``3`` for ``layers.3.mlp.up_proj``."""
+    path = name.split(".")
+    for at, level in enumerate(path):
+        if level[:1].isdigit():
+            return ".".join(path[at + 1 :]) or "layer", level
     return name, "-"

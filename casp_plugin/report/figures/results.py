@@ -1,10 +1,10 @@
-"""Results as pictures: quality against bytes, where bytes are, what changed against a baseline."""
+"""Figures of results: quality against bytes, bytes by kind of tensor, changes, speed."""
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from casp_plugin.checkpoint.sizes import KINDS
+from casp_plugin.checkpoint.sizes import TENSOR_KINDS
 from casp_plugin.evaluation.results import Comparison
 from casp_plugin.evaluation.sweep import Point
 
@@ -12,9 +12,9 @@ __all__ = ["draw_changes", "draw_frontier", "draw_ratios", "draw_sizes"]
 
 
 def draw_frontier(points: Sequence[Point]) -> Figure:
-    """Quality against bytes, a line for each recipe, with 95 % intervals.
+    """Draw quality against bytes, a line for every recipe, with 95 % intervals.
 
-    :param points: the first is the original model, drawn as a level
+    :param points: points of a sweep; the first is the original model, drawn as a level
     """
     original, *others = points
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -28,12 +28,15 @@ def draw_frontier(points: Sequence[Point]) -> Figure:
         textcoords="offset points",
     )
     for series in dict.fromkeys(point.series for point in others):
-        line = sorted((p for p in others if p.series == series), key=lambda point: point.bytes)
+        line = [point for point in others if point.series == series]
+        line.sort(key=lambda point: point.bytes)
         sizes = [point.bytes / 1e6 for point in line]
         values = [point.quality.value for point in line]
         spread = [
-            (0, 0) if q.low is None else (q.value - q.low, q.high - q.value)
-            for q in (point.quality for point in line)
+            (0, 0)
+            if quality.low is None
+            else (quality.value - quality.low, quality.high - quality.value)
+            for quality in (point.quality for point in line)
         ]
         axes.errorbar(
             sizes, values, list(zip(*spread, strict=True)), marker="o", capsize=3, label=series
@@ -54,7 +57,7 @@ def draw_frontier(points: Sequence[Point]) -> Figure:
 
 
 def draw_sizes(breakdown: dict[str, dict[str, int]], original: int | None) -> Figure:
-    """Bytes of a checkpoint as one bar of its parts, above that of the original model.
+    """Draw the bytes of a checkpoint as one bar of kinds, above a bar of the original model.
 
     :param breakdown: bytes by component, then by kind
     :param original: bytes of the original model's tensors; None if unknown
@@ -62,8 +65,8 @@ def draw_sizes(breakdown: dict[str, dict[str, int]], original: int | None) -> Fi
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.subplots()
     start = 0.0
-    for kind in KINDS:
-        size = sum(part.get(kind, 0) for part in breakdown.values()) / 1e6
+    for kind in TENSOR_KINDS:
+        size = sum(sizes.get(kind, 0) for sizes in breakdown.values()) / 1e6
         if size:
             axes.barh(0, size, left=start, label=kind, edgecolor="white", linewidth=0.5)
             start += size
@@ -78,45 +81,50 @@ def draw_sizes(breakdown: dict[str, dict[str, int]], original: int | None) -> Fi
 
 
 def draw_changes(comparisons: Sequence[Comparison], against: str) -> Figure | None:
-    """Change of each metric against a baseline in percent of its value there, with 95 % intervals;
-    blue is better, red is worse, gray is within chance. None where no change can be told so.
+    """Draw the change of every metric against a baseline in percent of the baseline's value, with
+    95 % intervals: blue is better, red is worse, gray is within chance. Return None where no change
+    can be expressed so.
 
-    :param against: the baseline's name
+    :param comparisons: comparisons with the baseline
+    :param against: name of the baseline
     """
-    shown = [one for one in comparisons if one.ratio or one.baseline > 0]
+    shown = [
+        comparison for comparison in comparisons if comparison.ratio or comparison.baseline > 0
+    ]
     if not shown:
         return None
     figure = Figure(figsize=(6, 1.3 + 0.32 * len(shown)), layout="constrained")
     axes = figure.subplots()
     colours = {"better": "tab:blue", "worse": "tab:red"}
-    for row, one in enumerate(reversed(shown)):
+    for row, comparison in enumerate(reversed(shown)):
+        ratio, baseline = comparison.ratio, comparison.baseline
         middle, low, high = (
-            None if value is None else 100 * (value - 1 if one.ratio else value / one.baseline)
-            for value in (one.change, one.low, one.high)
+            None if value is None else 100 * (value - 1 if ratio else value / baseline)
+            for value in (comparison.change, comparison.low, comparison.high)
         )
-        colour = colours.get(one.verdict, "gray")
+        colour = colours.get(comparison.verdict, "gray")
         axes.plot(middle, row, "o", color=colour)
         if low is not None:
             axes.plot([low, high], [row, row], color=colour)
     axes.axvline(0, color="black", linewidth=0.8)
-    names = [f"{one.task}, {one.metric}" for one in reversed(shown)]
+    names = [f"{comparison.task}, {comparison.metric}" for comparison in reversed(shown)]
     axes.set_yticks(range(len(shown)), names)
     axes.set_xlabel(f"change against {against}, %")
     return figure
 
 
 def draw_ratios(ratios: dict[str, float], more_is_better: set[str], against: str) -> Figure:
-    """Ratios to a baseline as bars that begin at 1; blue is better, red is worse.
+    """Draw ratios to a baseline as bars that begin at 1: blue is better, red is worse.
 
-    :param ratios: by what is measured
-    :param more_is_better: of what; of the rest less is
-    :param against: the baseline's name
+    :param ratios: ratios by quantity
+    :param more_is_better: quantities of which more is better
+    :param against: name of the baseline
     """
     figure = Figure(figsize=(6, 1.3 + 0.32 * len(ratios)), layout="constrained")
     axes = figure.subplots()
     names = list(reversed(ratios))
     better = [(ratios[name] > 1) == (name in more_is_better) for name in names]
-    colours = ["tab:blue" if each else "tab:red" for each in better]
+    colours = ["tab:blue" if is_better else "tab:red" for is_better in better]
     bars = axes.barh(names, [ratios[name] - 1 for name in names], left=1, color=colours)
     axes.bar_label(bars, [f"x{ratios[name]:.2f}" for name in names], padding=3)
     axes.axvline(1, color="black", linewidth=0.8)

@@ -13,20 +13,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -35,11 +31,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from casp_plugin.checkpoint.check import check
-from casp_plugin.cli import compress as cli_compress
 from casp_plugin.model.load import load_model, names_in_memory
 from casp_plugin.modifiers import estimate_recipe, plan_recipe
+from casp_plugin.modifiers.compression import bare_source_model, compress
 from casp_plugin.modifiers.recipes import load_recipe
 from casp_plugin.modifiers.run_estimate import Data
+from support.tiny_models import VOCABULARY, save_tokenizer
 
 _BITS = """
     BitAllocationModifier: {average_bits: 5, candidates: [2, 3, 4, 8], group_size: 16}
@@ -51,7 +48,6 @@ RECIPES = {
     "R": f"casp_stage:\n  casp_modifiers:\n    LowRankQKModifier: {{}}{_BITS}",
 }
 
-VOCABULARY = 96
 WORDS = 64  # token ids from here on stand for images and other things
 
 SMALL = {
@@ -638,12 +634,7 @@ def build(family: str) -> PreTrainedModel:
 def save(family: str, folder: Path) -> None:
     """Write the model and a word-level tokenizer."""
     build(family).save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    save_tokenizer(folder)
 
 
 def batches(family: str, model: PreTrainedModel) -> DataLoader:
@@ -760,12 +751,10 @@ def outcome(family: str, recipe: str, folder: Path) -> Outcome:
         told = _told(error).replace(str(source), "its source")
         return Outcome("cannot be built", told, _trace(error))
     try:
-        bare, filled = cli_compress.skeleton(str(source)), load_recipe(recipe)
+        bare, filled = bare_source_model(str(source)), load_recipe(recipe)
         estimate_recipe(bare, filled, Data(len(data), 24))
         plan_recipe(bare, filled)
-        # the tokenizer alone: many processors take packages that compressing does without
-        with patch.object(cli_compress, "load_processor", AutoTokenizer.from_pretrained):
-            model = cli_compress.compress(str(source), filled, data, out, seed=0)
+        model = compress(str(source), filled, data, out, seed=0)
     except Exception as error:
         if wrong := _no_refusal(error, data.dataset.drawn, source, folder):
             return Outcome("third outcome", f"{wrong}: {_told(error)}", _trace(error))

@@ -14,12 +14,12 @@ import numpy
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-WORDS = 96  # token ids from 3 up to here are words of text, those from here on stand for images
-IDS = {
-    token: WORDS + i
+from support.tiny_models import VOCABULARY, save_tokenizer
+
+IDS = {  # after the words of text: tokens that stand for images
+    token: VOCABULARY + i
     for i, token in enumerate(
         [
             *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
@@ -301,7 +301,7 @@ def save_tiny_vlm(folder, family, blocks=None):
         if "norm" not in name:
             # gemma3's head is its embedding: a large one only repeats the last token
             torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.15)
-    model.get_output_embeddings().weight.data[WORDS:] = 0  # never generated
+    model.get_output_embeddings().weight.data[VOCABULARY:] = 0  # never generated
     model.save_pretrained(folder)
     # vLLM wants the names that published checkpoints have; transformers reads both
     weights = Path(folder) / "model.safetensors"
@@ -312,17 +312,8 @@ def save_tiny_vlm(folder, family, blocks=None):
     _write(folder, "processor_config.json", parts["processor"])
     if "video_processor" in parts:
         _write(folder, "video_preprocessor_config.json", parts["video_processor"])
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)} | IDS
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens=list(IDS),
-        **parts.get("tokenizer", {}),
-    ).save_pretrained(folder)
+    settings = parts.get("tokenizer", {})
+    save_tokenizer(folder, IDS, extra_special_tokens=list(IDS), **settings)
     return str(folder)
 
 

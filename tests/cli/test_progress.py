@@ -1,0 +1,103 @@
+"""One line of progress instead of bars and INFO lines, unless asked for."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.command_line import casp, run_arguments
+from tqdm.auto import tqdm
+
+from casp_plugin.cli import progress
+from casp_plugin.cli.progress import quiet, tell
+
+
+def work():
+    """Bars as those of a run."""
+    for layer in (1, 2):
+        for _ in tqdm(range(2), desc=f"({layer}/2): Measuring"):
+            for _ in tqdm(range(2), desc="Evaluating", disable=False):  # inside another one
+                pass
+        for _ in tqdm(range(2), desc="Loading weights"):
+            pass
+    abandoned = tqdm(range(2), desc="Collecting gradients")
+    next(iter(abandoned))
+    abandoned.close()
+    with tqdm(total=2, desc="Answering", leave=False) as bar:
+        bar.update(2)
+    list(tqdm(range(2), desc="Choosing", disable=True))
+
+
+def test_a_line_for_every_stage(capsys):
+    with quiet():
+        tell("loading")
+        work()
+        tell("checking")
+        tell("checking")
+    stages = ["loading", "measuring layers", "measuring gradients", "scoring answers", "checking"]
+    assert capsys.readouterr().err.splitlines() == stages
+
+
+def test_bars_come_back(capsys):
+    with pytest.raises(KeyError), quiet():
+        raise KeyError
+    tell("nothing")
+    list(tqdm(range(2), desc="After"))
+    told = capsys.readouterr().err
+    assert "After: 100%" in told
+    assert "nothing" not in told
+
+
+def test_one_line_on_a_terminal(monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, force_interactive=True, width=60)
+    monkeypatch.setattr(progress, "console", console)
+    with quiet():
+        for _ in tqdm(range(1), desc="(2/31): Calibrating"):
+            pass
+        progress._line._status._live.refresh()
+        with tqdm(total=4e9, unit="B", desc="model.safetensors") as bar:
+            bar.update(1e9)
+            bar.refresh()
+            progress._line._status._live.refresh()
+    assert "quantizing layers 2/31" in screen.getvalue()
+    assert "downloading 25%" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[1A\x1b[2K")  # the line is gone
+
+
+def test_packages_are_told_by_their_environment(monkeypatch):
+    """Child processes too; what a user has set stays."""
+    monkeypatch.setenv("LLM_COMPRESSOR_LOG_LEVEL", "DEBUG")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with quiet():
+        assert os.environ["TQDM_DISABLE"] == "1"
+        assert os.environ["LLM_COMPRESSOR_LOG_LEVEL"] == "DEBUG"
+    assert "TQDM_DISABLE" not in os.environ
+    assert os.environ["LLM_COMPRESSOR_LOG_LEVEL"] == "DEBUG"
+
+
+def test_verbose_shows_bars(compressed_llama):
+    assert "Loading weights" not in casp("check", compressed_llama).output
+    shown = casp("check", compressed_llama, "--verbose")
+    assert shown.exit_code == 0, shown.output
+    assert "Loading weights" in shown.output
+
+
+def test_a_process_shows_neither_bars_nor_info(tiny_llama, files):
+    """Of a whole run; warnings stay."""
+    command = [Path(sys.executable).parent / "casp", *run_arguments(tiny_llama, files)]
+    command += ["--no-cache", "--samples", 2]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for noise in ("INFO", "METRIC", "it/s"):
+        assert noise not in ran.stdout + ran.stderr
+    assert "WARNING" in ran.stdout
+    lines = ran.stderr.splitlines()
+    stages = [
+        *("loading", "trying one batch", "measuring gradients", "measuring layers"),
+        *("choosing", "quantizing layers", "saving", "checking"),
+    ]
+    assert [line for line in lines if line in stages] == stages

@@ -1,0 +1,1 @@
+"""Models, data and commands that tests of several rooms share."""
