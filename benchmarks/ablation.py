@@ -1,4 +1,4 @@
-"""What each choice is worth: low rank alone, and plans at equal bytes, on one model in one go.
+"""Measure what every choice is worth: low rank alone, and plans at equal bytes, on one model.
 
     python benchmarks/ablation.py MODEL --dataset D --heldout H --table T.md
 
@@ -11,22 +11,22 @@ import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import torch
 import typer
-from common import show, write_markdown
+from common import perplexity_ratio, ratio_cell, show, write_markdown
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform import QuIPModifier
+from measure import Remembered
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.data.sources import load_text
 from casp_plugin.data.text_batches import calibration_loader
-from casp_plugin.evaluation.results import compare
 from casp_plugin.evaluation.text import Scores, evaluate
+from casp_plugin.maths.average_bits import average_bits
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.schemes import weight_args
 from casp_plugin.model.transforms import rotate, rotate_moment
@@ -79,10 +79,10 @@ class Bench:
         self.loader = calibration_loader(texts, self.tokenizer, max_length)
         self.heldout, self.max_length, self.group_size = heldout, max_length, group_size
         self.linears = [name for name, _ in named_linears(self.model) if name != "lm_head"]
-        self.logits = {}
+        self.reference = Remembered(self.model)
 
     def collect(self) -> Statistics:
-        """Everything that any row needs."""
+        """Collect the statistics of all rows."""
         linears = frozenset(self.linears)
         qk = frozenset(n for n in self.linears if n.endswith(("q_proj", "k_proj")))
         request = Request(
@@ -97,16 +97,8 @@ class Bench:
         return collect(self.model, self.loader, request)
 
     def score(self, model: nn.Module) -> Scores:
-        """Against the unquantized model, whose predictions are kept."""
-
-        def reference(ids):
-            key = tuple(ids[0].tolist())
-            if key not in self.logits:
-                self.logits[key] = self.model(ids).logits
-            return SimpleNamespace(logits=self.logits[key])
-
-        reference.device = self.model.device
-        return evaluate(model, self.tokenizer, self.heldout, self.max_length, reference)
+        """Return scores against the unquantized model, whose predictions are kept."""
+        return evaluate(model, self.tokenizer, self.heldout, self.max_length, self.reference)
 
     def low_rank(self, fields: dict, statistics: Statistics) -> nn.Module:
         model = copy.deepcopy(self.model)
@@ -116,7 +108,7 @@ class Bench:
     def plan(
         self, name: str, average_bits: float, statistics: Statistics, seed: int
     ) -> tuple[nn.Module, CompressionPlan]:
-        """A copy of the model, factored and rounded as a row says."""
+        """Return a copy of the model, factored and rounded as a row says, and its plan."""
         low_rank, bits, rotated = PLANS[name]
         if bits.get("importance") == "random":
             generator = torch.Generator().manual_seed(seed)
@@ -147,7 +139,7 @@ class Bench:
 
     @torch.no_grad()
     def round(self, model: nn.Module, name: str, args, statistics: Statistics, block: int) -> None:
-        """Round one weight by GPTQ; rotated there and back again where its input would be."""
+        """Round one weight by GPTQ, rotated and back again where its input would be rotated."""
         owner, _, factor = name.rpartition(".")
         factor = factor if factor in ("down", "up") else ""
         moment = statistics.second_moments[owner if factor else name]
@@ -161,12 +153,12 @@ class Bench:
 
 
 def remembering(function):
-    """Weights that were rounded under a scheme once are not rounded again for other rows."""
+    """Wrap a function so that a weight is rounded under a scheme once, for all rows."""
     known = {}
 
     def facts(weight, args, moment):
         sums = (weight.double().sum(), weight.double().square().sum(), moment.double().sum())
-        return (*(each.item() for each in sums), weight.shape, args.num_bits, moment.ndim)
+        return (*(number.item() for number in sums), weight.shape, args.num_bits, moment.ndim)
 
     def remembered(weights, args, moments):
         pairs = list(zip(weights, moments, strict=True))
@@ -184,7 +176,7 @@ def remembering(function):
 def rows(
     bench: Bench, budgets: list[float], seed: int
 ) -> Iterator[tuple[str, str, Scores, CompressionPlan | None]]:
-    """(table, name, scores, plan) of every row."""
+    """Yield table, name, scores and plan of every row."""
     statistics = bench.collect()
     yield "bf16", "unquantized", bench.score(bench.model), None
     for allocation in ("uniform", "global"):
@@ -244,11 +236,10 @@ def _cells(
 ) -> list[str]:
     cells = [kind, name, "", "", f"{scores.perplexity:.2f}", f"{scores.kl:.4f}", ""]
     if plan is not None:
-        everything = plan.total_bytes * 8 / (plan.weights + plan.other_bytes / 2)
+        everything = average_bits(plan.total_bytes, plan.weights + plan.other_bytes / 2)
         cells[2:4] = f"{plan.reached_bits:.3f}", f"{everything:.3f}"
     if baseline is not None and baseline is not scores:
-        found = compare(scores.measurements("")[0], baseline.measurements("")[0])
-        cells[6] = f"{found.change:.3f} [{found.low:.3f}, {found.high:.3f}]"
+        cells[6] = ratio_cell(perplexity_ratio(scores, baseline))
     return cells
 
 

@@ -1,11 +1,11 @@
 """Write the recipe that AutoScheme, auto-round's own mixed precision, chooses at equal bytes.
 
-    python benchmarks/autoscheme.py MODEL recipes/smollm2/autoround_2.56.yaml OUT.yaml D.jsonl
+    python benchmarks/autoscheme.py MODEL RECIPE.yaml OUT.yaml D.jsonl --average-bits 2.56
 
-AutoScheme measures what each layer's loss would be under each option and picks a mix that meets an
-average, scales and zero points counted. OUT is the given AutoRound recipe with such a mix in place
-of its one width, of the same average: ``compare.py`` can run both under the same settings. Every
-layer is chosen for itself, also within q/k/v and gate/up: stock vLLM could not serve every mix.
+AutoScheme measures the loss of the model with every layer under every option and picks a mix that
+meets an average, scales and zero points counted. OUT is the given AutoRound recipe with such a mix
+in place of its one width, of the same average: ``compare.py`` can run both under the same settings.
+Layers are chosen one by one, also within q/k/v and gate/up: stock vLLM could not serve every mix.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from auto_round import AutoRound
 from auto_round.auto_scheme.gen_auto_scheme import AutoScheme
 from auto_round.schemes import QuantizationScheme
+from budgets import at_budget
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 SCALE_BITS = 16
@@ -25,6 +26,7 @@ def main(
     recipe: Path,
     out: Path,
     dataset: str,
+    average_bits: float | None = None,
     candidates: list[int] = (2, 3, 4),
     group_size: int = 64,
     samples: int = 32,
@@ -37,7 +39,8 @@ def main(
     :param dataset: a .json or .jsonl file with the key text
     """
     set_seed(seed)
-    content = yaml.safe_load(recipe.read_text())
+    text = recipe.read_text() if average_bits is None else at_budget(recipe, average_bits, model)
+    content = yaml.safe_load(text)
     (modifiers,) = content.values()
     (modifier,) = modifiers.values()
     settings = modifier["AutoRoundModifier"]

@@ -1,39 +1,51 @@
-"""Compress a model by a recipe, stock ones too: what ``compare.py`` times, and ``peers.py`` runs in
-a process of its own.
+"""Compress a model by a recipe, a stock recipe too.
 
-    python benchmarks/compress.py MODEL RECIPE OUT --dataset D
+python benchmarks/compress.py MODEL RECIPE OUT --average-bits 2.56 --dataset D
 """
 
 import time
 from pathlib import Path
 
 import typer
+from budgets import at_budget
+from llmcompressor import oneshot
+from transformers import AutoProcessor, AutoTokenizer, set_seed
+
+from casp_plugin.checkpoint.format import copy_processor
+from casp_plugin.data.conversation_batches import conversation_loader
+from casp_plugin.data.conversations import load_conversations
+from casp_plugin.data.sources import load_text
+from casp_plugin.data.text_batches import calibration_loader
+from casp_plugin.model.load import is_multimodal, load_model, read_model_config
+from casp_plugin.modifiers.lifecycle import OneshotModifier
 
 
 def main(
     model: str,
     recipe: Path,
     out: Path,
+    average_bits: float | None = None,
     dataset: str = "bundled",
     samples: int = 32,
     max_length: int = 512,
     seed: int = 0,
 ) -> None:
     """Write the checkpoint."""
-    compress(model, recipe, dataset, samples, max_length, seed, out)
+    text = recipe.read_text() if average_bits is None else at_budget(recipe, average_bits, model)
+    compress(model, text, dataset, samples, max_length, seed, out)
 
 
-def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
-    """One oneshot run; seconds in all and in the casp modifiers."""
-    from llmcompressor import oneshot
-    from transformers import set_seed
+def compress(
+    model: str, recipe: str, dataset: str, samples: int, max_length: int, seed: int, out: Path
+) -> dict:
+    """Write a checkpoint by one oneshot run.
 
-    from casp_plugin.checkpoint.format import copy_processor
-    from casp_plugin.model.load import load_model
-    from casp_plugin.modifiers import CaspModifier
-
+    :param recipe: its text
+    :return: ``seconds`` that the run took, and ``casp_time``: the seconds of the casp modifiers
+        over those of the rest, saving included
+    """
     spent = []
-    initialize = CaspModifier.on_initialize
+    initialize = OneshotModifier.on_initialize
 
     def timed(self, *args, **kwargs):
         start = time.perf_counter()
@@ -44,34 +56,26 @@ def compress(model, recipe, dataset, samples, max_length, seed, out) -> dict:
 
     processor, batches = calibration(model, dataset, samples, max_length, seed)
     set_seed(seed)
-    CaspModifier.on_initialize = timed
+    OneshotModifier.on_initialize = timed
     start = time.perf_counter()
     try:
         oneshot(
             model=load_model(model),
             processor=processor,
-            recipe=str(recipe),
+            recipe=recipe,
             dataset=batches,
             output_dir=str(out),
         )
     finally:
-        CaspModifier.on_initialize = initialize
+        OneshotModifier.on_initialize = initialize
     seconds = time.perf_counter() - start
-    copy_processor(model, Path(out))
+    copy_processor(model, out)
     return {"seconds": seconds, "casp_time": sum(spent) / (seconds - sum(spent))}
 
 
-def calibration(model, dataset, samples, max_length, seed):
-    """(tokenizer or processor, batches)"""
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-
-    from casp_plugin.data.conversation_batches import conversation_loader
-    from casp_plugin.data.conversations import load_conversations
-    from casp_plugin.data.sources import load_text
-    from casp_plugin.data.text_batches import calibration_loader
-    from casp_plugin.model.load import is_multimodal
-
-    if is_multimodal(AutoConfig.from_pretrained(model)):
+def calibration(model: str, dataset: str, samples: int, max_length: int, seed: int) -> tuple:
+    """Return tokenizer or processor, and calibration batches."""
+    if is_multimodal(read_model_config(model)):
         processor = AutoProcessor.from_pretrained(model)
         questions = load_conversations(dataset, samples, seed=seed)
         return processor, conversation_loader(questions, processor, max_length)

@@ -2,11 +2,11 @@
 
     python benchmarks/families.py --table benchmarks/results/families.md
 
-Each family is compressed by bits alone (recipe B) and, where it has `q_proj` and `k_proj`, with
-ranks before them (recipe R), in a process of its own that may crash or hang. A family is either
+A family is compressed by bits alone (recipe B) and, where it has `q_proj` and `k_proj`, with ranks
+before them (recipe R), in a process of its own that may crash or hang. The model is either
 compressed, checked and loaded again with the same logits and buffers, or refused in one line before
-the data runs. Anything else is a third outcome, and makes the command fail. `tests/families.py` has
-the sizes.
+the data runs. Anything else is a third outcome, and makes the command fail. The sizes are in
+`tests/support/families.py`.
 """
 
 import faulthandler
@@ -29,7 +29,15 @@ import typer
 from common import show, write_markdown
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from families import RECIPES, Outcome, class_name, families, has_query_and_key, kind, outcome
+from support.families import (
+    RECIPES,
+    Outcome,
+    class_name,
+    families,
+    has_query_and_key,
+    kind,
+    outcome,
+)
 
 COLUMNS = ("family", "class", "parts", "recipe", "outcome", "detail", "seconds")
 KINDS = ("compressed", "refused", "cannot be built", "third outcome")
@@ -81,7 +89,7 @@ _NOTE = (
 
 
 def _each(work: list[tuple[str, str]], jobs: int, timeout: float) -> Iterator[Row]:
-    """Rows in the order in which they end."""
+    """Yield rows in the order in which they end."""
     waiting = list(reversed(work))
     running: dict[Connection, _Running] = {}
     while waiting or running:
@@ -92,20 +100,20 @@ def _each(work: list[tuple[str, str]], jobs: int, timeout: float) -> Iterator[Ro
             ended = running.pop(connection)
             if (found := ended.outcome()) is not None:
                 yield ended.row(found)
-        for late in [each for each in running.values() if each.seconds > timeout]:
+        for late in [process for process in running.values() if process.seconds > timeout]:
             del running[late.connection]
             where = late.kill()
             yield late.row(Outcome("third outcome", f"no end after {timeout:.0f} s", where))
 
 
 class _Running:
-    """A process that finds out about one family under one recipe."""
+    """A process that compresses one family by one recipe."""
 
     def __init__(self, family: str, recipe: str):
         self.family, self.recipe = family, recipe
         self.start = time.perf_counter()
         self.stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        fork = multiprocessing.get_context("fork")  # what takes seconds to import is there already
+        fork = multiprocessing.get_context("fork")  # imports, which take seconds, are done
         self.connection, there = fork.Pipe(duplex=False)
         self.process = fork.Process(target=_run, args=(family, recipe, there, self.stacks))
         self.process.start()
@@ -116,7 +124,7 @@ class _Running:
         return time.perf_counter() - self.start
 
     def outcome(self) -> Outcome | None:
-        """What the process found; None where the recipe does not concern the family."""
+        """Return the outcome; None where the recipe does not concern the family."""
         try:
             found = self.connection.recv()
         except EOFError:
@@ -126,7 +134,7 @@ class _Running:
         return found
 
     def kill(self) -> str:
-        """End the process; where it was."""
+        """End the process and return its stacks."""
         os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(1)
         self.process.kill()
@@ -142,7 +150,7 @@ def _run(family: str, recipe: str, there: Connection, stacks: TextIO) -> None:
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # what llm-compressor logs
+    for stream in (1, 2):  # llm-compressor's logs
         os.dup2(nowhere, stream)
     if recipe == "R" and not has_query_and_key(family):
         there.send(None)

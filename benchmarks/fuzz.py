@@ -1,10 +1,10 @@
-"""Fuzzing what a config says, guided by coverage: it is read, or refused by ValueError.
+"""Fuzz configs, guided by coverage: a config is read, or refused by ValueError.
 
     pip install atheris
     python benchmarks/fuzz.py benchmarks/results/fuzz.md -atheris_runs=500000
 
 Bytes become the ``config.json`` of a folder, then our section, then layers of a model on the meta
-device. Anything else than ValueError ends it with the input that did it. Options are libFuzzer's.
+device. Any other error ends the run with the input that caused it. Options are libFuzzer's.
 """
 
 import copy
@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["casp_plugin.checkpoint"]):
     from casp_plugin.checkpoint.format import read_config, read_section
     from casp_plugin.checkpoint.load import install_factored_layers
 
-from common import write_markdown
+from common import command, write_markdown
 
 from casp_plugin.model.load import bare_model
 
@@ -50,7 +50,7 @@ WORDS = [
 
 
 class Fuzz:
-    """One input after the other; the last one writes what came of all."""
+    """Reads one input after the other and writes a table of the outcomes after the last."""
 
     def __init__(self, table: Path, runs: int, folder: Path):
         self.table, self.runs, self.folder = table, runs, folder
@@ -81,14 +81,13 @@ class Fuzz:
 
     def _write(self) -> None:
         rows = [[name, f"{count:,}"] for name, count in self.outcomes.most_common()]
-        command = f"python benchmarks/fuzz.py {' '.join(sys.argv[1:])}"
-        note = f"Made by `{command}`; atheris {version('atheris')},"
+        note = f"Made by `{command()}`; atheris {version('atheris')},"
         write_markdown(self.table, [(("outcome", "inputs"), [*rows, ["anything else", "0"]])], note)
 
 
 def main() -> None:
     table, *options = sys.argv[1:]
-    [runs] = [int(each.partition("=")[2]) for each in options if each.startswith("-atheris_runs=")]
+    [runs] = [int(o.partition("=")[2]) for o in options if o.startswith("-atheris_runs=")]
     folder = Path(tempfile.mkdtemp())
     corpus = folder / "corpus"
     corpus.mkdir()

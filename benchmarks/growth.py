@@ -1,14 +1,13 @@
-"""How memory and time grow with depth and width: the casp modifiers beside the GPTQ run that
-follows them.
+"""Measure how memory and time grow with depth and width: the casp modifiers beside GPTQ.
 
-    python benchmarks/growth.py demo/SmolLM2-135M-Instruct recipes/smollm2/casp_2.28.yaml \\
-        recipes/smollm2/uniform_2.28.yaml --dataset D
+    python benchmarks/growth.py demo/SmolLM2-135M-Instruct recipes/smollm2/casp.yaml \\
+        recipes/smollm2/uniform.yaml --dataset D
 
-Models of the config's kind with random weights, as wide and deep as said. Each is measured by a
-recipe of casp without quantizing, and quantized by a recipe without casp, in processes of their
-own, from reading the model on; peaks are of resident memory. Beside them is what `casp plan` says
-before it starts, and the time in which GPTQ sums up the moments of its inputs: the most that it
-could save by taking those of the dense model.
+The models are of the config's kind, of the given sizes, with random weights. A recipe of casp
+measures them without quantizing, and a recipe without casp quantizes them, in processes of their
+own, from reading the model on; peaks are of resident memory. Beside them are the expectations of
+`casp plan`, and the time in which GPTQ sums up the moments of its inputs: the most that it could
+save by taking those of the dense model.
 """
 
 import shutil
@@ -21,7 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import show, timed, write_markdown
+from common import command, show, timed, write_markdown
 from compress import calibration, compress
 from llmcompressor.modifiers.gptq import base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -104,12 +103,11 @@ def main(
         )
         show(COLUMNS, rows)
     if table is not None:
-        note = f"Made by `python benchmarks/growth.py {' '.join(sys.argv[1:])}`;"
-        write_markdown(table, [(COLUMNS, rows)], note)
+        write_markdown(table, [(COLUMNS, rows)], f"Made by `{command()}`;")
 
 
 def _quantize(model: str, stock: Path, dataset: str, samples: int, length: int, work: Path) -> None:
-    """GPTQ alone; seconds that it spends on summing up moments go into a file."""
+    """Run GPTQ alone; seconds that it spends on summing up moments go into a file."""
     spent = []
 
     def watched(*args, **kwargs):
@@ -121,12 +119,12 @@ def _quantize(model: str, stock: Path, dataset: str, samples: int, length: int, 
 
     accumulate, base.accumulate_hessian = base.accumulate_hessian, watched
     with tempfile.TemporaryDirectory(dir=work) as out:
-        compress(model, stock, dataset, samples, length, 0, Path(out) / "out")
+        compress(model, stock.read_text(), dataset, samples, length, 0, Path(out) / "out")
     (work / HESSIANS).write_text(f"{sum(spent):.0f}")
 
 
 def _make(source: str, width: int, layers: int, folder: Path) -> None:
-    """A model with random weights in the proportions of another."""
+    """Save a model with random weights in the proportions of another."""
     config = AutoConfig.from_pretrained(source)
     scale = width / config.hidden_size
     for field in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):

@@ -1,11 +1,11 @@
-"""A run that is killed again and again ends as one that never was.
+"""Kill a run again and again: it must end as a run that was never killed.
 
-    python benchmarks/kill.py demo/SmolLM2-135M-Instruct recipes/smollm2/casp_2.28.yaml \\
+    python benchmarks/kill.py demo/SmolLM2-135M-Instruct recipes/smollm2/casp.yaml \\
         --dataset D --log benchmarks/results/kill.md
 
-`casp run` once without a cache; then with one, killed by SIGKILL at moments drawn from the time
-that took; whenever a run gets through, cache and checkpoint are thrown away. At the end one run is
-left in peace: its plan and its safetensors must be those of the first, byte by byte.
+`casp run` runs once without a cache; then with a cache, killed by SIGKILL at moments drawn from the
+time of the first run. Whenever a run gets through, cache and checkpoint are thrown away. At the end
+a run is left in peace: its plan and its safetensors must be those of the first, byte by byte.
 """
 
 import random
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import typer
-from common import show, write_markdown
+from common import command, show, write_markdown
 
 from casp_plugin.plan.plan import CompressionPlan
 
@@ -73,10 +73,7 @@ def main(
     rows.append(["-", "in peace", str(before), str(_parts(cache)), "complete, as undisturbed", "0"])
     show(COLUMNS, rows)
     if log is not None:
-        note = (
-            f"Made by `python benchmarks/kill.py {' '.join(sys.argv[1:])}`; undisturbed it takes "
-            f"{whole:.0f} s;"
-        )
+        note = f"Made by `{command()}`; undisturbed it takes {whole:.0f} s;"
         write_markdown(log, [(COLUMNS, rows)], note)
 
 
@@ -84,7 +81,7 @@ _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def _parts(cache: Path) -> int:
-    """Files that say that something was measured: derivatives, parts of the model."""
+    """Count the files that say that something was measured: derivatives, parts of the model."""
     return sum(path.name != "facts.json" for path in cache.rglob("[!.]*.json"))
 
 

@@ -1,17 +1,16 @@
-"""Quality, memory and speed of compressed KV caches.
+"""Measure quality, memory and speed of compressed KV caches.
 
     python benchmarks/kv_cache.py text MODEL --heldout H [--weights NAME=FOLDER ...] --table T.md
     python benchmarks/kv_cache.py images MODEL --heldout H --table T.md
     python benchmarks/kv_cache.py speed MODEL --table T.md
 
-Texts are joined and cut into windows; each begins with a prompt that the model reads in one go, and
-the tokens after it are scored as decoding would, from what the cache stores. Ratios are to the same
-model, and the same tokens, with nothing compressed.
+Texts are joined and cut into windows. The model reads the prompt at the beginning of a window at
+once and the tokens after it as decoding would, from the cache. Ratios are to the same model, and
+the same tokens, with nothing compressed.
 """
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from itertools import cycle, pairwise
@@ -20,11 +19,11 @@ from typing import Annotated
 
 import torch
 import typer
-from common import show, write_markdown
+from common import command, show, write_markdown
 from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from casp_plugin.cli.data import DataSource, load_processor
+from casp_plugin.data.data_source import DataSource, load_processor
 from casp_plugin.evaluation.answers import evaluate_answers
 from casp_plugin.evaluation.text import token_scores
 from casp_plugin.kv_cache import CompressedCache
@@ -44,7 +43,7 @@ SCHEMES = {
     "KTVC": "ktvc:bits={bits},g={g}",
 }
 KCVT = "kcvt:k_bits={k},v_bits={v},g={g}"
-Heldout = Annotated[str, typer.Option(help="What to score on.")]
+Heldout = Annotated[str, typer.Option(help="Texts or questions to score on.")]
 
 
 @app.command()
@@ -58,7 +57,7 @@ def text(
     group: int = 128,
     table: Path | None = None,
 ) -> None:
-    """Perplexity by scheme and bits, by bits of keys and of values, and with compressed weights."""
+    """Tell perplexity by scheme and bits, by bits of keys and of values, and by weights."""
     texts = [json.loads(line)["text"] for line in Path(heldout).read_text().splitlines()]
     ids = AutoTokenizer.from_pretrained(model)("\n\n".join(texts), return_tensors="pt").input_ids
     places = ids[0, : windows * length].view(windows, length)
@@ -78,7 +77,7 @@ def text(
         named = [scheme.format(bits=bits, g=group) for bits in BITS]
         found = [f"{perplexity(loaded, each) / dense:.3f}" for each in named]
         rows.append([name, *found, f"{_bits(loaded, places[:1], named[1]):.2f}"])
-    # 127 tokens wait there, the next one has them stored: so it goes token by token too
+    # 127 tokens wait in that cache and the next one has them stored: so steps of 127 and 1
     found = {bits: perplexity(loaded, _quanto(loaded, bits), (127, 1)) / dense for bits in (4, 2)}
     rows.append(
         ["transformers, quanto", *(f"{found[b]:.3f}" if b in found else "" for b in BITS), ""]
@@ -114,7 +113,7 @@ def images(
     group: int = 32,
     table: Path | None = None,
 ) -> None:
-    """Perplexity of right answers about images over that of the 16-bit cache."""
+    """Tell the perplexity of right answers about images over that of the 16-bit cache."""
     source = DataSource(heldout, "test", None, "text", "image", None, "question", "answer")
     asked = source.conversations(samples, 0)
 
@@ -151,9 +150,9 @@ def speed(
     tokens: int = 8,
     table: Path | None = None,
 ) -> None:
-    """Bytes of the cache and time of a decoded token, in turns with transformers' own caches.
+    """Tell bytes of the cache and time of a decoded token, in turns with transformers' own caches.
 
-    Caches are filled by a prompt; one also by pieces, as decoding leaves it.
+    Caches are filled by a prompt; a last one by pieces, as decoding leaves it.
     """
     loaded = load_model(model)
     caches = {
@@ -196,7 +195,7 @@ def _perplexity(
     steps: tuple[int, ...],
     make: Callable[[], Cache],
 ) -> float:
-    """Of the tokens after the prompt, each read from what the cache stores of those before.
+    """Return the perplexity of the tokens after the prompt, read from the cache of those before.
 
     :param steps: tokens of a call after the prompt, in turns
     """
@@ -216,7 +215,7 @@ def _perplexity(
 
 @torch.no_grad()
 def _bits(model: PreTrainedModel, ids: torch.Tensor, scheme: str) -> float:
-    """Bits that a stored value takes, with scales and outliers."""
+    """Return the bits of a stored value, with scales and outliers."""
     cache, plain = CompressedCache(model.config, scheme), DynamicCache(config=model.config)
     for each in (cache, plain):
         model(ids, past_key_values=each)
@@ -239,7 +238,7 @@ def _filled(model: PreTrainedModel, cache, length: int, step: int | None = None)
 
 
 def _nbytes(cache) -> int:
-    """Of keys and values, whatever stores them."""
+    """Return the bytes of keys and values, whatever stores them."""
     if isinstance(cache, CompressedCache):
         return cache.nbytes
     total = 0
@@ -258,8 +257,7 @@ def _median(values: list[float]) -> float:
 
 def _write(table: Path | None, tables: list, how: str) -> None:
     if table is not None:
-        command = f"python benchmarks/kv_cache.py {' '.join(sys.argv[1:])}"
-        write_markdown(table, tables, f"Made by `{command}` ({how});")
+        write_markdown(table, tables, f"Made by `{command()}` ({how});")
 
 
 if __name__ == "__main__":

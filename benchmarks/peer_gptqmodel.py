@@ -3,8 +3,8 @@
     python benchmarks/peer_gptqmodel.py quantize MODEL OUT 2 32 TEXTS.jsonl 512
     python benchmarks/peer_gptqmodel.py dense MODEL OUT DENSE
 
-``quantize`` writes a checkpoint in GPTQ's format, ``dense`` reads it back and writes the model it
-stands for.
+``quantize`` writes a checkpoint in GPTQ's format, ``dense`` reads it back and writes a dense model
+of the same weights.
 """
 
 import json

@@ -3,7 +3,8 @@
     python benchmarks/peer_hqq.py quantize MODEL OUT 2 64
     python benchmarks/peer_hqq.py dense MODEL OUT DENSE
 
-``quantize`` writes HQQ's tensors, ``dense`` reads them back and writes the model they stand for.
+``quantize`` writes HQQ's tensors, ``dense`` reads them back and writes a dense model of the same
+weights.
 """
 
 import sys

@@ -1,27 +1,28 @@
-"""What ``casp sensitivity`` is run on here, and whether its answer makes better models.
+"""Find out whether the answer of ``casp sensitivity`` makes better models.
 
     python benchmarks/sensitivity.py questions DATA FOLDER
-    python benchmarks/sensitivity.py allocate MODEL RECIPE ... --study S --dataset D --heldout H
+    python benchmarks/sensitivity.py allocate MODEL RECIPE --average-bits 2.28 --study S \\
+        --dataset D --heldout H
 
-``questions`` parts the questions of the small vision-language model: study.parquet for the study,
-heldout.parquet for what is made by its answer; both tell captions from other questions.
-``allocate`` compresses by each recipe as it is and with ``importance`` from the study, at the same
-bytes.
+``questions`` splits the questions of the small vision-language model: study.parquet for the study,
+heldout.parquet for the models made by its answer; both tell captions from other questions.
+``allocate`` compresses by a recipe as it is and with ``importance`` from the study, at equal bytes.
 """
 
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from common import show, write_markdown
+import yaml
+from budgets import at_budgets
+from common import command, show, write_markdown
 from compress import compress
 from datasets import Dataset, concatenate_datasets
 
-from casp_plugin.cli.data import load_processor
 from casp_plugin.data.conversations import load_conversations
+from casp_plugin.data.data_source import load_processor
 from casp_plugin.evaluation.answers import AnswerScores, evaluate_answers
 from casp_plugin.evaluation.results import compare
 from casp_plugin.model.load import bytes_on_disk, load_model
@@ -56,39 +57,41 @@ def questions(data: str, folder: Path, captions: int = 24, others: int = 4) -> N
 @app.command()
 def allocate(
     model: str,
-    recipes: list[Path],
+    recipe: Path,
     study: Annotated[Path, typer.Option(help="sensitivity.json")],
-    dataset: Annotated[str, typer.Option(help="What to calibrate on.")],
-    heldout: Annotated[str, typer.Option(help="What to score on; column task tells tasks apart.")],
+    dataset: Annotated[str, typer.Option(help="Questions to calibrate on.")],
+    heldout: Annotated[str, typer.Option(help="Questions to score on, with a column task.")],
+    average_bits: Annotated[list[float] | None, typer.Option(help="Budgets.")] = None,
     samples: int = 256,
     seed: int = 0,
     table: Path | None = None,
 ) -> None:
-    """Bytes, bits of components and scores, with the default importance and with the study's."""
+    """Tell bytes, bits of components and scores, by the default importance and by the study's."""
     asked = load_conversations(heldout, 10**6, task_column="task")
     processor = load_processor(model)
     rows = []
-    for recipe in recipes:
+    for name, text in at_budgets([recipe], average_bits or (), model):
         before = None
         for importance in ("fisher", str(study)):
             with tempfile.TemporaryDirectory() as folder:
-                chosen, out = Path(folder) / recipe.name, Path(folder) / "out"
-                text = recipe.read_text()
-                field = f"    BitAllocationModifier:\n      importance: {importance}\n"
-                chosen.write_text(text.replace("    BitAllocationModifier:\n", field))
+                out = Path(folder) / "out"
+                stages = yaml.safe_load(text)
+                modifiers = stages["casp_stage"]["casp_modifiers"]
+                modifiers["BitAllocationModifier"]["importance"] = importance
+                chosen = yaml.safe_dump(stages, sort_keys=False)
                 compress(model, chosen, dataset, samples, 512, seed, out)
                 scores = evaluate_answers(load_model(str(out)), processor, asked).by_task
                 plan, taken = CompressionPlan.load(out), bytes_on_disk(out)
-            name = "fisher" if before is None else "study"
-            rows.append([recipe.stem, name, f"{taken:,}", _bits(plan), *_cells(scores, before)])
+            source = "fisher" if before is None else "study"
+            rows.append([name, source, f"{taken:,}", _bits(plan), *_cells(scores, before)])
             before = before or scores
             show(COLUMNS, rows)
     if table is not None:
-        counts = Counter(one.task for one in asked)
+        counts = Counter(question.task for question in asked)
         questions = ", ".join(f"{counts[task]} {task}" for task in TASKS)
         note = (
-            f"Made by `python benchmarks/sensitivity.py {' '.join(sys.argv[1:])}` ({questions} "
-            f"questions; ratios and differences to fisher with 95 % intervals; seed {seed});"
+            f"Made by `{command()}` ({questions} questions; ratios and differences to fisher with "
+            f"95 % intervals; seed {seed});"
         )
         write_markdown(table, [(COLUMNS, rows)], note)
 
@@ -101,7 +104,7 @@ COLUMNS = (
 
 
 def _bits(plan: CompressionPlan) -> str:
-    """Average bits of each component."""
+    """Return the average bits of the components."""
     found = {}
     for component in dict.fromkeys(unit.component for unit in plan.units):
         units = [unit for unit in plan.units if unit.component == component]

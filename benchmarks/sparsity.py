@@ -1,12 +1,12 @@
-"""Does sparse attention bear compressed W_q and W_k better? CASP's theorem 1, measured.
+"""Measure CASP's theorem 1: does sparse attention bear compressed W_q and W_k better?
 
     python benchmarks/sparsity.py MODEL QUESTIONS.parquet TEXTS.jsonl TABLE.md PLOT.png
 
-W_q and W_k of one decoder layer at a time become rank factors that keep 25 % of their parameters,
-each whitened by its inputs, as in the paper. The layer reads what it reads in the whole model; its
-map (total variation of a query's row) and its output (relative error) with and without factors are
-compared, beside the density of the map. All prompts are about equally long, so that densities can
-be compared; they differ in how many images they hold, and so in the share of visual tokens.
+W_q and W_k of one decoder layer at a time become factors that keep 25 % of their parameters,
+whitened by their inputs, as in the paper. The layer gets its inputs in the whole model; its map
+(total variation of a query's row) and its output (relative error) are compared with and without
+factors, beside the density of the map. All prompts are about equally long, so that densities can be
+compared; they differ in the number of images, and so in the share of visual tokens.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Measured:
 
 
 def factored(model: nn.Module, loader) -> dict[str, torch.Tensor]:
-    """W_q and W_k of the language model as low-rank products, by name."""
+    """Return W_q and W_k of the language model as low-rank products, by name."""
     linears = {
         name: module
         for name, module in named_linears(model)
@@ -85,7 +85,7 @@ def factored(model: nn.Module, loader) -> dict[str, torch.Tensor]:
 class Probe:
     """Compares attention with and without factors while the model runs.
 
-    :param products: stand-ins for the weights of linears, by name
+    :param products: low-rank products of the weights of linears, by name
     """
 
     def __init__(self, model: nn.Module, products: dict[str, torch.Tensor]):
@@ -138,11 +138,11 @@ class Probe:
 def prompts(
     asked: list[Conversation], text: str, processor, images: list[int], tokens: int, each: int
 ) -> list[Conversation]:
-    """Questions after a text and images that make up about ``tokens`` tokens together.
+    """Make prompts of about ``tokens`` tokens: a text and images, then a question.
 
-    :param images: how many images, in turn
+    :param images: numbers of images, in turn
     :param each: prompts for every number of images
-    :raises ValueError: if so many images take more tokens, or the text is too short
+    :raises ValueError: if the images take more tokens, or the text is too short
     """
     ids = processor.tokenizer(text)["input_ids"]
     (one,) = batches(asked[:1], processor, 2 * tokens)
@@ -165,27 +165,28 @@ def prompts(
 
 
 def by_share(found: list[Measured]) -> list[list[Measured]]:
-    """Those of prompts with equally many images together, by rising number."""
-    counts = sorted({one.visual for one in found})
-    return [[one for one in found if one.visual == count] for count in counts]
+    """Group measurements by the number of images in their prompts, rising."""
+    counts = sorted({measured.visual for measured in found})
+    return [[measured for measured in found if measured.visual == count] for count in counts]
 
 
 def means(group: list[Measured]) -> dict[str, float]:
-    return {key: fmean(getattr(one, key) for one in group) for key in VALUES}
+    return {key: fmean(getattr(measured, key) for measured in group) for key in VALUES}
 
 
 def correlation(group: list[Measured], one: str, other: str) -> float:
-    """Spearman's."""
-    return spearmanr(*([getattr(each, key) for each in group] for key in (one, other))).statistic
+    """Return Spearman's correlation of two fields."""
+    columns = ([getattr(measured, key) for measured in group] for key in (one, other))
+    return spearmanr(*columns).statistic
 
 
 def draw(path: Path, found: list[Measured], model: str) -> None:
     figure = Figure(figsize=(11, 4.2))
     left, right = figure.subplots(1, 2)
     layers = left.scatter(
-        [one.density for one in found],
-        [one.error for one in found],
-        c=[one.layer for one in found],
+        [measured.density for measured in found],
+        [measured.error for measured in found],
+        c=[measured.layer for measured in found],
         s=8,
         cmap="viridis",
     )
@@ -205,9 +206,9 @@ def draw(path: Path, found: list[Measured], model: str) -> None:
 
 
 def batches(made: list[Conversation], processor: ProcessorMixin, max_length: int) -> list[dict]:
-    """All prompts, those without images apart, since a loader holds one kind.
+    """Return batches of all prompts, those without images apart, since a loader holds one kind.
 
-    :raises ValueError: if one was left out
+    :raises ValueError: if a prompt does not fit
     """
     kinds = [[one for one in made if bool(one.images) == seen] for seen in (True, False)]
     found = [b for kind in kinds if kind for b in conversation_loader(kind, processor, max_length)]
@@ -233,7 +234,7 @@ def main(
     :param text: text that is put before the questions; half of it and other questions make the
         prompts that W_q and W_k are whitened on
     :param images: numbers of images in a prompt
-    :param each: prompts for each of them
+    :param each: prompts for every number of images
     :param tokens: length of the prompts, about
     """
     loaded, processor = load_model(model), AutoProcessor.from_pretrained(model)

@@ -1,11 +1,11 @@
-"""Times the linear layers of one decoder layer as vLLM with this plugin runs them, against bf16.
+"""Time the linear layers of one decoder layer as vLLM with this plugin runs them, against bf16.
 
 Runs where vLLM and casp-plugin are installed, on a GPU with `humming-kernels` for 2 and 3 bits:
 
     python benchmarks/vllm_linear.py --table benchmarks/results/vllm_linear.md
 
-The default shapes are those of LLaVA-1.5-7B. Weights are random: no download. Each layer is
-captured in a CUDA graph, as vLLM does, and both sides are timed in one process.
+The default shapes are those of LLaVA-1.5-7B. Weights are random: no download. Layers are captured
+in a CUDA graph, as in vLLM, and both sides are timed in one process.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace) -> list[str]:
-    """A table row for each layer and width: time of bf16 over time at that width."""
+    """Return a table row for every layer and width: time of bf16 over time at that width."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -75,7 +75,7 @@ def measure(given: argparse.Namespace) -> list[str]:
 
 
 def layer(name: str, bits: int | None, given: argparse.Namespace, device: torch.device):
-    """A linear of vLLM with random weights, ready to run; ``bits`` None for 16."""
+    """Return a linear of vLLM with random weights, ready to run; ``bits`` None for 16."""
     from vllm.model_executor.layers.linear import (
         MergedColumnParallelLinear,
         QKVParallelLinear,
@@ -106,7 +106,7 @@ def layer(name: str, bits: int | None, given: argparse.Namespace, device: torch.
 
 
 def config(bits: int, given: argparse.Namespace):
-    """One width everywhere; q and k as two factors."""
+    """Return a config of one width everywhere, with q and k as two factors."""
     from casp_plugin.maths.low_rank import uniform_rank
     from casp_plugin.runtime.config import CaspConfig
 
@@ -130,8 +130,8 @@ def config(bits: int, given: argparse.Namespace):
 
 @torch.no_grad()
 def seconds(linear: torch.nn.Module, x: torch.Tensor) -> float:
-    """Median time of one call."""
-    for _ in range(3):  # compiles what is compiled on the first call
+    """Return the median time of a call."""
+    for _ in range(3):  # the first call compiles
         linear(x)
     run = linear
     if x.is_cuda:

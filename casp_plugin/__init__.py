@@ -59,11 +59,12 @@ def __dir__() -> list[str]:
 def _is_command() -> bool:
     """Tell whether this process is ``casp`` or ``python -m casp_plugin``. A child process has the
     ``sys.argv`` of its parent, but another ``sys.orig_argv``."""
-    program = sys.argv[0] if sys.argv else ""
+    program = (getattr(sys, "argv", None) or [""])[0]
     if program not in sys.orig_argv:
         return False
     following = sys.orig_argv[sys.orig_argv.index(program) + 1 :]
-    return Path(program).stem == "casp" or (program == "-m" and following[:1] == [__name__])
+    is_script = Path(program).name in ("casp", "casp.exe") and not Path(program).is_dir()
+    return is_script or (program == "-m" and following[:1] == [__name__])
 
 
 # `casp --help` is to appear at once: the command registers when it has work to do (cli/app.py)

@@ -29,6 +29,10 @@ def imports_are_no_garbage():
     of a second each."""
     gc.collect()
     gc.freeze()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gc, "unfreeze", lambda: None)  # which vLLM calls after each engine
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

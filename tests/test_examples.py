@@ -87,8 +87,9 @@ def test_serve(folder):
     python = os.environ.get("CASP_VLLM_PYTHON")
     if python is None:
         pytest.skip("CASP_VLLM_PYTHON is not set")
-    environment = {"PYTHONPATH": str(SITE), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(SITE), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [python, str(EXAMPLES / "serve.py"), str(folder / "out")],
         env=os.environ | environment,

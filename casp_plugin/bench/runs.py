@@ -5,6 +5,7 @@ import multiprocessing
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -16,7 +17,7 @@ from casp_plugin.bench.engines import ENGINES, Round, Workload, answer
 from casp_plugin.model.load import bytes_on_disk
 from casp_plugin.system.machine import device_name, installed_versions
 
-__all__ = ["Speed", "measure", "speed_table"]
+__all__ = ["QUANTITIES", "Quantity", "Speed", "measure", "ratios_to", "speed_table"]
 
 
 class Speed(BaseModel):
@@ -43,12 +44,13 @@ class Speed(BaseModel):
 
     @property
     def prefill(self) -> float:
-        """Median seconds to the first new token."""
+        """Return the median seconds to the first new token."""
         return median(answered.prefill for answered in self.rounds)
 
     @property
     def decode(self) -> float:
-        """Median tokens per second after the first token, of all prompts of the batch together.
+        """Return the median tokens per second after the first token, of all prompts of the batch
+        together.
 
         :raises ValueError: if all tokens of an answer took no longer than one
         """
@@ -56,12 +58,12 @@ class Speed(BaseModel):
 
     @property
     def prefill_memory(self) -> int:
-        """Largest memory until the first new token, bytes."""
+        """Return the largest memory until the first new token, bytes."""
         return max(answered.prefill_memory for answered in self.rounds)
 
     @property
     def memory(self) -> int:
-        """Largest memory until the last token, bytes."""
+        """Return the largest memory until the last token, bytes."""
         return max(answered.memory for answered in self.rounds)
 
     def _decode(self, answered: Round) -> float:
@@ -83,6 +85,47 @@ class Speed(BaseModel):
             "decode": [self._decode(ours) / baseline._decode(theirs) for ours, theirs in pairs],
         }
         return {name: (median(rows), min(rows), max(rows)) for name, rows in ratios.items()}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A quantity of a benchmark, as tables show it.
+
+    :param label: name and unit
+    :param attribute: attribute of ``Speed`` that holds it
+    :param spec: format of its values
+    :param scale: factor from the attribute to the unit
+    """
+
+    label: str
+    attribute: str
+    spec: str
+    scale: float = 1.0
+
+    def text(self, speed: Speed) -> str:
+        """Return the value of a model as text; empty where it is not known."""
+        value = getattr(speed, self.attribute)
+        return "" if value is None else f"{value * self.scale:{self.spec}}"
+
+
+QUANTITIES = (
+    Quantity("files, GB", "bytes_on_disk", ".3f", 1e-9),
+    Quantity("prefill, s", "prefill", ".3f"),
+    Quantity("decode, tokens/s", "decode", ".1f"),
+    Quantity("peak memory at prefill, GB", "prefill_memory", ".2f", 1e-9),
+    Quantity("peak memory, GB", "memory", ".2f", 1e-9),
+)
+
+
+def ratios_to(speed: Speed, baseline: Speed) -> dict[str, tuple[float, ...]]:
+    """Return ratios to a baseline by attribute of ``Speed``, followed by the lowest and the highest
+    of all rounds where rounds were compared."""
+    ratios = {}
+    for quantity in QUANTITIES:
+        pair = getattr(speed, quantity.attribute), getattr(baseline, quantity.attribute)
+        if all(pair):
+            ratios[quantity.attribute] = (pair[0] / pair[1],)
+    return ratios | speed.against(baseline)
 
 
 def measure(
@@ -131,31 +174,15 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
     for column in ("", *(speed.model for speed in speeds)):
         table.add_column(column, justify="right" if column else "left")
 
-    def cells(value, spec, ratio=None, scale=1.0):
-        for speed in speeds:
-            number = value(speed)
-            text = "" if number is None else f"{number * scale:{spec}}"
-            if speed is not first and None not in (number, value(first)):
-                middle, *ends = ratio(speed) if ratio else [number / value(first)]
-                text += f"  x{middle:.3g}"
-                text += f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else ""
-            yield text
-
-    gb = {"spec": ".3f", "scale": 1e-9}
-    table.add_row("files, GB", *cells(lambda speed: speed.bytes_on_disk, **gb))
-    ratios = {speed.model: speed.against(first) for speed in speeds}
-    for name, value, spec in (
-        ("prefill, s", "prefill", ".4f"),
-        ("decode, tokens/s", "decode", ".2f"),
-    ):
-        row = cells(
-            lambda speed, value=value: getattr(speed, value),
-            spec,
-            lambda speed, value=value: ratios[speed.model][value],
-        )
-        table.add_row(name, *row)
-    table.add_row("peak memory, prefill, GB", *cells(lambda speed: speed.prefill_memory, **gb))
-    table.add_row("peak memory, GB", *cells(lambda speed: speed.memory, **gb))
+    ratios = [{} if speed is first else ratios_to(speed, first) for speed in speeds]
+    for quantity in QUANTITIES:
+        cells = []
+        for speed, to_first in zip(speeds, ratios, strict=True):
+            middle, *ends = to_first.get(quantity.attribute, (None,))
+            ratio = "" if middle is None else f"  x{middle:.3g}"
+            ratio += f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else ""
+            cells.append(quantity.text(speed) + ratio)
+        table.add_row(quantity.label, *cells)
     return table
 
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from casp_plugin.checkpoint.format import copy_processor, save_with_plan
 from casp_plugin.model.load import bare_model, read_model_config
-from casp_plugin.modifiers import CaspModifier
+from casp_plugin.modifiers.base import without_data
 from casp_plugin.modifiers.recipe_run import shape_model
 from casp_plugin.modifiers.rehearsal import planned_groups
 from casp_plugin.plan.plan import CompressionPlan
 from casp_plugin.system.files import whole_folder
 
-__all__ = ["Shapes", "without_data"]
+__all__ = ["Shapes"]
 
 
 @dataclass
@@ -77,17 +77,6 @@ class Shapes:
             model.save_pretrained(partial)
             if self.plan is None:
                 copy_processor(self.source, partial)
-
-
-def without_data(modifiers: list[Modifier]) -> list[Modifier]:
-    """Return a recipe that needs no data: where data would choose, factors keep a quarter of every
-    layer's parameters and bits are spread evenly."""
-    return [
-        modifier.without_data()
-        if isinstance(modifier, CaspModifier)
-        else modifier.model_copy(deep=True)
-        for modifier in modifiers
-    ]
 
 
 def _fill(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ class BareCheckpoint:
 
     @property
     def transforms(self) -> TransformConfig | None:
-        """Rotations of inputs."""
+        """Return the rotations of inputs."""
         return self.quantizer.transforms
 
     def names_in_memory(self, names: Iterable[str]) -> dict[str, str]:

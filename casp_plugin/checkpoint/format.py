@@ -254,7 +254,7 @@ def unsavable_generation_config(model: PreTrainedModel) -> str | None:
 
 
 def _head_differs(model: PreTrainedModel) -> bool:
-    """Whether the output head and the embedding of a model are two different dense matrices:
+    """Tell whether the output head and the embedding of a model are two different dense matrices:
     transformers then does not tie them, whatever the config says, but vLLM would."""
     try:
         ends = model.get_input_embeddings(), model.get_output_embeddings()

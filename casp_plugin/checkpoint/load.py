@@ -169,12 +169,12 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
 
     @property
     def _names_all_layers(self) -> bool:
-        """Whether the config names layers one by one, as our and folded checkpoints do."""
+        """Tell whether the config names layers one by one, as our and folded checkpoints do."""
         return all("." in name and not name.startswith("re:") for name in self._targets)
 
     @property
     def _expert_targets(self) -> set[str]:
-        """Layers of experts that the config names one by one."""
+        """Return the layers of experts that the config names one by one."""
         return {name for name in self._targets if re.search(r"^(?!re:).*\.experts\.\d+\.", name)}
 
     @contextmanager

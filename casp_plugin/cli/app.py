@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import casp_plugin
-from casp_plugin.cli.options import CACHE, with_groups
+from casp_plugin.cli.groups import with_groups
+from casp_plugin.cli.options import CACHE
 from casp_plugin.cli.progress import quiet
 from casp_plugin.system.messages import one_line
 
@@ -36,7 +37,7 @@ _VERBOSE = inspect.Parameter(
         bool,
         typer.Option(
             "--verbose",
-            help="Show all progress bars and INFO lines, of dependencies too, not one line.",
+            help="Show progress bars and INFO lines, those of dependencies too.",
         ),
     ],
 )
@@ -67,8 +68,8 @@ def command(name: str | None = None, **settings) -> Callable:
 
 
 def main() -> None:
-    """Entry point: what a user got wrong is one line, and so is what nobody foresaw, with the
-    traceback in a file."""
+    """Run the command; print an error on one line, and where nobody foresaw it, keep its traceback
+    in a file."""
     try:
         app()
     except ModuleNotFoundError as error:  # where the package only serves

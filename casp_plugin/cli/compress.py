@@ -18,16 +18,15 @@ from casp_plugin.cli.options import (
     Pipeline,
     RecipeFile,
     TrustRemoteCode,
-    console,
     parse_budget,
-    show,
 )
+from casp_plugin.cli.output import console, show
 from casp_plugin.cli.progress import tell
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCalibrationOptions(CalibrationOptions):
-    """What a model is calibrated on, if anything."""
+    """Data that a model is calibrated on, if any."""
 
     dataset: Annotated[str | None, DATASET] = None
 
@@ -46,7 +45,7 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="Save the plan as JSON here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw bits per layer here.")] = None,
 ) -> None:
-    """Show what a recipe would do: units, bits, ranks, exact bytes.
+    """Show the plan of a recipe: units, bits, ranks, exact bytes.
 
     Without --dataset nothing heavy runs, not even the weights are read, and what only
     statistics can tell shows as '?'.
@@ -54,9 +53,8 @@ def plan(
     from transformers import set_seed
 
     from casp_plugin.data.data_source import load_processor
-    from casp_plugin.model.load import load_model
+    from casp_plugin.model.load import bare_source_model, load_model
     from casp_plugin.modifiers import plan_recipe
-    from casp_plugin.modifiers.compression import bare_source_model
     from casp_plugin.plan.tables import plan_tables, unit_tables
 
     for path in filter(None, (json, png)):
@@ -115,8 +113,9 @@ def run(
     """
     from casp_plugin.checkpoint.vllm_support import quantized_connector
     from casp_plugin.data.data_source import load_processor
+    from casp_plugin.model.load import bare_source_model
     from casp_plugin.modifiers import plan_recipe
-    from casp_plugin.modifiers.compression import bare_source_model, compress
+    from casp_plugin.modifiers.compression import compress
     from casp_plugin.plan.tables import total_table
     from casp_plugin.system.distributed import barrier, is_source_process, join_torchrun
 
@@ -163,13 +162,13 @@ def _tell_estimate(bare, recipe, calibration: CalibrationOptions) -> None:
     """
     from casp_plugin.modifiers import estimate_recipe
     from casp_plugin.modifiers.run_estimate import Data
-    from casp_plugin.system.messages import gigabytes
+    from casp_plugin.system.messages import size_text
 
     samples, max_length = calibration.samples, calibration.max_length
     expected = estimate_recipe(bare, recipe, Data(samples, max_length))
     console.print(
         f"Measuring {samples} samples of {max_length} tokens takes about "
-        f"{gigabytes(expected.memory)} of memory, {gigabytes(expected.disk)} on disk and "
+        f"{size_text(expected.memory)} of memory, {size_text(expected.disk)} on disk and "
         f"{expected.duration}; what the cache has is not measured again"
     )
 

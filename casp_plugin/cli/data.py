@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from casp_plugin.cli.options import Seed, console
+from casp_plugin.cli.options import Seed
+from casp_plugin.cli.output import console
 
 __all__ = [
     "DATASET",
@@ -31,7 +32,7 @@ class DataOptions:
     dataset: Annotated[str, DATASET]
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text"
     image_column: Annotated[
-        str, typer.Option(help="Column that holds images, for models that see.")
+        str, typer.Option(help="Column that holds images, for vision-language models.")
     ] = "image"
     video_column: Annotated[
         str | None, typer.Option(help="Column that holds a video's frames, instead of images.")
@@ -63,14 +64,14 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(DataOptions):
-    """What a model is calibrated on."""
+    """Data that a model is calibrated on."""
 
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 512
     max_length: Annotated[int, typer.Option(help="Tokens a sample at most.", min=2)] = 2048
     seed: Seed = 0
 
     def batches(self, config, processor, batch_size: int = 1):
-        """Return calibration batches; say so where the model sees and the data has text alone.
+        """Return calibration batches; say so where a vision-language model gets text alone.
 
         :param config: of the model
         :param processor: its processor or tokenizer
@@ -85,7 +86,7 @@ class CalibrationOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutOptions:
-    """What models that a command makes are scored on, in the columns of the calibration data."""
+    """Data that the models of a command are scored on, in the columns of the calibration data."""
 
     heldout: Annotated[str, typer.Option(help="What to score on, in the same columns.")] = (
         "bundled-heldout"

@@ -10,7 +10,8 @@ import typer
 
 from casp_plugin.cli.app import command
 from casp_plugin.cli.data import DataOptions, TaskColumn, tell_text_alone, within_positions
-from casp_plugin.cli.options import Seed, TrustRemoteCode, show
+from casp_plugin.cli.options import Seed, TrustRemoteCode
+from casp_plugin.cli.output import show
 from casp_plugin.cli.progress import tell
 
 
@@ -44,14 +45,11 @@ class ScoringOptions(DataOptions):
     def scoring(self, max_length: int):
         """Return the ``Scoring`` that they name.
 
-        :param max_length: that the models have positions for
-        :raises ValueError: if windows would leave tokens out
+        :param max_length: tokens that the models have positions for, at most
         """
         from casp_plugin.evaluation.checkpoints import Scoring
 
         stride = self.stride or max_length
-        if stride > max_length:
-            raise ValueError(f"--stride {stride} is more than --max-length {max_length}")
         source = self.source()
         return Scoring(source, self.samples, max_length, stride, self.join, self.task_column)
 
@@ -133,6 +131,8 @@ def evaluate(
 
     if data.dataset is None and not tasks.tasks:
         data = replace(data, dataset="bundled-heldout")
+    if data.reference and data.dataset is None:
+        raise ValueError("--reference is compared on data: give --dataset, or leave out --tasks")
     source = data.source() if data.dataset else None
     max_length = data.max_length
     for model in models:  # now, not after hours, as all that follows
@@ -145,12 +145,14 @@ def evaluate(
     if data.reference:
         config = read_model_config(data.reference, trust_remote_code)
         max_length = within_positions(config, max_length)
+    if data.stride and data.stride > max_length:
+        raise ValueError(f"--stride {data.stride} is more than --max-length {max_length}")
     if kv_cache and tasks.tasks and "vllm" in tasks.backend:
         raise ValueError(f"--kv-cache is for models of transformers, not --backend {tasks.backend}")
     compared = load_records(results.Evaluation, baseline, "casp eval") if baseline else []
     wanted = tasks.harness_tasks()
     scoring = data.scoring(max_length) if source else None
-    original = load_model(data.reference, trust_remote_code) if data.reference and source else None
+    original = load_model(data.reference, trust_remote_code) if data.reference else None
     for model in models:
         tell(f"measuring {model}")
         conditions = {"seed": seed, "kv_cache": kv_cache, "trust_remote_code": trust_remote_code}
@@ -167,7 +169,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions:
-    """What every model is asked; fields of ``Workload``."""
+    """Request that every model answers; fields of ``Workload``."""
 
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 128
@@ -211,7 +213,7 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Write results as JSON here.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Size, prefill time, decode throughput and peak memory, in turns with a baseline's."""
+    """Measure size, prefill time, decode throughput and peak memory, in turns with a baseline."""
     from casp_plugin.bench.engines import ENGINES, Workload
     from casp_plugin.bench.runs import measure, speed_table
     from casp_plugin.evaluation.records import save_records

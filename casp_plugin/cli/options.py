@@ -1,19 +1,12 @@
-"""Options that several commands take, and where they print."""
+"""Options that several commands take."""
 
-import inspect
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
-console = Console()
 
 Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face id.", metavar="MODEL")]
 Checkpoint = Annotated[
@@ -68,43 +61,24 @@ class CacheOptions:
 
     @property
     def folder(self) -> Path | None:
+        """Return the folder; None where nothing is kept."""
         return None if self.no_cache else self.cache
-
-
-def with_groups(function: Callable) -> Callable:
-    """Let a function that takes groups of options, which are dataclasses, be a command of typer.
-
-    Typer reads options from a function's signature. That of the function returned has the fields
-    of each group in the place of the group.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    groups = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
-    flat = []
-    for parameter in parameters:
-        if parameter.name in groups:
-            flat += inspect.signature(groups[parameter.name]).parameters.values()
-        else:
-            flat.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @wraps(function)
-    def command(**values):
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        return function(**values)
-
-    command.__signature__ = inspect.Signature(flat)
-    return command
 
 
 def parse_budget(text: str) -> float | dict[str, float]:
     """Return the budget of ``--average-bits``: 2.25, or language=2.25,vision=4.25.
 
-    :raises ValueError: if it is neither
+    :raises ValueError: if it is neither, or names a component twice
     """
     if "=" not in text:
         return parse_bits(text)
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    return {component.strip(): parse_bits(bits) for component, _, bits in pairs}
+    budgets: dict[str, float] = {}
+    for pair in text.split(","):
+        component, _, bits = pair.partition("=")
+        if component.strip() in budgets:
+            raise ValueError(f"--average-bits {text}: {component.strip()} comes twice")
+        budgets[component.strip()] = parse_bits(bits)
+    return budgets
 
 
 def parse_bits(text: str) -> float:
@@ -119,11 +93,3 @@ def parse_bits(text: str) -> float:
     if not 0 < bits < math.inf:
         raise ValueError(f"--average-bits {text}: numbers are needed")
     return bits
-
-
-def show(*tables: Table) -> None:
-    """Print tables; on a narrow terminal names go on in the next line, none is cut."""
-    for table in tables:
-        for column in table.columns:
-            column.overflow = "fold"
-        console.print(table)

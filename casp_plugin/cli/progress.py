@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from rich.console import Console
 from rich.markup import escape
 
-from casp_plugin.cli.options import console
+from casp_plugin.cli.output import console
 
 __all__ = ["quiet", "tell"]
 
@@ -27,11 +27,15 @@ _ENVIRONMENT = {
 }
 #: stage by the description of its bar; other bars show nothing
 _STAGES = {
+    "Reading texts": "reading texts",
+    "Applying the chat template": "applying the chat template",
     "Reading images": "reading images",
     "Checking images": "checking images",
     "Trying one batch": "trying one batch",
     "Looking at attention maps": "measuring attention maps",
+    "Probing the attention": "probing the attention",
     "Collecting gradients": "measuring gradients",
+    "Running": "running layers",
     "Measuring": "measuring layers",
     "Choosing": "choosing",
     "Calibrating": "quantizing layers",
@@ -48,14 +52,18 @@ _LAYER = re.compile(r"\((\d+/\d+)\): (.+)")
 
 
 class _Line:
-    """The line: redrawn on a terminal; elsewhere a line for every stage, to stderr."""
+    """The line: redrawn on a terminal; elsewhere a line for every stage, to stderr. Only the first
+    process of torchrun shows it."""
 
     def __init__(self):
         self._status = console.status("", refresh_per_second=4) if console.is_terminal else None
         self._stage = ""
+        self._shown = os.environ.get("RANK", "0") == "0"
         self._outermost: Callable = lambda: None
 
     def tell(self, stage: str, step: str = "") -> None:
+        if not self._shown:
+            return
         if self._status is not None:
             self._status.update(escape(f"{stage} {step}".rstrip()))
             self._status.start()
@@ -64,16 +72,15 @@ class _Line:
         self._stage = stage
 
     def show(self, bar) -> None:
-        """Tell the stage of a tqdm bar, unless it lies inside another one that has a stage."""
-        outermost = self._outermost()
-        if outermost is not None and outermost is not bar and not outermost.disable:  # still open
-            return
+        """Tell the stage of a tqdm bar, unless it lies inside an open bar of another stage."""
         description = bar.desc.removesuffix(": ")
         step = f"{bar.n / bar.total:.0%}" if bar.total else ""
         if layer := _LAYER.fullmatch(description):
             step, description = layer.groups()
         stage = "downloading" if bar.unit == "B" else _STAGES.get(description)
-        if stage is not None:
+        outermost = self._outermost()
+        inside = outermost is not None and outermost is not bar and not outermost.disable
+        if stage is not None and not (inside and stage != self._stage):
             self._outermost = weakref.ref(bar)
             self.tell(stage, step)
 
@@ -105,7 +112,8 @@ def quiet() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere:
 
         def begin_unseen(bar, *args, **settings):
-            begin(bar, *args, **{"disable": False, **settings, "file": nowhere})
+            shown = {"disable": False, **settings, "file": nowhere}
+            begin(bar, *args[:4], **shown)  # later ones are about looks
 
         _line = line = _Line()
         tqdm.__init__, tqdm.display = begin_unseen, lambda bar, *args, **kwargs: line.show(bar)

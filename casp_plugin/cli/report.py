@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from casp_plugin.cli.app import command
-from casp_plugin.cli.options import Checkpoint, TrustRemoteCode, console
+from casp_plugin.cli.options import Checkpoint, TrustRemoteCode
+from casp_plugin.cli.output import console
 
 CARD_NAME, PAGE_NAME = "README.md", "report.html"
 
@@ -40,6 +41,7 @@ def report(
     from casp_plugin.report.facts import read_facts
     from casp_plugin.report.page import page
     from casp_plugin.system.files import write_whole
+    from casp_plugin.system.messages import size_text
 
     path = checkpoint / CARD_NAME
     facts = read_facts(checkpoint, evals or [], benches or [], trust_remote_code)
@@ -47,7 +49,7 @@ def report(
     made = page(facts)
     target = output or checkpoint / PAGE_NAME
     write_whole(target, made)
-    console.print(f"Wrote {target}, {len(made.encode()) / 1e6:.1f} MB")
+    console.print(f"Wrote {target}, {size_text(len(made.encode()))}")
     if mine:
         write_whole(path, str(card(facts, license)))
         console.print(f"Wrote {path}")
@@ -56,7 +58,7 @@ def report(
 
 
 def _of_base(path: Path, facts) -> bool:
-    """Whether a card is that of the base model, copied with its other files."""
+    """Tell whether a card is that of the base model, copied with its other files."""
     from casp_plugin.checkpoint.source import source_folder
 
     base = source_folder(facts.base_model or "")

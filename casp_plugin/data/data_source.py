@@ -14,7 +14,6 @@ from transformers import (
 
 from casp_plugin.data.chats import CHAT_COLUMNS
 from casp_plugin.data.sources import load_text, read_source
-from casp_plugin.data.text_batches import calibration_loader
 from casp_plugin.model.load import is_multimodal, read_model_config
 from casp_plugin.system.messages import one_line
 
@@ -142,6 +141,8 @@ def calibration_batches(
         from casp_plugin.data.conversation_batches import conversation_loader
 
         return conversation_loader(source.conversations(samples, seed), processor, max_length)
+    from casp_plugin.data.text_batches import calibration_loader  # needs llm-compressor
+
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = source.texts(tokenizer, samples, seed)
     return calibration_loader(texts, tokenizer, max_length, batch_size)

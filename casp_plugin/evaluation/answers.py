@@ -44,17 +44,17 @@ class AnswerScores(Scores):
 
     @property
     def exact_match(self) -> float:
-        """Share of right answers, 0 to 1."""
+        """Return the share of right answers, 0 to 1."""
         return sum(text.exact for text in self.texts) / len(self.texts)
 
     @property
     def f1(self) -> float:
-        """Mean overlap of words, 0 to 1."""
+        """Return the mean overlap of words, 0 to 1."""
         return math.fsum(text.f1 for text in self.texts) / len(self.texts)
 
     @property
     def by_task(self) -> dict[str, "AnswerScores"]:
-        """Scores by task, sorted by name."""
+        """Return the scores by task, sorted by name."""
         tasks = sorted({text.task for text in self.texts})
         return {
             task: AnswerScores(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+from rich.markup import escape
 from rich.table import Table
 
 from casp_plugin.evaluation.intervals import difference_interval, mcnemar, mean_interval
@@ -105,7 +106,7 @@ class Evaluation(BaseModel):
         """Return a table with a row for each measurement and its 95 % interval."""
         table = Table("task", "metric", "value", "95 %", title=self.model, title_justify="left")
         for measured in self.measurements:
-            interval = "" if measured.low is None else f"{measured.low:.4g} to {measured.high:.4g}"
+            interval = escape(bracketed(measured.low, measured.high, ".4g"))  # [inf, inf]
             table.add_row(measured.task, measured.metric, f"{measured.value:.4g}", interval)
         return table
 
@@ -139,7 +140,7 @@ class Comparison(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, or ``within chance``; empty where it is not known."""
+        """Return ``better``, ``worse``, or ``within chance``; empty where it is not known."""
         if self.low is None or self.higher_is_better is None:
             return ""
         same = 1.0 if self.ratio else 0.0
@@ -149,12 +150,12 @@ class Comparison(BaseModel):
 
     @property
     def change_text(self) -> str:
-        """The change for tables: ratios begin with x, differences with a sign."""
+        """Return the change for tables: ratios begin with x, differences with a sign."""
         return f"x{self.change:.3f}" if self.ratio else f"{self.change:+.3g}"
 
     @property
     def interval_text(self) -> str:
-        """The interval of the change for tables; empty where it is not known."""
+        """Return the interval of the change for tables; empty where it is not known."""
         return bracketed(self.low, self.high, ".3f" if self.ratio else "+.3g")
 
 

@@ -49,17 +49,17 @@ class Scores:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that are scored."""
+        """Return the number of tokens that are scored."""
         return sum(text.tokens for text in self.texts)
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log likelihood of a token."""
+        """Return exp of the mean negative log likelihood of a token."""
         return math.exp(sum(text.loss for text in self.texts) / self.tokens)
 
     @property
     def kl(self) -> float | None:
-        """Mean KL(reference || model) at a token in nats; None without a reference."""
+        """Return the mean KL(reference || model) at a token in nats; None without a reference."""
         if any(text.divergence is None for text in self.texts):
             return None
         return sum(text.divergence for text in self.texts) / self.tokens

@@ -73,7 +73,7 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored keys and values, with scales and waiting tokens."""
+        """Return the bytes of all stored keys and values, with scales and waiting tokens."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, CompressedLayer))
 
 
@@ -136,7 +136,7 @@ class CompressedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored keys and values, with scales and waiting tokens."""
+        """Return the bytes of all stored keys and values, with scales and waiting tokens."""
         if not self.is_initialized:
             return 0
         codes = (tensor for pair in self.stored for piece in pair for tensor in piece.tensors)

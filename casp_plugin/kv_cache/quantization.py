@@ -46,12 +46,12 @@ class Codes:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All stored tensors."""
+        """Return all stored tensors."""
         return [*self.planes, self.low, self.delta, *(self.outliers or ())]
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return self.shape[1]
 
     def of(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Codes":
@@ -87,12 +87,12 @@ class Plain:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All stored tensors."""
+        """Return all stored tensors."""
         return [self.values]
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return self.values.shape[2]
 
     def of(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Plain":

@@ -86,7 +86,7 @@ class CacheScheme(BaseModel):
 
     @property
     def by_prompt(self) -> bool:
-        """Whether a whole prompt shares a scale."""
+        """Tell whether a whole prompt shares a scale."""
         tensors = (self.keys, self.values)
         return any(tensor.axis != "token" and tensor.group is None for tensor in tensors)
 

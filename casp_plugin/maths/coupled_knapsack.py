@@ -69,35 +69,36 @@ def choose_coupled(
     frontiers: Mapping[str, Frontier],
     parts: Mapping[str, float],
     pairs: Mapping[str, float],
-    budget: int,
+    budget_bytes: int,
 ) -> tuple[dict[str, int], float]:
     """Return the points of the groups' frontiers with the least value within a budget.
 
     :param frontiers: by group
     :param parts: a_g, by group
     :param pairs: b_gh, by ``g x h``
-    :param budget: bytes of all groups together
+    :param budget_bytes: bytes of all groups together
     :return: point by group, and the value
     :raises BudgetError: if even the smallest points exceed the budget
     """
     *small, large = sorted(frontiers, key=lambda group: len(frontiers[group].bytes))
     sizes = frontiers[large].bytes
     least = sum(int(frontier.bytes[0]) for frontier in frontiers.values())
-    if budget < least:
-        raise BudgetError(f"budget of {budget} bytes is below the least reachable {least}")
+    if budget_bytes < least:
+        raise BudgetError(f"budget of {budget_bytes} bytes is below the least reachable {least}")
     # combinations of all groups but the one with most points, which takes the bytes they leave
-    most = int(MOST_COMBINATIONS ** (1 / max(len(small), 1)))
-    grids = np.meshgrid(*(_spread(len(frontiers[g].bytes), most) for g in small), indexing="ij")
+    points_each = int(MOST_COMBINATIONS ** (1 / max(len(small), 1)))
+    kept = [_spread(len(frontiers[group].bytes), points_each) for group in small]
+    grids = np.meshgrid(*kept, indexing="ij")
     points = {group: grid.ravel() for group, grid in zip(small, grids, strict=True)}
-    left = budget - sum((frontiers[g].bytes[points[g]] for g in small), np.zeros(1, np.int64))
+    left = budget_bytes - sum((frontiers[g].bytes[points[g]] for g in small), np.zeros(1, np.int64))
     fits = left >= sizes[0]
     points = {group: grid[fits] for group, grid in points.items()}
     points[large] = np.searchsorted(sizes, left[fits], side="right") - 1
     errors = {group: _relative(frontiers[group])[points[group]] for group in frontiers}
     value = sum(parts[group] * errors[group] for group in frontiers)
     for pair, share in pairs.items():
-        one, other = pair.split(" x ")
-        value = value + share * errors[one] * errors[other]
+        first, second = pair.split(" x ")
+        value = value + share * errors[first] * errors[second]
     best = int(value.argmin())
     return {group: int(points[group][best]) for group in frontiers}, float(value[best])
 
@@ -134,16 +135,17 @@ class Coupled:
         self,
         costs: Sequence[Sequence[float]],
         bytes_: Sequence[Sequence[int]],
-        budget: int,
+        budget_bytes: int,
         points: int,
     ) -> tuple[list[tuple[int, float]], list[int]]:
         """Choose a candidate for every unit, and the best values at other budgets.
 
         :param costs: cost of every candidate, one list per unit
         :param bytes_: bytes of every candidate, same shape
-        :param budget: bytes available in all
+        :param budget_bytes: bytes available in all
         :param points: number of other budgets, spread evenly over the reachable bytes
-        :return: (bytes taken, value) at the other budgets; candidate of every unit at ``budget``
+        :return: (bytes taken, value) at the other budgets; candidate of every unit at
+            ``budget_bytes``
         :raises BudgetError: if even the smallest candidates exceed the budget
         """
         members: dict[str, list[int]] = {}
@@ -154,18 +156,18 @@ class Coupled:
             for group, inside in members.items()
         }
 
-        def best(most: int) -> tuple[dict[str, int], float]:
-            return choose_coupled(frontiers, self.parts, self.pairs, most)
+        def best(available_bytes: int) -> tuple[dict[str, int], float]:
+            return choose_coupled(frontiers, self.parts, self.pairs, available_bytes)
 
         curve = []
-        for most in np.linspace(*reachable_bytes(bytes_), points).astype(int).tolist():
-            chosen_points, value = best(most)
+        for other_bytes in np.linspace(*reachable_bytes(bytes_), points).astype(int).tolist():
+            chosen_points, value = best(other_bytes)
             taken = _bytes_at(frontiers, chosen_points)
             curve.append((taken, value))
-        chosen_points, _ = best(budget)
+        chosen_points, _ = best(budget_bytes)
         errors = {g: _relative(frontiers[g])[point] for g, point in chosen_points.items()}
         slope = self._slopes(errors)
-        left = budget - _bytes_at(frontiers, chosen_points)
+        left = budget_bytes - _bytes_at(frontiers, chosen_points)
         chosen = {}
         for group in sorted(members, key=slope.get, reverse=True):  # the steepest takes the rest
             inside = members[group]
@@ -180,7 +182,7 @@ class Coupled:
         """Return the derivative of the value by the error of every group."""
         slopes = {group: self.parts[group] for group in errors}
         for pair, share in self.pairs.items():
-            one, other = pair.split(" x ")
-            slopes[one] += share * errors[other]
-            slopes[other] += share * errors[one]
+            first, second = pair.split(" x ")
+            slopes[first] += share * errors[second]
+            slopes[second] += share * errors[first]
         return slopes

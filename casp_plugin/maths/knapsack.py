@@ -80,7 +80,7 @@ def reachable_bytes(bytes_: Sequence[Sequence[int]]) -> tuple[int, int]:
 def choose(
     costs: Sequence[Sequence[float]],
     bytes_: Sequence[Sequence[int]],
-    budget: int,
+    budget_bytes: int,
     slack: int = 0,
 ) -> list[int]:
     """Pick one candidate per unit, at the least total cost within the budget.
@@ -91,20 +91,20 @@ def choose(
 
     :param costs: cost of every candidate, L lists
     :param bytes_: bytes of every candidate, same shape
-    :param budget: bytes available in all
+    :param budget_bytes: bytes available in all
     :param slack: bytes that may be left over
     :return: index of the chosen candidate of every unit, length L
     :raises BudgetError: if even the smallest candidates exceed the budget
     """
     least, most = reachable_bytes(bytes_)
-    if budget < least:
-        raise BudgetError(f"budget of {budget} bytes is below the least reachable {least}")
-    budget = min(budget, most)
-    chosen = _knapsack(costs, bytes_, budget - slack, budget)
+    if budget_bytes < least:
+        raise BudgetError(f"budget of {budget_bytes} bytes is below the least reachable {least}")
+    budget_bytes = min(budget_bytes, most)
+    chosen = _knapsack(costs, bytes_, budget_bytes - slack, budget_bytes)
     if chosen is None:
-        fullest = _knapsack([[-b for b in row] for row in bytes_], bytes_, least, budget)
+        fullest = _knapsack([[-b for b in row] for row in bytes_], bytes_, least, budget_bytes)
         total = sum(row[i] for row, i in zip(bytes_, fullest, strict=True))
-        chosen = _knapsack(costs, bytes_, total - slack, budget)
+        chosen = _knapsack(costs, bytes_, total - slack, budget_bytes)
     return chosen
 
 
@@ -120,8 +120,8 @@ def pareto(
     """
     least, most = reachable_bytes(bytes_)
     curve = []
-    for budget in np.linspace(least, most, points).astype(int).tolist():
-        chosen = choose(costs, bytes_, budget, slack=budget)
+    for budget_bytes in np.linspace(least, most, points).astype(int).tolist():
+        chosen = choose(costs, bytes_, budget_bytes, slack=budget_bytes)
         curve.append(
             (
                 sum(row[i] for row, i in zip(bytes_, chosen, strict=True)),

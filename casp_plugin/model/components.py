@@ -3,7 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["COMPONENTS", "LANGUAGE", "component_of", "find_components", "outside_language"]
+__all__ = [
+    "COMPONENTS",
+    "LANGUAGE",
+    "component_of",
+    "find_components",
+    "merged_patterns",
+    "outside_language",
+]
 
 LANGUAGE = "language"
 #: regular expressions for one part of a module's path, by component; the first match names the
@@ -47,6 +54,15 @@ def find_components(
     for name in names:
         members.setdefault(component_of(name, patterns), []).append(name)
     return members
+
+
+def merged_patterns(tables: Iterable[Mapping[str, Iterable[str]]]) -> dict[str, list[str]]:
+    """Return the patterns of all tables, by component, those of earlier tables first."""
+    merged: dict[str, list[str]] = {}
+    for table in tables:
+        for component, patterns in table.items():
+            merged.setdefault(component, []).extend(patterns)
+    return merged
 
 
 def outside_language(

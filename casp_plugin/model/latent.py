@@ -96,6 +96,6 @@ def global_ranks(latents: Iterable[Latent], multiple: int, keep: float) -> list[
         for latent, ranks in zip(latents, options, strict=True)
     ]
     least = sum(min(row) for row in sizes)
-    budget = max(least, int(keep * sum(latent.parameters for latent in latents)))
-    chosen = choose(lost, sizes, budget, slack=budget)
+    most_parameters = max(least, int(keep * sum(latent.parameters for latent in latents)))
+    chosen = choose(lost, sizes, most_parameters, slack=most_parameters)
     return [ranks[index] for ranks, index in zip(options, chosen, strict=True)]

@@ -31,6 +31,7 @@ from casp_plugin.system.messages import one_line
 __all__ = [
     "auto_class",
     "bare_model",
+    "bare_source_model",
     "bytes_on_disk",
     "copy_without_weights",
     "is_multimodal",
@@ -180,6 +181,25 @@ def bare_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     arguments = {"dtype": config.dtype or torch.float32, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         return auto_class(config).from_config(config, **arguments)
+
+
+def bare_source_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model to be compressed without weights, from its config alone.
+
+    :param model: folder or Hugging Face id
+    :param trust_remote_code: whether Python code that comes with the model may run
+    :raises ValueError: if the model cannot be found, is quantized already, or is of a class that
+        cannot be compressed
+    """
+    config = read_model_config(model, trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method")
+        raise ValueError(
+            f"{model} is already quantized ({method}): start from the full-precision model"
+        )
+    bare = bare_model(config, trust_remote_code)
+    bare.config._name_or_path = model
+    return bare
 
 
 def copy_without_weights(model: nn.Module) -> nn.Module:

@@ -8,13 +8,13 @@ from torch import nn
 
 from casp_plugin.model.components import component_of
 
-__all__ = ["AXES", "BLOCKS", "LAYER_TYPES", "Location", "find_locations", "layer_kind", "levels"]
+__all__ = ["AXES", "BLOCKS", "LAYER_TYPES", "Location", "find_locations", "levels"]
 
 #: thirds of a stack of blocks
 BLOCKS = ("front", "middle", "end")
 ATTENTION, FEED_FORWARD = LAYER_TYPES = ("attention", "feed-forward")
-#: axes that tell layers apart, with their column in the points of a study
-AXES = {"component": "component", "block group": "block", "layer type": "kind"}
+#: axes that tell layers apart, in the order of the fields of a location
+AXES = ("component", "block group", "layer type")
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,6 @@ def levels(locations: Iterable[Location], axis: str) -> list[str]:
     known = [*BLOCKS, *LAYER_TYPES]
     place = {level: known.index(level) if level in known else -1 for level in occurring if level}
     return sorted(place, key=place.__getitem__)
-
-
-def layer_kind(unit: str) -> str:
-    """Return the kind of a unit's layers: ``q_proj, k_proj`` of
-    ``model.layers.3.self_attn.q_proj+k_proj``, ``layer`` of a whole decoder layer.
-
-    :param unit: name of the unit
-    """
-    leaf = unit.rpartition(".")[2]
-    return "layer" if re.fullmatch(r"[\d-]+", leaf) else leaf.replace("+", ", ")
 
 
 def _location(name: str, stacks: Mapping[str, int], component: str) -> Location:

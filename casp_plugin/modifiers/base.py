@@ -16,7 +16,13 @@ from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from pydantic import BeforeValidator, Field, PrivateAttr
 from torch import nn
 
-from casp_plugin.model.components import LANGUAGE, component_of, find_components, outside_language
+from casp_plugin.model.components import (
+    LANGUAGE,
+    component_of,
+    find_components,
+    merged_patterns,
+    outside_language,
+)
 from casp_plugin.model.latent import Latent
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.transforms import check_transforms, input_block
@@ -24,7 +30,7 @@ from casp_plugin.plan.plan import CompressionPlan
 from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import Request, Statistics
 
-__all__ = ["CaspModifier", "Offers", "RecipeContext", "Targets", "casp_modifiers"]
+__all__ = ["CaspModifier", "Offers", "RecipeContext", "Targets", "casp_modifiers", "without_data"]
 
 
 def _listed(value: str | list[str]) -> list[str]:
@@ -67,10 +73,7 @@ class RecipeContext:
             raise ValueError(
                 f"image_weight must be the same in all modifiers, got {sorted(weights)}"
             )
-        patterns: dict[str, list[str]] = {}
-        for modifier in own:
-            for component, more in modifier.component_patterns.items():
-                patterns.setdefault(component, []).extend(more)
+        patterns = merged_patterns(modifier.component_patterns for modifier in own)
         return cls(modifiers, patterns, _transforms(modifiers), _other_quantizers(modifiers))
 
     def following(self, modifier: Modifier) -> list[Modifier]:
@@ -228,6 +231,15 @@ class CaspModifier(Modifier):
 def casp_modifiers(modifiers: Iterable[Modifier]) -> list[CaspModifier]:
     """Return the modifiers of a recipe that are this plugin's."""
     return [modifier for modifier in modifiers if isinstance(modifier, CaspModifier)]
+
+
+def without_data(modifiers: Iterable[Modifier]) -> list[Modifier]:
+    """Return a copy of a recipe that asks for no data: where data would choose, factors keep a
+    quarter in every layer and bits are spread evenly."""
+    return [
+        m.without_data() if isinstance(m, CaspModifier) else m.model_copy(deep=True)
+        for m in modifiers
+    ]
 
 
 def _other_quantizers(modifiers: Iterable[Modifier]) -> list[QuantizationConfig]:

@@ -1,6 +1,5 @@
 """BitAllocationModifier: each unit gets the bit width that its importance earns."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,10 +12,15 @@ from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.maths.coupled_knapsack import Coupled
-from casp_plugin.model.components import LANGUAGE
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.schemes import weight_args
 from casp_plugin.model.units import OUTPUT_HEAD, Unit, decoder_layers, find_units, matched_linears
+from casp_plugin.modifiers.allocation_checks import (
+    check_components_reached,
+    check_tuned,
+    kernel_warnings,
+    other_matrices_warnings,
+)
 from casp_plugin.modifiers.awq import point_awq
 from casp_plugin.modifiers.base import Offers, RecipeContext, Targets
 from casp_plugin.modifiers.choice import (
@@ -28,7 +32,6 @@ from casp_plugin.modifiers.choice import (
 )
 from casp_plugin.modifiers.factoring import install
 from casp_plugin.modifiers.lifecycle import OneshotModifier
-from casp_plugin.modifiers.plan_warnings import kernel_warnings, other_matrices_warnings
 from casp_plugin.modifiers.quantizer import (
     find_quantizer,
     give_schemes,
@@ -130,8 +133,6 @@ class BitAllocationModifier(OneshotModifier):
     ignore: list[str] = Field(default_factory=lambda: [OUTPUT_HEAD])
 
     _study: Sensitivity | None = PrivateAttr(default=None)
-    # chosen before the quantizer runs, rounded after it
-    _unseen: list[str] = PrivateAttr(default_factory=list)
 
     @field_validator("average_bits", "component_weights")
     @classmethod
@@ -222,12 +223,12 @@ class BitAllocationModifier(OneshotModifier):
 
     @property
     def _fisher(self) -> bool:
-        """Whether squared gradients weigh the errors."""
+        """Tell whether squared gradients weigh the errors."""
         return self.importance == "fisher" or self._study is not None
 
     @property
     def group_sizes(self) -> list[int]:
-        """Every group size in use; ranks of low-rank factors must be multiples of them."""
+        """Return every group size in use; ranks of low-rank factors must be multiples of them."""
         return [size for size in map(self._group_size, self.candidates) if size > 0]
 
     def _group_size(self, bits: int) -> int:
@@ -235,7 +236,12 @@ class BitAllocationModifier(OneshotModifier):
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         """Give layers that no token reached scales of their own range."""
-        round_unseen(state.model, self._unseen)
+        run = getattr(state, "casp_run", None)
+        if run is not None and run.context.reached is not None:
+            factored = {entry.module for entry in run.plan.low_rank if entry.rank}
+            weights = [name for unit in run.plan.units for name in unit.modules]
+            dense = [name for name in weights if name.rpartition(".")[0] not in factored]
+            round_unseen(state.model, [n for n in dense if n not in run.context.reached])
         return super().on_finalize(state, **kwargs)
 
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
@@ -258,7 +264,7 @@ class BitAllocationModifier(OneshotModifier):
     def check_reached(self, model: nn.Module, context: RecipeContext) -> None:
         linears = self._matched(model, context)
         unreached = [name for name in linears if name not in context.reached]
-        self._refuse_unreached(linears, unreached, context)
+        check_components_reached(linears, unreached, context)
 
     def note(
         self,
@@ -275,7 +281,7 @@ class BitAllocationModifier(OneshotModifier):
         later = statistics.of(offers.pending & reached.keys())
         notes.statistics |= replace(later, gradient_moments={}, attention_moments={})
         ready = {n: linear for n, linear in reached.items() if n not in offers.pending}
-        notes.units += self._priced(ready, offers, statistics, context)
+        notes.priced += self._priced(ready, offers, statistics, context)
 
     def prepare(
         self,
@@ -293,9 +299,9 @@ class BitAllocationModifier(OneshotModifier):
         quantizer = find_quantizer(following, linears)
         layers = decoder_layers(model)
         if tunes_layers(quantizer):
-            self._check_tuned(linears, layers, context)
+            check_tuned(linears, layers, context)
         statistics = None if notes is None else notes.statistics
-        priced = [] if notes is None else notes.units
+        priced = [] if notes is None else notes.priced
         known = {name for unit in priced for name in unit.modules}
         rest = {n: linear for n, linear in linears.items() if n not in known}
         priced = priced + self._priced(rest, offers, statistics, context)
@@ -309,8 +315,6 @@ class BitAllocationModifier(OneshotModifier):
         if plan.decided and notes is not None:
             self._factor(model, plan, offers, context)
             give_schemes(self, plan, self._schemes(quantizer), quantizer)
-            seen = linears if context.reached is None else context.reached
-            self._unseen = [name for name in linears if name not in seen]
         point_awq(self, model, context)
 
     def without_data(self) -> "BitAllocationModifier":
@@ -394,7 +398,7 @@ class BitAllocationModifier(OneshotModifier):
         return self.in_components(matched, context)
 
     def _by_gptq(self, quantizer: QuantizationMixin) -> bool:
-        """Return whether errors are measured with GPTQ."""
+        """Tell whether errors are measured with GPTQ."""
         if self.rounding == "auto":
             return not rounds_to_nearest(quantizer)
         return self.rounding == "gptq"
@@ -420,8 +424,9 @@ class BitAllocationModifier(OneshotModifier):
         return named_importances(units, layers, self.importance)
 
     def _check_offers(self, offers: Offers, linears: Linears) -> None:
-        """
-        :raises ValueError: if the choice of ranks that was left to this modifier cannot be made
+        """Check that this modifier can choose the ranks that were left to it.
+
+        :raises ValueError: if it cannot
         """
         if not offers.latents:
             return
@@ -473,21 +478,6 @@ class BitAllocationModifier(OneshotModifier):
             self.importance,
         )
 
-    def _check_tuned(self, linears: Linears, layers: list[str], context: RecipeContext) -> None:
-        """Refuse layers outside the decoder layers, which AutoRound would leave with their first
-        scales. Layers of a vision tower run inside code that llm-compressor cannot trace.
-
-        :raises ValueError: if there are some
-        """
-        for name in linears:
-            inside = any(name.startswith(f"{layer}.") for layer in layers)
-            if not inside or context.component_of(name) != LANGUAGE:
-                raise ValueError(
-                    f"AutoRoundModifier tunes the decoder layers of the language model only, not "
-                    f"{name}: put it into BitAllocationModifier.ignore, leave its component out, "
-                    "or use GPTQModifier"
-                )
-
     def _check_budget(self, plan: CompressionPlan) -> None:
         for budget in plan.budgets:
             least, most = budget.reachable_bits
@@ -514,25 +504,9 @@ class BitAllocationModifier(OneshotModifier):
             return
         routed = statistics.routed
         unreached = [n for n in linears if n not in statistics.reached or routed.get(n) == 0]
-        self._refuse_unreached(linears, unreached, context)
+        check_components_reached(linears, unreached, context)
         if unreached:
             plan.warnings.append(
                 f"no calibration token reached {len(unreached)} layers, they count as free of "
                 f"error: {', '.join(unreached[:4])}"
             )
-
-    def _refuse_unreached(
-        self, linears: Linears, unreached: Iterable[str], context: RecipeContext
-    ) -> None:
-        """
-        :raises ValueError: if no token reaches a component
-        """
-        reached = linears.keys() - set(unreached)
-        alive = {context.component_of(name) for name in reached}
-        for component in dict.fromkeys(map(context.component_of, linears)):
-            if component not in alive:
-                raise ValueError(
-                    f"BitAllocationModifier.components: no calibration token reached "
-                    f"{component!r}: calibrate on data that does, images for a vision-language "
-                    "model, or leave it out"
-                )

@@ -7,7 +7,7 @@ from compressed_tensors.utils import match_name
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.maths.average_bits import average_bits, budget_bytes
+from casp_plugin.maths.average_bits import average_bits, bits_of, bytes_within
 from casp_plugin.maths.coupled_knapsack import Coupled
 from casp_plugin.maths.knapsack import choose, closed_form_bits, distance_costs, pareto
 from casp_plugin.model.location import find_locations
@@ -136,17 +136,17 @@ def choose_candidates(
     for budget in tqdm(plan.budgets, desc="Choosing", leave=False, disable=dry):
         units = budget.units
         sizes = [[candidate.bytes for candidate in unit.candidates] for unit in units]
-        most = budget_bytes(budget.average_bits, budget.weights)
+        budget_bytes = bytes_within(budget.average_bits, budget.weights)
         if closed_form:
-            costs = _closed_form_costs(units, most)
+            costs = _closed_form_costs(units, budget_bytes)
         else:
             costs = [[unit.importance * c.error for c in unit.candidates] for unit in units]
         if coupled is not None:
-            frontier, chosen = coupled.solve(costs, sizes, most, PARETO_POINTS)
+            frontier, chosen = coupled.solve(costs, sizes, budget_bytes, PARETO_POINTS)
         else:
             frontier = [] if closed_form else pareto(costs, sizes, PARETO_POINTS)
-            slack = budget_bytes(TOLERANCE, budget.weights)
-            chosen = choose(costs, sizes, most, slack=slack)
+            slack = bytes_within(TOLERANCE, budget.weights)
+            chosen = choose(costs, sizes, budget_bytes, slack=slack)
         plan.pareto += [
             ParetoPoint(
                 component=budget.component,
@@ -159,16 +159,13 @@ def choose_candidates(
             unit.chosen = index
 
 
-def _closed_form_costs(units: Sequence[UnitPlan], most: int) -> list[list[float]]:
-    """Return the distance of every candidate from the paper's closed form, scales counted.
-
-    :param most: budget in bytes
-    """
+def _closed_form_costs(units: Sequence[UnitPlan], budget_bytes: int) -> list[list[float]]:
+    """Return the distance of every candidate from the paper's closed form, scales counted."""
     sizes = [sum(rows * columns for rows, columns in u.modules.values()) for u in units]
     overhead = sum(
-        u.candidates[0].bytes * 8 - u.candidates[0].bits * n
+        bits_of(u.candidates[0].bytes) - u.candidates[0].bits * n
         for u, n in zip(units, sizes, strict=True)
     )
-    code_bits = (most * 8 - overhead) / sum(sizes)
+    code_bits = (bits_of(budget_bytes) - overhead) / sum(sizes)
     wishes = closed_form_bits([unit.importance for unit in units], code_bits, sizes)
     return distance_costs(wishes, [[c.bits for c in u.candidates] for u in units], sizes)

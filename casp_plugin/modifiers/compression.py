@@ -9,31 +9,12 @@ from transformers import PreTrainedModel, set_seed
 
 from casp_plugin.checkpoint.source import copy_files, source_folder
 from casp_plugin.model.experts import linearize_experts
-from casp_plugin.model.load import bare_model, load_model, read_model_config
+from casp_plugin.model.load import load_model
 from casp_plugin.statistics.tracing import check_traceable
 from casp_plugin.system.distributed import barrier
 from casp_plugin.system.files import whole_folder
 
-__all__ = ["bare_source_model", "compress"]
-
-
-def bare_source_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the model to be compressed without weights, from its config alone.
-
-    :param model: folder or Hugging Face id
-    :param trust_remote_code: whether Python code that comes with the model may run
-    :raises ValueError: if the model cannot be found, is quantized already, or is of a class that
-        cannot be compressed
-    """
-    config = read_model_config(model, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method")
-        raise ValueError(
-            f"{model} is already quantized ({method}): start from the full-precision model"
-        )
-    bare = bare_model(config, trust_remote_code)
-    bare.config._name_or_path = model
-    return bare
+__all__ = ["compress"]
 
 
 def compress(

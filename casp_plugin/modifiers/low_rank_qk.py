@@ -124,7 +124,7 @@ class LowRankQKModifier(OneshotModifier):
 
     @property
     def proposes(self) -> bool:
-        """Whether the ranks are left to BitAllocationModifier."""
+        """Tell whether the ranks are left to BitAllocationModifier."""
         return self.keep == "auto" and self.ranks is None
 
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
@@ -166,9 +166,10 @@ class LowRankQKModifier(OneshotModifier):
             notes.spectra[tuple(names)] = latent.spectrum.truncated(latent.largest_rank)
             latents.append(latent)
         if self.proposes:
-            offers.latents, offers.rank_multiple = latents, self.rank_multiple
+            offers.latents += latents
+            offers.rank_multiple = self.rank_multiple
         else:
-            offers.pending = frozenset(reached)
+            offers.pending |= frozenset(reached)
 
     def prepare(
         self,
@@ -184,7 +185,7 @@ class LowRankQKModifier(OneshotModifier):
             self._check_notes(matched, notes)
             densities = notes.statistics.attention_densities
             modules = dict.fromkeys(name.rpartition(".")[0] for name in matched)
-            plan.attention = [
+            plan.attention += [
                 AttentionPlan(
                     module=name, component=context.component_of(name), **asdict(densities[name])
                 )
@@ -205,7 +206,8 @@ class LowRankQKModifier(OneshotModifier):
                 f"LowRankQKModifier leaves {len(left_out)} layers dense, because the loss of the "
                 f"calibration data does not depend on them: {', '.join(left_out[:4])}"
             )
-        plan.spectra = [_spectrum_plan(latent) for latent in latents if latent.spectrum is not None]
+        known = [latent for latent in latents if latent.spectrum is not None]
+        plan.spectra += map(_spectrum_plan, known)
         following = context.following(self)
         if self.proposes:
             if _chooser(following) is None:
@@ -213,7 +215,8 @@ class LowRankQKModifier(OneshotModifier):
                     "LowRankQKModifier.keep: auto leaves the ranks to a BitAllocationModifier, and "
                     "none follows in the recipe: add one, or set keep to a number such as 0.25"
                 )
-            offers.latents, offers.rank_multiple = latents, self.rank_multiple
+            offers.latents += latents
+            offers.rank_multiple = self.rank_multiple
             return
         multiple = self.rank_multiple or _group_size(following)
         for latent, rank in zip(latents, self._ranks(latents, multiple), strict=True):
@@ -234,8 +237,9 @@ class LowRankQKModifier(OneshotModifier):
 
     @staticmethod
     def _check_notes(matched: dict[str, nn.Linear], notes: LayerNotes) -> None:
-        """
-        :raises ValueError: if no token reached a linear
+        """Check that there are notes on all linears.
+
+        :raises ValueError: if no token reached one
         """
         for name in matched:
             if name not in notes.statistics.reached:
@@ -255,7 +259,7 @@ class LowRankQKModifier(OneshotModifier):
         ]
 
     def _moves(self, names: list[str], statistics: Statistics) -> bool:
-        """Return whether the gradients at the outputs of some layers were measured."""
+        """Tell whether the gradients at the outputs of some layers were measured."""
         if self.method not in _METRICS:
             return True
         metrics = getattr(statistics, _METRICS[self.method])

@@ -65,12 +65,12 @@ def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> Quantiz
 
 
 def tunes_layers(quantizer: QuantizationMixin) -> bool:
-    """Return whether a quantizer tunes decoder layers as a whole, and no layer outside them."""
+    """Tell whether a quantizer tunes decoder layers as a whole, and no layer outside them."""
     return isinstance(quantizer, AutoRoundModifier)
 
 
 def rounds_to_nearest(quantizer: QuantizationMixin) -> bool:
-    """Return whether a quantizer rounds every weight by itself."""
+    """Tell whether a quantizer rounds every weight by itself."""
     return isinstance(quantizer, QuantizationModifier)
 
 

@@ -18,11 +18,17 @@ from transformers import PreTrainedModel
 from casp_plugin.model.experts import linearize_experts
 from casp_plugin.model.load import copy_without_weights
 from casp_plugin.model.low_rank_linear import stored_tensors
-from casp_plugin.modifiers.base import CaspModifier, Offers, RecipeContext, casp_modifiers
+from casp_plugin.modifiers.base import (
+    CaspModifier,
+    Offers,
+    RecipeContext,
+    casp_modifiers,
+    without_data,
+)
 from casp_plugin.modifiers.rehearsal import find_copied, rehearse
 from casp_plugin.modifiers.run_estimate import Data, Estimate, estimate
 from casp_plugin.plan.plan import CompressionPlan, CopiedTensor
-from casp_plugin.statistics.cache import MeasurementCache
+from casp_plugin.statistics.cache import StatisticsCache
 from casp_plugin.statistics.layer_by_layer import measure, take_notes, try_first_batch
 from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import Request, Statistics
@@ -148,8 +154,9 @@ def shape_model(
 
 
 def _modifiers_of(recipe: str | Recipe | list[Modifier]) -> list[Modifier]:
-    """
-    :raises ValueError: if no modifier of a recipe is of casp
+    """Return the modifiers of a recipe.
+
+    :raises ValueError: if none is of casp
     """
     modifiers = Recipe.create_instance(recipe).modifiers
     if not casp_modifiers(modifiers):
@@ -184,9 +191,8 @@ def _dry_run(model: nn.Module, modifiers: Sequence[Modifier]) -> _DryRun:
         return _DryRun(*_planned_bare(model, modifiers, []))
     copied = find_copied(model)
     bare, plan = _planned_bare(model, modifiers, copied)
-    made_up = [m.without_data() if isinstance(m, CaspModifier) else m for m in modifiers]
     others = RecipeContext.of(modifiers).other_quantizers
-    warnings = rehearse(*_planned_bare(model, made_up, copied), others)
+    warnings = rehearse(*_planned_bare(model, without_data(modifiers), copied), others)
     plan.warnings += warnings
     return _DryRun(bare, plan, warnings)
 
@@ -203,7 +209,8 @@ def _planned_bare(
 
 
 def _check_order(modifiers: Sequence[Modifier]) -> None:
-    """
+    """Check the order of the modifiers.
+
     :raises ValueError: if factors would be made after the bits were chosen, or bits twice
     """
     names = [type(modifier).__name__ for modifier in casp_modifiers(modifiers)]
@@ -309,14 +316,14 @@ def _cache(
     request: Request,
     context: RecipeContext,
     plan: CompressionPlan,
-) -> MeasurementCache:
+) -> StatisticsCache:
     """Return the cache that the recipe names, or one in ``folder`` for this run only."""
     own = casp_modifiers(context.modifiers)
     roots = [modifier.cache_dir for modifier in own if modifier.cache_dir]
     if not roots:
-        return MeasurementCache(folder, {}, {})
+        return StatisticsCache(folder, {}, {})
     facts = {"model": plan.model, "versions": plan.versions, "seed": plan.seed}
     settings = {type(m).__name__: m.note_facts(model, context) for m in own}
-    cache = MeasurementCache.of(roots[0], model, dataloader, request, facts, settings)
+    cache = StatisticsCache.of(roots[0], model, dataloader, request, facts, settings)
     cache.begin()
     return cache

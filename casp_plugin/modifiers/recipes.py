@@ -41,9 +41,7 @@ def load_recipe(
     read = _read(str(recipe))
     if average_bits is not None:
         if not allocates_bits(read):
-            raise ValueError(
-                f"--average-bits: {recipe} has no BitAllocationModifier to give average_bits to"
-            )
+            raise ValueError(f"{recipe} has no BitAllocationModifier to give average_bits to")
         for modifier in read.modifiers:
             if isinstance(modifier, BitAllocationModifier):
                 _check_components(recipe, modifier.average_bits, average_bits)
@@ -57,20 +55,19 @@ def load_recipe(
 def _check_components(
     recipe: Path | str, written: float | dict[str, float], given: float | dict[str, float]
 ) -> None:
-    """
+    """Check that a budget can take the place of the one in a recipe.
+
     :param written: budget of the recipe
     :param given: budget in its place
     :raises ValueError: if they are not of the same components
     """
     if isinstance(given, dict) and not isinstance(written, dict):
-        raise ValueError(
-            f"--average-bits: {recipe} has one budget for all components: one number is needed"
-        )
+        raise ValueError(f"{recipe} has one budget for all components: one number is needed")
     if isinstance(written, dict) and (not isinstance(given, dict) or set(given) != set(written)):
         form = ",".join(f"{component}={bits:g}" for component, bits in written.items())
         raise ValueError(
-            f"--average-bits: {recipe}: average_bits has a budget for each component "
-            f"({', '.join(written)}): it is changed by budgets of the same, as in {form}"
+            f"{recipe}: average_bits has a budget for each component ({', '.join(written)}): one "
+            f"number cannot change it, budgets of the same components can, as in {form}"
         )
 
 

@@ -21,7 +21,7 @@ from casp_plugin.model.units import decoder_layers, reading_together
 from casp_plugin.plan.plan import UnitPlan
 from casp_plugin.pricing.rounding_error import SAMPLED_ROWS, WAITING_BYTES, rounding_delta
 from casp_plugin.statistics.derivatives import CHUNK, SAMPLES, TOKENS
-from casp_plugin.statistics.forward import PART_BYTES
+from casp_plugin.statistics.forward import SECTION_BYTES
 from casp_plugin.statistics.statistics import Request
 
 __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
@@ -193,12 +193,13 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
         back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
     largest = max(inputs, default=0)
-    part = min(sum(inputs) + derived, PART_BYTES + (sum(inputs) + derived) // max(len(layers), 1))
+    sums = sum(inputs) + derived
+    section = min(sums, SECTION_BYTES + sums // max(len(layers), 1))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
     # eigenvectors and the workspace of a solver, in float64
     shapes = _factored(linears, request)
     solving = 8 * max((rows * (5 * rows + columns) for rows, columns in shapes), default=0)
-    forward = data.all_tokens * hidden * size + part + max(waiting, solving)
+    forward = data.all_tokens * hidden * size + section + max(waiting, solving)
     return round(SLACK * (stored + max(back, forward)))
 
 

@@ -55,7 +55,8 @@ class Candidate(_Model):
 
 
 class UnitPlan(_Model):
-    """The smallest set of linears that one bit width is chosen for.
+    """The smallest set of linears that one bit width is chosen for; or, before ``join_units``, a
+    piece of it.
 
     :param name: layer and members
     :param modules: stored weights, name to (out, in), as chosen; a factored layer stores ``up``

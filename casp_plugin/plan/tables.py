@@ -1,5 +1,6 @@
 """A plan as tables for people. Unknown values show as ``?``."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from statistics import fmean
@@ -9,8 +10,8 @@ from rich.table import Table
 
 from casp_plugin.maths.attention_density import THRESHOLD
 from casp_plugin.maths.average_bits import average_bits
-from casp_plugin.model.location import layer_kind
 from casp_plugin.plan.plan import CompressionPlan, UnitPlan
+from casp_plugin.system.messages import size_text
 
 __all__ = ["plan_tables", "total_table", "unit_tables"]
 
@@ -113,7 +114,7 @@ def _kind_table(plan: CompressionPlan) -> Table:
     table = _new_table("Layers by kind", *columns, names=["component", "layers"])
     kinds: dict[tuple[str, str], list[UnitPlan]] = {}
     for unit in plan.units:
-        kinds.setdefault((unit.component, layer_kind(unit.name)), []).append(unit)
+        kinds.setdefault((unit.component, _layers_of(unit.name)), []).append(unit)
     whole = _expected(plan.units, chosen=True)
     for (component, kind), units in kinds.items():
         weights, error = sum(unit.weights for unit in units), _expected(units, chosen=True)
@@ -126,10 +127,20 @@ def _kind_table(plan: CompressionPlan) -> Table:
             _ranks(units),
             _widths(units),
             _shown(size and average_bits(size, weights), ".4f"),
-            _shown(size and size / 1e6, ",.1f") + " MB",
+            "?" if size is None else size_text(size),
             _shown(error / whole if whole else None, ".1%"),
         )
     return table
+
+
+def _layers_of(unit: str) -> str:
+    """Return the layers of a unit without their place: ``q_proj, k_proj`` of
+    ``model.layers.3.self_attn.q_proj+k_proj``, ``layer`` of a whole decoder layer.
+
+    :param unit: name of the unit
+    """
+    leaf = unit.rpartition(".")[2]
+    return "layer" if re.fullmatch(r"[\d-]+", leaf) else leaf.replace("+", ", ")
 
 
 def _ranks(units: list[UnitPlan]) -> str:
@@ -160,13 +171,13 @@ def _component_table(plan: CompressionPlan) -> Table:
     sensitive they are."""
     columns = ("component", "weights", "average bits", "error", "error at fewest bits")
     table = _new_table("Components", *columns, names=["component"])
-    parts: dict[str, list[UnitPlan]] = {}
+    by_component: dict[str, list[UnitPlan]] = {}
     for unit in plan.units:
-        parts.setdefault(unit.component, []).append(unit)
+        by_component.setdefault(unit.component, []).append(unit)
     whole = sum(unit.weights for unit in plan.units)
-    decided = [_expected(units, chosen=True) for units in parts.values()]
-    fewest = [_expected(units, chosen=False) for units in parts.values()]
-    for (component, units), now, least in zip(parts.items(), decided, fewest, strict=True):
+    decided = [_expected(units, chosen=True) for units in by_component.values()]
+    fewest = [_expected(units, chosen=False) for units in by_component.values()]
+    for (component, units), now, least in zip(by_component.items(), decided, fewest, strict=True):
         weights = sum(unit.weights for unit in units)
         bytes_ = None if now is None else sum(unit.choice.bytes for unit in units)
         table.add_row(

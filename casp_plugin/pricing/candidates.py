@@ -161,14 +161,14 @@ class Pricing:
                     )
 
 
-def join_units(name: str, parts: list[UnitPlan]) -> UnitPlan:
+def join_units(name: str, pieces: list[UnitPlan]) -> UnitPlan:
     """Return the unit of layers that were priced apart, with bytes and errors of candidates summed.
 
     :param name: name of the unit
-    :param parts: prices of the layers, with the same bits and ranks on offer
+    :param pieces: prices of the layers, with the same bits and ranks on offer
     """
     candidates = []
-    for same_scheme in zip(*(part.candidates for part in parts), strict=True):
+    for same_scheme in zip(*(piece.candidates for piece in pieces), strict=True):
         errors = [candidate.error for candidate in same_scheme]
         total = {
             "bytes": sum(candidate.bytes for candidate in same_scheme),
@@ -177,8 +177,8 @@ def join_units(name: str, parts: list[UnitPlan]) -> UnitPlan:
         candidates.append(same_scheme[0].model_copy(update=total))
     return UnitPlan(
         name=name,
-        modules={module: shape for part in parts for module, shape in part.modules.items()},
-        weights=sum(part.weights for part in parts),
+        modules={module: shape for piece in pieces for module, shape in piece.modules.items()},
+        weights=sum(piece.weights for piece in pieces),
         candidates=candidates,
     )
 

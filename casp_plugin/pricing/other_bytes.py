@@ -35,9 +35,9 @@ def other_bytes(
         scheme = None if name in units else _scheme(name, module, quantizers)
         if scheme is not None:
             weight = f"{name}.weight"
-            for one, other in tied.items():  # llm-compressor unties them
-                if weight == other:
-                    sizes[one] = module.weight.numel() * module.weight.dtype.itemsize
+            for target, source in tied.items():  # llm-compressor unties them
+                if weight == source:
+                    sizes[target] = module.weight.numel() * module.weight.dtype.itemsize
             sizes[weight] = quantized_bytes(module, scheme)
     weights = {f"{name}.weight" for name in units}
     built = sum(size for name, size in sizes.items() if name not in weights)

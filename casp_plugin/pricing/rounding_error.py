@@ -169,17 +169,17 @@ class _RoundedRows:
 class WeightedError:
     """A weighted output error, whose value follows from rounded rows.
 
-    :param parts: rows of a weight, or of both factors, and the weights of all its rows
+    :param terms: rows of a weight, or of both factors, and the weights of all its rows
     """
 
-    def __init__(self, parts: list[tuple[_RoundedRows, torch.Tensor]]):
-        self._parts = parts
+    def __init__(self, terms: list[tuple[_RoundedRows, torch.Tensor]]):
+        self._terms = terms
 
     @property
     def value(self) -> float:
         """Return the error, estimated from the sampled rows."""
         total = 0.0
-        for rounded, row_weights in self._parts:
+        for rounded, row_weights in self._terms:
             row_weights = row_weights.to(rounded.errors)  # (out,)
             sampled = row_weights[rounded.rows]  # (s,)
             if sampled.sum() > 0:

@@ -20,7 +20,7 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
     """
     results = [
         EvalResult(
-            task_type="image-text-to-text" if facts.sees else "text-generation",
+            task_type="image-text-to-text" if facts.takes_images else "text-generation",
             dataset_type=measured.task,
             dataset_name=measured.task,
             metric_type=measured.metric,
@@ -33,7 +33,7 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
         **(base if facts.base_id else {}),
         license=license,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if facts.sees else "text-generation",
+        pipeline_tag="image-text-to-text" if facts.takes_images else "text-generation",
         tags=["casp"] * facts.by_casp + ["compressed-tensors", "vllm", "quantized"],
         model_name=facts.name,
         eval_results=results or None,
@@ -44,7 +44,7 @@ def card(facts: Facts, license: str | None = None) -> ModelCard:
         mark=MARK,
         facts=facts,
         plan=facts.plan,
-        sees=facts.sees,
+        takes_images=facts.takes_images,
         quality=quality_rows(facts),
         conditions=conditions(facts),
         speed=speed_rows(facts),

@@ -12,6 +12,7 @@ from casp_plugin.checkpoint.format import RECIPE_NAME, SECTION, read_config
 from casp_plugin.checkpoint.sizes import size_breakdown
 from casp_plugin.evaluation.records import load_records
 from casp_plugin.evaluation.results import Comparison, Evaluation, Measurement, compare_all
+from casp_plugin.model.components import merged_patterns
 from casp_plugin.model.load import is_multimodal, read_model_config
 from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
 
@@ -26,7 +27,7 @@ class Facts:
     :param config: its ``config.json``
     :param plan: its plan; None where no casp modifier made it
     :param recipe: text of its ``recipe.yaml``; None without one
-    :param sees: whether it takes images
+    :param takes_images: whether it is a vision-language model
     :param breakdown: bytes of its tensors by component, then by kind
     :param evaluations: its evaluations, with their baselines or None
     :param speeds: its benchmarks, with their baselines or None
@@ -36,46 +37,46 @@ class Facts:
     config: dict
     plan: CompressionPlan | None
     recipe: str | None
-    sees: bool
+    takes_images: bool
     breakdown: dict[str, dict[str, int]]
     evaluations: list[tuple[Evaluation, Evaluation | None]]
     speeds: list[tuple[Speed, Speed | None]]
 
     @property
     def by_casp(self) -> bool:
-        """Whether a casp modifier made it, so that serving takes this package."""
+        """Tell whether a casp modifier made it, so that serving takes this package."""
         return self.plan is not None or SECTION in self.config["quantization_config"]
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint: that of its folder."""
+        """Return the name of the checkpoint: that of its folder."""
         return self.folder.resolve().name
 
     @property
     def base_model(self) -> str | None:
-        """Folder or Hugging Face id of the original model; None if unknown."""
+        """Return the folder or Hugging Face id of the original model; None if unknown."""
         return self.plan and self.plan.model
 
     @property
     def base_id(self) -> str | None:
-        """Hugging Face id of the original model; None if it is a folder or unknown."""
+        """Return the Hugging Face id of the original model; None if it is a folder or unknown."""
         name = self.base_model
         is_id = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _local_folder(name)
         return name if is_id else None
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(size for kinds in self.breakdown.values() for size in kinds.values())
 
     @property
     def original_bytes(self) -> int | None:
-        """Bytes of the original model's tensors; None if unknown."""
+        """Return the bytes of the original model's tensors; None if unknown."""
         return self.plan and self.plan.original_bytes
 
     @cached_property
     def comparisons(self) -> list[tuple[str, list[Comparison]]]:
-        """Comparisons with every baseline, by the baseline's name."""
+        """Return comparisons with every baseline, by the baseline's name."""
         return [
             (baseline.model, compare_all(evaluation, baseline))
             for evaluation, baseline in self.evaluations
@@ -84,7 +85,7 @@ class Facts:
 
     @property
     def measurements(self) -> list[Measurement]:
-        """Measurements of its quality, the last one of every task and metric."""
+        """Return the measurements of its quality, the last one of every task and metric."""
         by_metric = {
             (measured.task, measured.metric): measured
             for evaluation, _ in self.evaluations
@@ -94,7 +95,7 @@ class Facts:
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings of its plan."""
+        """Return the warnings of its plan."""
         return self.plan.warnings if self.plan else []
 
 
@@ -126,7 +127,7 @@ def read_facts(
         config=config,
         plan=plan,
         recipe=recipe.read_text() if recipe.exists() else None,
-        sees=is_multimodal(read_model_config(folder, trust_remote_code)),
+        takes_images=is_multimodal(read_model_config(folder, trust_remote_code)),
         breakdown=size_breakdown(folder, _patterns(plan), trust_remote_code),
         evaluations=[_about(folder, path, Evaluation, "casp eval") for path in evals],
         speeds=[_about(folder, path, Speed, "casp bench") for path in benches],
@@ -135,11 +136,8 @@ def read_facts(
 
 def _patterns(plan: CompressionPlan | None) -> dict[str, list[str]]:
     """Return the ``component_patterns`` of the modifiers that made a plan."""
-    by_component: dict[str, list[str]] = {}
-    for settings in plan.settings.values() if plan else ():
-        for component, patterns in settings.get("component_patterns", {}).items():
-            by_component.setdefault(component, []).extend(patterns)
-    return by_component
+    settings = plan.settings.values() if plan else ()
+    return merged_patterns(own.get("component_patterns", {}) for own in settings)
 
 
 class _OfModel(Protocol):

@@ -6,12 +6,13 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from casp_plugin.bench.runs import Speed
+from casp_plugin.bench.runs import QUANTITIES, Speed, ratios_to
 from casp_plugin.checkpoint.sizes import TENSOR_KINDS
 from casp_plugin.evaluation.results import bracketed
 from casp_plugin.report.facts import Facts
 from casp_plugin.report.figures import plans, results
 from casp_plugin.report.templates import render
+from casp_plugin.system.messages import size_text
 
 __all__ = ["conditions", "page", "quality_rows", "speed_rows"]
 
@@ -90,38 +91,16 @@ def speed_rows(facts: Facts) -> list[tuple[str, str | None, Rows]]:
         work = speed.workload
         shown = f"{speed.rounds[0].prompt_tokens} prompt tokens, {work.new_tokens} new ones"
         about = f"{_engine(speed)}, {speed.device}, {shown}, batches of {work.batch_size}"
-        ratios = _ratios(speed, base) if base else {}
+        ratios = ratios_to(speed, base) if base else {}
         rows = []
-        for name, value, spec, scale in _SPEEDS:
-            values = [base and getattr(base, value), getattr(speed, value)]
-            cells = ["" if number is None else f"{number * scale:{spec}}" for number in values]
-            middle, *ends = ratios.get(value, (None,))
+        for quantity in QUANTITIES:
+            cells = [quantity.text(base) if base else "", quantity.text(speed)]
+            middle, *ends = ratios.get(quantity.attribute, (None,))
             interval = bracketed(*ends, ".3f") if ends else ""
             ratio = "" if middle is None else f"x{middle:.3f} {interval}".rstrip()
-            rows.append([name, *cells, ratio])
+            rows.append([quantity.label, *cells, ratio])
         tables.append((about, base and short(base.model), rows))
     return tables
-
-
-#: quantities of a benchmark: name, property of ``Speed``, format, factor
-_SPEEDS = (
-    ("files, GB", "bytes_on_disk", ".3f", 1e-9),
-    ("prefill, s", "prefill", ".3f", 1),
-    ("decode, tokens/s", "decode", ".1f", 1),
-    ("peak memory at prefill, GB", "prefill_memory", ".2f", 1e-9),
-    ("peak memory, GB", "memory", ".2f", 1e-9),
-)
-
-
-def _ratios(speed: Speed, base: Speed) -> dict[str, tuple[float, ...]]:
-    """Return ratios to a baseline by property of ``Speed``, followed by the lowest and the highest
-    of all rounds where rounds were compared."""
-    ratios = {}
-    for _, value, *_ in _SPEEDS:
-        pair = getattr(speed, value), getattr(base, value)
-        if all(pair):
-            ratios[value] = (pair[0] / pair[1],)
-    return ratios | speed.against(base)
 
 
 def _engine(speed: Speed) -> str:
@@ -133,8 +112,8 @@ def _headline(facts: Facts) -> list[tuple[str, str, str]]:
     note = ""
     if facts.original_bytes:
         share = facts.total_bytes / facts.original_bytes
-        note = f"{share:.1%} of {facts.original_bytes / 1e6:,.0f} MB"
-    numbers = [("size", f"{facts.total_bytes / 1e6:,.0f} MB", note)]
+        note = f"{share:.1%} of {size_text(facts.original_bytes)}"
+    numbers = [("size", size_text(facts.total_bytes), note)]
     plan = facts.plan
     if plan and plan.decided:
         bits = f"{plan.reached_bits:.3f}"
@@ -146,7 +125,7 @@ def _headline(facts: Facts) -> list[tuple[str, str, str]]:
         against = f"{first.change_text} against {short(name)}"
         numbers.append((first.metric, f"{first.value:.4g}", against))
     for speed, base in facts.speeds[:1]:
-        ratio = _ratios(speed, base)["decode"][0] if base else None
+        ratio = ratios_to(speed, base)["decode"][0] if base else None
         against = f"x{ratio:.2f} against {short(base.model)}" if base else ""
         numbers.append((f"tokens/s, {_engine(speed)}", f"{speed.decode:.1f}", against))
     return numbers
@@ -184,8 +163,10 @@ def _figures(facts: Facts):
         yield f"changes{index}", results.draw_changes(comparisons, short(name))
     for index, (speed, base) in enumerate(facts.speeds):
         if base is not None:
-            names = {value: name.partition(",")[0] for name, value, *_ in _SPEEDS}
-            ratios = {names[value]: ratio for value, (ratio, *_) in _ratios(speed, base).items()}
+            names = {
+                quantity.attribute: quantity.label.partition(",")[0] for quantity in QUANTITIES
+            }
+            ratios = {names[name]: ratio for name, (ratio, *_) in ratios_to(speed, base).items()}
             yield f"speed{index}", results.draw_ratios(ratios, {"decode"}, short(base.model))
     plan = facts.plan
     if plan is None:
@@ -215,7 +196,7 @@ def _svg(figure: Figure, name: str) -> Markup:
 
 
 def _says(value) -> bool:
-    """Whether a setting is worth a mention: 0 is, False and empty ones are not."""
+    """Tell whether a setting is worth a mention: 0 is, False and empty ones are not."""
     return value is not False and value not in (None, "")
 
 

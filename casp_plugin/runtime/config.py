@@ -161,7 +161,7 @@ class CaspConfig(CompressedTensorsConfig):
         ]
 
     def _must_split(self, layer: LinearBase, prefix: str, shards: list[Shard]) -> bool:
-        """Whether vLLM's own single matmul cannot run all shards."""
+        """Tell whether vLLM's own single matmul cannot run all shards."""
         if any(shard.rank for shard in shards):
             return True
         columns = layer.input_size

@@ -41,7 +41,7 @@ class CPULinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Return whether the kernel runs a layer, and why not."""
+        """Tell whether the kernel runs a layer, and why not."""
         if not current_platform.is_cpu():
             return False, "only for CPUs"
         if not c.weight_type.is_integer() or not 2 <= c.weight_type.size_bits <= 8:
@@ -145,6 +145,6 @@ def _widened(config: MPLinearLayerConfig) -> MPLinearLayerConfig:
 
 
 def _runs_on_stock_kernel(config: MPLinearLayerConfig) -> bool:
-    """Whether vLLM's CPU kernel runs a layer. Its ``can_implement`` does not check the activations,
-    but the kernel has no float32."""
+    """Tell whether vLLM's CPU kernel runs a layer. Its ``can_implement`` does not check the
+    activations, but the kernel has no float32."""
     return config.act_type.itemsize == 2 and CPUWNA16LinearKernel.can_implement(config)[0]

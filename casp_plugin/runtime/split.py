@@ -337,7 +337,7 @@ def rows_of_rank(layer: LinearBase, sizes: list[int]) -> list[Rows]:
 def can_join(
     config: CompressedTensorsConfig, layer: LinearBase, names: list[str], rows: list[int]
 ) -> bool:
-    """Return whether one matmul can run some linears: they have equal schemes, and zero points that
+    """Tell whether one matmul can run some linears: they have equal schemes, and zero points that
     fill whole words.
 
     :param names: names of the linears in the checkpoint

@@ -7,11 +7,12 @@ from itertools import combinations, product
 import numpy as np
 import torch
 
-from casp_plugin.maths.average_bits import average_bits
+from casp_plugin.maths.average_bits import average_bits, bytes_of
 from casp_plugin.model.location import AXES, Location, levels
 from casp_plugin.model.schemes import stored_bytes, weight_args
 
 __all__ = [
+    "COLUMNS",
     "METHODS",
     "UNIFORM",
     "Configuration",
@@ -22,6 +23,8 @@ __all__ = [
     "weights_of",
 ]
 
+#: columns of the points of a study, by axis
+COLUMNS = dict(zip(AXES, ("component", "block", "kind"), strict=True))
 UNIFORM = "uniform"
 #: bit widths of every method (arXiv 2601.15287, sections 3 and 4)
 METHODS: dict[str, tuple[int, ...]] = {
@@ -44,7 +47,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """Number of its weights."""
+        """Return the number of its weights."""
         return self.shape[0] * self.shape[1]
 
 
@@ -70,7 +73,7 @@ class Configuration:
         """Return whether layers of a location are quantized."""
         return all(
             (level := location.level(axis)) is None or level in getattr(self, column)
-            for axis, column in AXES.items()
+            for axis, column in COLUMNS.items()
         )
 
     def row(self) -> dict[str, str | int]:
@@ -127,7 +130,7 @@ def features(
         if not configuration.takes(layer.location):
             stored[name] = layer.weights * dtype.itemsize
         elif configuration.method == UNIFORM:  # codes, and the least and the largest weight
-            stored[name] = layer.weights * configuration.bits / 8 + 2 * dtype.itemsize
+            stored[name] = bytes_of(layer.weights * configuration.bits) + 2 * dtype.itemsize
         else:
             scheme = weight_args(configuration.bits, group_size)
             stored[name] = stored_bytes(layer.shape, scheme, dtype)

@@ -21,14 +21,14 @@ from casp_plugin.model.experts import linearize_experts
 from casp_plugin.model.load import load_model
 from casp_plugin.sensitivity.rounding import uniform
 
-__all__ = ["Changes", "Judged", "load_linearized", "processes_of", "scoring"]
+__all__ = ["Changes", "ScoredData", "load_linearized", "processes_of", "scorer_pool"]
 
 #: copies of the model that a process holds at most: one to score, one to restore it from
 _COPIES = 2.5
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredData:
     """Data that all models of a study are scored on: texts, or questions about images.
 
     :param processor: tokenizer, or processor of a vision-language model
@@ -87,11 +87,11 @@ class Changes:
 class _Scorer:
     """A model whose tensors are changed and restored."""
 
-    def __init__(self, model: str, judged: Judged, device: str, trust_remote_code: bool):
+    def __init__(self, model: str, data: ScoredData, device: str, trust_remote_code: bool):
         self.model = load_linearized(model, trust_remote_code).to(device).eval()
         self.tensors = self.model.state_dict()
         self.original = {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}
-        self.judged = judged
+        self.data = data
 
     @torch.no_grad()
     def score(self, changes: Changes) -> dict[str, float]:
@@ -105,26 +105,26 @@ class _Scorer:
         try:
             for name, tensor in changed.items():
                 self.tensors[name].copy_(tensor)
-            return self.judged.scores(self.model)
+            return self.data.scores(self.model)
         finally:
             for name in changed:
                 self.tensors[name].copy_(self.original[name])
 
 
 @contextmanager
-def scoring(
-    model: str, judged: Judged, processes: int, trust_remote_code: bool = False
+def scorer_pool(
+    model: str, data: ScoredData, processes: int, trust_remote_code: bool = False
 ) -> Iterator[Callable[[Iterable[Changes]], Iterator[dict[str, float]]]]:
     """Give a function that scores changed models and yields their scores in order.
 
     :param model: folder or Hugging Face id of the original model
-    :param judged: data that models are scored on
+    :param data: data that models are scored on
     :param processes: processes that score models at a time
     :param trust_remote_code: whether Python code that comes with the model may run
     """
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     if processes == 1:
-        scorer = _Scorer(model, judged, devices[0], trust_remote_code)
+        scorer = _Scorer(model, data, devices[0], trust_remote_code)
         yield partial(map, scorer.score)
         return
     context = multiprocessing.get_context("spawn")
@@ -132,7 +132,7 @@ def scoring(
     for i in range(processes):
         queue.put(devices[i % len(devices)])
     threads = max(1, torch.get_num_threads() // processes)
-    settings = (model, judged, queue, threads, trust_remote_code)
+    settings = (model, data, queue, threads, trust_remote_code)
     with ProcessPoolExecutor(processes, context, _start_worker, settings) as pool:
         yield partial(pool.map, _score_in_worker)
 
@@ -141,7 +141,7 @@ _scorer: _Scorer | None = None  # of a worker process
 
 
 def _start_worker(
-    model: str, judged: Judged, devices, threads: int, trust_remote_code: bool
+    model: str, data: ScoredData, devices, threads: int, trust_remote_code: bool
 ) -> None:
     """Load the model of a worker process.
 
@@ -149,7 +149,7 @@ def _start_worker(
     """
     global _scorer
     torch.set_num_threads(threads)
-    _scorer = _Scorer(model, judged, devices.get(), trust_remote_code)
+    _scorer = _Scorer(model, data, devices.get(), trust_remote_code)
 
 
 def _score_in_worker(changes: Changes) -> dict[str, float]:

@@ -29,7 +29,7 @@ from casp_plugin.sensitivity.grid import (
     space_filling,
 )
 from casp_plugin.sensitivity.rounding import changed_by, mappings_of
-from casp_plugin.sensitivity.scoring import Changes, Judged, load_linearized, scoring
+from casp_plugin.sensitivity.scoring import Changes, ScoredData, load_linearized, scorer_pool
 from casp_plugin.system.files import whole_file
 
 __all__ = [
@@ -64,7 +64,7 @@ class Study:
     :param model: folder or Hugging Face id of the original model
     :param layers: layers that may be quantized, by name
     :param dtype: dtype of the weights
-    :param judged: data that models are scored on
+    :param data: data that models are scored on
     :param calibration: for methods other than ``uniform``
     :param folder: holds ``points.parquet``, a row for every scored model
     :param processes: processes that score models at a time
@@ -76,7 +76,7 @@ class Study:
         model: str,
         layers: Mapping[str, Layer],
         dtype: torch.dtype,
-        judged: Judged,
+        data: ScoredData,
         calibration: Calibration,
         folder: Path,
         processes: int = 1,
@@ -84,7 +84,7 @@ class Study:
     ):
         self.trust_remote_code = trust_remote_code
         self.model, self.layers, self.dtype = model, layers, dtype
-        self.judged, self.calibration = judged, calibration
+        self.data, self.calibration = data, calibration
         self.folder, self.processes = folder, processes
         locations = {name: layer.location for name, layer in layers.items()}
         several = len(levels(locations.values(), "component")) > 1
@@ -98,7 +98,7 @@ class Study:
 
         :param configurations: models of the study
         :return: all rows of the folder, by method: columns of ``Configuration.row``, of
-            ``features`` and of ``Judged.scores``
+            ``features`` and of ``ScoredData.scores``
         """
         path = self.folder / POINTS_NAME
         rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
@@ -109,7 +109,7 @@ class Study:
         # points of one method and width share quantized weights
         wanted.sort(key=lambda point: (methods.index(point.method), point.bits))
         progress = tqdm(total=len(wanted), desc="Models scored", smoothing=0)
-        scorer = scoring(self.model, self.judged, self.processes, self.trust_remote_code)
+        scorer = scorer_pool(self.model, self.data, self.processes, self.trust_remote_code)
         with scorer as score, progress:
             shared = groupby(wanted, key=lambda point: (point.method, point.bits))
             for (method, bits), group in shared:

@@ -1,24 +1,22 @@
 """Files of a finished study: analyses, tables, figures, and shares for bit allocation."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from loguru import logger
-from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from casp_plugin.evaluation.records import save_records
+from casp_plugin.evaluation.study_folder import write_figure, write_tables
 from casp_plugin.model.location import AXES
 from casp_plugin.plan.sensitivity_file import Sensitivity, Shares, shares_of
 from casp_plugin.sensitivity.analysis import Analysis, analyse, best_models, losses_together
 from casp_plugin.sensitivity.figures import draw_importances, draw_quality
-from casp_plugin.sensitivity.grid import Layer, weights_of
+from casp_plugin.sensitivity.grid import COLUMNS, Layer, weights_of
 from casp_plugin.system.files import write_whole
 
 __all__ = ["analyse_all", "summarise"]
@@ -35,7 +33,7 @@ def analyse_all(points: pd.DataFrame, layers: Mapping[str, Layer], metric: str) 
     :param metric: metric of the quality
     """
     wanted = []
-    for axis, column in AXES.items():
+    for axis, column in COLUMNS.items():
         weights = weights_of(layers, axis)
         for method, rows in points[points.method != "original"].groupby("method", sort=False):
             if len(weights) > 1 and rows[column].nunique() > 1:
@@ -88,15 +86,12 @@ def summarise(
                 tables[f"Losses of two components, {method}, {task}"] = _together_table(losses)
     if analyses:
         save_records(analyses, folder / ANALYSES_NAME)
-    text = Console(file=io.StringIO(), width=1000)
-    for title, table in tables.items():
-        text.print(f"{title}:\n", table)
-    write_whole(folder / TABLES_NAME, f"{text.file.getvalue().strip()}\n\n{note}\n")
-    _write_figure(folder / "quality.png", draw_quality(points, tasks, metric))
+    write_tables(folder / TABLES_NAME, tables, note)
+    write_figure(folder / "quality.png", draw_quality(points, tasks, metric))
     for axis in dict.fromkeys(analysis.axis for analysis in analyses):
         chosen = [analysis for analysis in analyses if analysis.axis == axis]
         name = f"importance_{axis.replace(' ', '_')}.png"
-        _write_figure(folder / name, draw_importances(chosen))
+        write_figure(folder / name, draw_importances(chosen))
     if shares := _shares_by_method(analyses):
         axis, methods = shares
         sensitivity = Sensitivity(model=model, axis=axis, methods=methods)
@@ -155,7 +150,7 @@ def _front_table(points: pd.DataFrame, tasks: Sequence[str], metric: str) -> Tab
         for task in tasks:
             for _, row in best_models(points, method, task, metric).iterrows():
                 if row.method == method:
-                    levels = ", ".join(filter(None, (row[column] for column in AXES.values())))
+                    levels = ", ".join(filter(None, (row[column] for column in COLUMNS.values())))
                     numbers = (f"{row.bits_per_weight:.2f}", f"{row[f'{task}/{metric}']:.4g}")
                     table.add_row(method, task, *numbers, str(row.bits), levels)
     return table
@@ -169,9 +164,3 @@ def _together_table(losses: pd.DataFrame) -> Table:
         ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
         table.add_row(str(row.bits), row.pair, f"{row.alone:.3f}", f"{row.together:.3f}", ratio)
     return table
-
-
-def _write_figure(path: Path, figure: Figure) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write_whole(path, picture.getvalue())

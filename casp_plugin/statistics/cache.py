@@ -1,5 +1,5 @@
-"""Measurements on disk, for a run that is started again and for other runs of the same model and
-data.
+"""Statistics and layer notes on disk, for a run that is started again and for other runs of the
+same model and data.
 """
 
 import json
@@ -32,9 +32,9 @@ from casp_plugin.system.distributed import (
     rank,
 )
 from casp_plugin.system.files import whole_file, write_whole
-from casp_plugin.system.messages import gigabytes
+from casp_plugin.system.messages import size_text
 
-__all__ = ["MeasurementCache"]
+__all__ = ["StatisticsCache"]
 
 _TENSORS = [field.name for field in fields(Statistics) if "torch.Tensor" in str(field.type)]
 _SPECTRUM = [field.name for field in fields(Spectrum)]
@@ -42,22 +42,22 @@ _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
 
 
-class MeasurementCache:
-    """Measurements under one set of facts, in a folder below ``root``.
+class StatisticsCache:
+    """Statistics and layer notes under one set of facts, in a folder below ``root``.
 
     ``facts.json`` holds the facts, ``derivatives.*`` the statistics that take passes of their own.
     A folder below, for the settings of a recipe, holds layer notes: a ``facts.json`` of the
-    settings and one pair of files per part of the model. Tensors that are read back stay on disk,
-    mapped into memory.
+    settings and one pair of files per section of the model. Tensors that are read back stay on
+    disk, mapped into memory.
 
-    :param root: folder for the measurements of any number of models
+    :param root: folder for the caches of any number of models
     :param facts: everything that statistics depend on, as JSON values
     :param settings: everything else that layer notes depend on, as JSON values
     """
 
     def __init__(self, root: Path | str, facts: dict, settings: dict):
         self.folder = Path(root) / _json_digest(facts)
-        self._parts_folder = self.folder / _json_digest(settings)
+        self._sections_folder = self.folder / _json_digest(settings)
         self._facts, self._settings = facts, settings
 
     @classmethod
@@ -69,7 +69,7 @@ class MeasurementCache:
         request: Request,
         facts: dict,
         settings: dict,
-    ) -> "MeasurementCache":
+    ) -> "StatisticsCache":
         """Return the cache of a model, data and a request, told apart by their contents.
 
         :param facts: everything else that statistics depend on, as JSON values
@@ -90,7 +90,10 @@ class MeasurementCache:
     def begin(self) -> None:
         """Write the facts, and log which of them differ from the last run of the same model."""
         if is_source_process():
-            for folder, facts in ((self.folder, self._facts), (self._parts_folder, self._settings)):
+            for folder, facts in (
+                (self.folder, self._facts),
+                (self._sections_folder, self._settings),
+            ):
                 if not (folder / FACTS_NAME).exists():
                     _tell_changes(folder, facts)
                     write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
@@ -109,7 +112,7 @@ class MeasurementCache:
         sizes = {path: _bytes_of(path) for path in folders}
         for path in sorted(folders, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) > most and path != self.folder:
-                logger.info(f"cache is over {gigabytes(most)}: {path} goes")
+                logger.warning(f"cache is over {size_text(most)}: {path} goes")
                 shutil.rmtree(path)
                 del sizes[path]
 
@@ -128,45 +131,46 @@ class MeasurementCache:
         barrier()
         return self.derivatives()
 
-    def parts(self) -> list[LayerNotes]:
-        """Return the notes of the model's first parts, as far as they are on disk."""
-        parts: list[LayerNotes] = []
-        while not (parts and parts[-1].last):
-            part = self._read_part(len(parts))
-            if part is None:
+    def sections(self) -> list[LayerNotes]:
+        """Return the notes of the model's first sections, as far as they are on disk."""
+        sections: list[LayerNotes] = []
+        while not (sections and sections[-1].last):
+            section = self._read_section(len(sections))
+            if section is None:
                 break
-            parts.append(part)
-        if parts:
-            progress = "measured before" if parts[-1].last else "measured so far"
-            logger.info(f"{progress}: {len(parts)} parts of the model, in {self._parts_folder}")
-        return parts
+            sections.append(section)
+        if sections:
+            progress = "measured before" if sections[-1].last else "measured so far"
+            where = self._sections_folder
+            logger.info(f"{progress}: {len(sections)} parts of the model, in {where}")
+        return sections
 
-    def keep_part(self, number: int, part: LayerNotes) -> LayerNotes:
-        """Write the notes of a part, whole or not at all; every rank writes its own piece.
+    def keep_section(self, number: int, notes: LayerNotes) -> LayerNotes:
+        """Write the notes of a section, whole or not at all; every rank writes its own piece.
 
-        :param number: position of the part in the model, from 0
+        :param number: position of the section in the model, from 0
         :return: the notes of all ranks, mapped from disk
         """
-        index, tensors = _packed(part.statistics)
-        for key, spectrum in enumerate(part.spectra.values()):
+        index, tensors = _packed(notes.statistics)
+        for key, spectrum in enumerate(notes.spectra.values()):
             for name in _SPECTRUM:
                 tensors[f"spectra/{key}/{name}"] = getattr(spectrum, name).cpu().contiguous()
         values = {
-            "units": _UNITS.dump_python(part.units, mode="json"),
-            "spectra": [list(names) for names in part.spectra],
+            "units": _UNITS.dump_python(notes.priced, mode="json"),
+            "spectra": [list(names) for names in notes.spectra],
             "statistics": index,
-            "end": part.end,
-            "last": part.last,
+            "end": notes.end,
+            "last": notes.last,
             "pieces": number_of_ranks(),
         }
         _write_pair(self._piece(number, rank()), values, tensors)
         barrier()
-        return self._read_part(number)
+        return self._read_section(number)
 
     def _piece(self, number: int, piece: int) -> Path:
-        return self._parts_folder / (f"{number:04}-{piece}" if piece else f"{number:04}")
+        return self._sections_folder / (f"{number:04}-{piece}" if piece else f"{number:04}")
 
-    def _read_part(self, number: int) -> LayerNotes | None:
+    def _read_section(self, number: int) -> LayerNotes | None:
         first = _read_pair(self._piece(number, 0))
         if first is None:
             return None
@@ -177,7 +181,7 @@ class MeasurementCache:
 
 
 def _layer_notes(pair: tuple[dict, dict[str, torch.Tensor]]) -> LayerNotes:
-    """Return the notes of one piece of a part."""
+    """Return the notes of one piece of a section."""
     values, tensors = pair
     return LayerNotes(
         _UNITS.validate_python(values["units"]),
@@ -245,7 +249,7 @@ def _tell_changes(folder: Path, facts: dict) -> None:
         before = json.loads(path.read_text())
         if before.get("model") == facts.get("model"):
             changed = sorted(name for name, value in facts.items() if before.get(name) != value)
-            logger.info(
+            logger.warning(
                 f"measuring anew: {', '.join(changed)} differ from what {path.parent} was measured "
                 f"with (see its {FACTS_NAME})"
             )

@@ -38,17 +38,17 @@ from casp_plugin.statistics.tracing import whole_model
 from casp_plugin.system.distributed import gathered
 from casp_plugin.system.machine import trim_memory
 
-__all__ = ["PartStatistics", "calibrating", "collect", "collect_derivatives", "collect_parts"]
+__all__ = ["SectionStatistics", "calibrating", "collect", "collect_derivatives", "collect_sections"]
 
-#: bytes of sums that complete a part: several layers of a tiny model, one of any other
-PART_BYTES = 2**23
+#: bytes of sums that complete a section: several layers of a tiny model, one of any other
+SECTION_BYTES = 2**23
 
 
 @dataclass(frozen=True)
-class PartStatistics:
-    """Statistics of one part of a model, layers that run one after another.
+class SectionStatistics:
+    """Statistics of one section of a model, layers that run one after another.
 
-    :param statistics: of the part's layers
+    :param statistics: of the section's layers
     :param end: number of subgraphs of the model that have run
     :param last: whether the whole model has run
     """
@@ -61,11 +61,11 @@ class PartStatistics:
 def collect(
     model: nn.Module, dataloader: Iterable[dict], request: Request, subgraphs: list[Subgraph] = ()
 ) -> Statistics:
-    """Return all requested statistics of the whole model; see :func:`collect_parts`."""
-    parts = list(collect_parts(model, dataloader, request, subgraphs))
+    """Return all requested statistics of the whole model; see :func:`collect_sections`."""
+    sections = list(collect_sections(model, dataloader, request, subgraphs))
     statistics = collect_derivatives(model, dataloader, request)
-    for part in parts:
-        statistics |= part.statistics
+    for section in sections:
+        statistics |= section.statistics
     return statistics
 
 
@@ -98,14 +98,15 @@ def collect_derivatives(
     )
 
 
-def collect_parts(
+def collect_sections(
     model: nn.Module,
     dataloader: Iterable[dict],
     request: Request,
     subgraphs: list[Subgraph] = (),
     after: int = 0,
-) -> Iterator[PartStatistics]:
-    """Run the calibration data through the model, and yield the requested statistics part by part.
+) -> Iterator[SectionStatistics]:
+    """Run the calibration data through the model, and yield the requested statistics section by
+    section.
 
     Modules that no token reaches (a dead expert) are absent from the result.
 
@@ -156,8 +157,8 @@ def collect_parts(
                     waiting.update(number, outputs)
                     waiting.delete(number, graph.consumed_names)
         trim_memory()
-        if last or max(gathered(collector.bytes)) >= PART_BYTES:
-            yield PartStatistics(collector.take(batches.tokens), index + 1, last)
+        if last or max(gathered(collector.bytes)) >= SECTION_BYTES:
+            yield SectionStatistics(collector.take(batches.tokens), index + 1, last)
 
 
 class _Batches:

@@ -91,7 +91,7 @@ def add_ranks(means: dict, device: torch.device) -> None:
     if number_of_ranks() == 1:
         return
     here = {key: (mean.total.shape, mean.total.dtype) for key, mean in means.items() if mean.tokens}
-    anywhere = {key: layout for found in gathered(here) for key, layout in found.items()}
+    anywhere = {key: layout for layouts in gathered(here) for key, layout in layouts.items()}
     for key, (shape, dtype) in sorted(anywhere.items(), key=lambda item: str(item[0])):
         mean = means.setdefault(key, TokenMean())
         if mean.total is None:

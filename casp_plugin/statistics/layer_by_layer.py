@@ -1,4 +1,4 @@
-"""Measure a model part by part: notes of one part are stored before the next part runs."""
+"""Measure a model section by section: notes of one are stored before the next one runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from torch import nn
 
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import decoder_layers, reading_together
-from casp_plugin.statistics.cache import MeasurementCache
+from casp_plugin.statistics.cache import StatisticsCache
 from casp_plugin.statistics.derivatives import LossGradients, weights_read
 from casp_plugin.statistics.forward import (
-    PartStatistics,
+    SectionStatistics,
     calibrating,
     collect_derivatives,
-    collect_parts,
+    collect_sections,
 )
 from casp_plugin.statistics.hooks import Hooks, on_device
 from casp_plugin.statistics.layer_notes import LayerNotes
@@ -37,35 +37,34 @@ def measure(
     model: nn.Module,
     dataloader: Iterable[dict],
     request: Request,
-    cache: MeasurementCache,
+    cache: StatisticsCache,
     note: Note,
 ) -> LayerNotes:
-    """Return the notes of all layers; parts in the cache are not measured again.
+    """Return the notes of all layers; sections in the cache are not measured again.
 
     :param model: the dense model
     :param dataloader: calibration batches
     :param request: the statistics that ``note`` needs
     :param cache: notes of earlier runs; new ones are added
-    :param note: takes the notes of a part's layers
+    :param note: takes the notes of a section's layers
     :raises ValueError: if there is no data
     """
-    parts, derivatives = cache.parts(), cache.derivatives()
+    sections, derivatives = cache.sections(), cache.derivatives()
     barrier()  # all ranks have read before any rank writes
     if derivatives is None:
         derivatives = cache.keep_derivatives(collect_derivatives(model, dataloader, request))
     densities = derivatives.attention_densities
     del derivatives
-    whole = reduce(or_, parts, LayerNotes(last=False))
+    whole = reduce(or_, sections, LayerNotes(last=False))
     if not whole.last:
-        for part in _collect_parts(model, dataloader, request, whole.end):
-            new = part.statistics.reached - whole.statistics.reached  # a layer may run twice
+        for section in _collect_sections(model, dataloader, request, whole.end):
+            new = section.statistics.reached - whole.statistics.reached  # a layer may run twice
             mine = new if number_of_ranks() == 1 else _own_share(new, model)
             # derivatives are mapped anew, so that pages in use are released
-            parts.append(
-                cache.keep_part(len(parts), _notes_of_part(part, cache.derivatives(), mine, note))
-            )
-            whole |= parts[-1]
-            del part  # frees its statistics before the next part runs
+            notes = _notes_of_section(section, cache.derivatives(), mine, note)
+            sections.append(cache.keep_section(len(sections), notes))
+            whole |= sections[-1]
+            del section, notes  # frees its statistics before the next section runs
     whole.statistics |= Statistics(attention_densities=densities)
     return whole
 
@@ -121,13 +120,13 @@ def try_first_batch(
             ) from error
 
 
-def _notes_of_part(
-    part: PartStatistics, derivatives: Statistics, mine: frozenset[str], note: Note
+def _notes_of_section(
+    section: SectionStatistics, derivatives: Statistics, mine: frozenset[str], note: Note
 ) -> LayerNotes:
-    """Return the notes of this rank's layers of a part."""
-    forward = part.statistics.of(mine | part.statistics.influences.keys())
+    """Return the notes of this rank's layers of a section."""
+    forward = section.statistics.of(mine | section.statistics.influences.keys())
     notes = take_notes(forward | derivatives.of(mine), note)
-    notes.end, notes.last = part.end, part.last
+    notes.end, notes.last = section.end, section.last
     return notes
 
 
@@ -150,13 +149,13 @@ def _own_share(names: frozenset[str], model: nn.Module) -> frozenset[str]:
     return frozenset(name for group in groups for name in group)
 
 
-def _collect_parts(
+def _collect_sections(
     model: nn.Module, dataloader: Iterable[dict], request: Request, after: int
-) -> Iterator[PartStatistics]:
-    """Yield statistics part by part, or of the whole model where running parts fails."""
+) -> Iterator[SectionStatistics]:
+    """Yield statistics section by section, or of the whole model where running sections fails."""
     subgraphs = _subgraphs(model, dataloader)
     try:
-        yield from collect_parts(model, dataloader, request, subgraphs, after)
+        yield from collect_sections(model, dataloader, request, subgraphs, after)
     except (OSError, ValueError):  # a full disk, faulty data
         raise
     except Exception as error:  # code that branches differently for some batch
@@ -167,7 +166,7 @@ def _collect_parts(
             "statistics of all layers at once. Where the quantizer fails too, calibrate as a "
             "whole: --pipeline basic, oneshot(pipeline='basic')"
         )
-        yield from collect_parts(model, dataloader, request)
+        yield from collect_sections(model, dataloader, request)
 
 
 def _subgraphs(model: nn.Module, dataloader: Iterable[dict]) -> list[Subgraph]:

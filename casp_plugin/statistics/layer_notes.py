@@ -13,14 +13,14 @@ __all__ = ["LayerNotes"]
 class LayerNotes:
     """Notes of the modifiers of a recipe about some layers.
 
-    :param units: single linears, or the linears of one latent, with the prices of all candidates
+    :param priced: single linears, or the linears of one latent, with the prices of all candidates
     :param spectra: spectra of linears that may share a latent, by their names
     :param statistics: the small statistics that are needed when all layers have been measured
     :param end: number of subgraphs of the model that have run
     :param last: whether the whole model has run
     """
 
-    units: list[UnitPlan] = field(default_factory=list)
+    priced: list[UnitPlan] = field(default_factory=list)
     spectra: dict[tuple[str, ...], Spectrum] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
     end: int = 0
@@ -29,7 +29,7 @@ class LayerNotes:
     def __or__(self, other: "LayerNotes") -> "LayerNotes":
         """Return the notes of the layers of both, the other's being later layers."""
         return LayerNotes(
-            self.units + other.units,
+            self.priced + other.priced,
             self.spectra | other.spectra,
             self.statistics | other.statistics,
             other.end,

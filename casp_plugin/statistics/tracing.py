@@ -1,4 +1,5 @@
-"""Split a model into parts that run one after another, for llm-compressor's sequential pipeline.
+"""Split a model into subgraphs that run one after another, for llm-compressor's sequential
+pipeline.
 
 Its tracer wraps code that it cannot trace; in multimodal models that is all code below
 ``if pixel_values is not None``. Linear layers in there run and are observed, but belong to no
@@ -69,8 +70,8 @@ def check_traceable(model: PreTrainedModel, dataloader: Iterable[dict]) -> None:
 
 
 def subgraphs_of(model: PreTrainedModel, dataloader: Iterable[dict]) -> list[Subgraph]:
-    """Return the parts that a model has by oneshot's defaults: the code before the first decoder
-    layer, then every decoder layer with the code that follows it; no part without data.
+    """Return the subgraphs that a model has by oneshot's defaults: the code before the first
+    decoder layer, then every decoder layer with the code that follows it; none without data.
 
     :raises ValueError: if a multimodal model cannot be traced
     """
@@ -83,7 +84,7 @@ def subgraphs_of(model: PreTrainedModel, dataloader: Iterable[dict]) -> list[Sub
 
 
 def whole_model(names: set[str] | None = None) -> Subgraph:
-    """Return the model as its only part.
+    """Return the model as its only subgraph.
 
     :param names: arguments that batches hold; None for any
     """
@@ -93,8 +94,8 @@ def whole_model(names: set[str] | None = None) -> Subgraph:
 def trace(
     model: nn.Module, sample: dict, targets: list[str], ignore: list[str], *args
 ) -> list[Subgraph]:
-    """Return the parts of a model; the model as one part where it cannot be traced, runs layers
-    more than once, or computes something else in parts.
+    """Return the subgraphs of a model; the model as its only one where it cannot be traced, runs
+    layers more than once, or computes something else in subgraphs.
 
     It takes the place of llm-compressor's ``trace_subgraphs``, whose arguments it has, see
     ``system.patches``.
@@ -131,9 +132,9 @@ def _whole(model: nn.Module, sample: dict, why: str) -> list[Subgraph]:
 
 
 def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> str | None:
-    """Return why the parts, run one after another as the pipeline runs them, do not compute the
-    result of the model; None where they do. Parts get copies of values, which some models change
-    in place (Gemma 4)."""
+    """Return why the subgraphs, run one after another as the pipeline runs them, do not compute the
+    result of the model; None where they do. Subgraphs get copies of values, which some models
+    change in place (Gemma 4)."""
     layers = decoder_layers(model)
     if not layers:
         return None
@@ -158,9 +159,9 @@ def _other_result(model: nn.Module, sample: dict, subgraphs: list[Subgraph]) -> 
         return f"{type(error).__name__}: {one_line(error)[:200]}"
     finally:
         handle.remove()
-    whole, parts = runs
-    alike = len(whole) == len(parts) and all(
+    whole, split = runs
+    alike = len(whole) == len(split) and all(
         torch.allclose(expected.float(), output.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
-        for expected, output in zip(whole, parts, strict=True)
+        for expected, output in zip(whole, split, strict=True)
     )
     return None if alike else f"{layers[-1]} puts out something else then"

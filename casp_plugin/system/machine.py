@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["device_name", "installed_versions", "trim_memory"]
+__all__ = ["device_name", "installed_versions", "trim_memory", "versions_text"]
 
 _PACKAGES = (
     "casp-plugin",
@@ -32,6 +32,11 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def versions_text() -> str:
+    """Return the installed versions as text, for notes under tables."""
+    return ", ".join(f"{name} {version}" for name, version in installed_versions().items())
 
 
 def device_name() -> str:

@@ -1,13 +1,8 @@
-"""Words for people: an error on one line, sizes in GB."""
+"""Words for people: an error on one line, sizes in MB and GB."""
 
 from pydantic import ValidationError
 
-__all__ = ["gigabytes", "one_line"]
-
-
-def gigabytes(size: float) -> str:
-    """Return a size in bytes as text, in GB of 1e9 bytes."""
-    return f"{size / 1e9:.1f} GB"
+__all__ = ["one_line", "size_text"]
 
 
 def one_line(error: Exception) -> str:
@@ -20,3 +15,8 @@ def one_line(error: Exception) -> str:
             for problem in error.errors()
         )
     return " ".join(text.split()) or type(error).__name__
+
+
+def size_text(size: float) -> str:
+    """Return a size in bytes as text: in MB of 1e6 bytes, from 1e9 bytes on in GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""All changes to the code of dependencies, with the fault that each one mends.
+"""Faults of dependencies that are mended here, and every other place that changes their code.
 
 Functions that are replaced are the records below; ``apply`` installs them. Classes that take the
 place of a dependency's own under the same name are subclasses, and stand where they are used:
@@ -13,6 +13,10 @@ place of a dependency's own under the same name are subclasses, and stand where 
   rotations of inputs (huggingface/transformers#42887) and zero points of experts
   (huggingface/transformers#47430); and experts under several schemes, of which upstream takes the
   first (not reported).
+
+``cli/progress.py``, ``quiet``, replaces ``tqdm.__init__`` and ``tqdm.display`` while a command
+runs, and puts llm-compressor's level METRIC of loguru beside INFO, for good: no fault, a choice of
+display.
 
 Methods of single objects that are replaced, for a while or for good (``kv_cache/running.py``,
 ``statistics/derivatives.py``, ``checkpoint/format.py``), change no dependency. Neither does

@@ -19,12 +19,13 @@ from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifie
 from casp_plugin.bench.engines import Round, TransformersEngine, Workload, answer
 from casp_plugin.bench.memory import peak_memory, reset_peak_memory
 from casp_plugin.bench.runs import Speed, measure, speed_table
-from casp_plugin.bench.shapes import Shapes, without_data
+from casp_plugin.bench.shapes import Shapes
 from casp_plugin.checkpoint.check import check
 from casp_plugin.cli import app
 from casp_plugin.data.conversation_batches import processed
 from casp_plugin.evaluation.records import load_records
 from casp_plugin.model.load import bare_model, bytes_on_disk
+from casp_plugin.modifiers.base import without_data
 
 SMALL = Workload(prompt_tokens=6, new_tokens=3, batch_size=2)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.command_line import error_of
 
 from casp_plugin import cli
 from casp_plugin.modifiers.recipes import load_recipe
@@ -132,3 +133,15 @@ def test_errors_of_several_lines(monkeypatch, capsys):
     told = fail(monkeypatch, capsys, ValueError("much " * 40 + "\n\n  is wrong"))
     assert told == "error: " + "much " * 40 + "is wrong\n"
     assert fail(monkeypatch, capsys, ValueError()) == "error: ValueError\n"
+
+
+def test_a_reference_without_data(tiny_llama, monkeypatch, capsys):
+    """Tasks of a harness have no reference; told before any model is loaded."""
+
+    def load(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("casp_plugin.model.load.load_model", load)
+    command = ["eval", tiny_llama, "--tasks", "casp_facts", "--reference", tiny_llama]
+    told = error_of(capsys, monkeypatch, *command)
+    assert "--reference is compared on data: give --dataset, or leave out --tasks" in told

@@ -1,9 +1,11 @@
 """One line of progress instead of bars and INFO lines, unless asked for."""
 
+import ast
 import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,12 @@ from rich.console import Console
 from support.command_line import casp, run_arguments
 from tqdm.auto import tqdm
 
+import casp_plugin
 from casp_plugin.cli import progress
 from casp_plugin.cli.progress import quiet, tell
+
+#: descriptions of short bars that show no stage
+SILENT = {"Factoring W_q, W_k", "Measuring rounding errors"}
 
 
 def work():
@@ -39,6 +45,36 @@ def test_a_line_for_every_stage(capsys):
         tell("checking")
     stages = ["loading", "measuring layers", "measuring gradients", "scoring answers", "checking"]
     assert capsys.readouterr().err.splitlines() == stages
+
+
+def descriptions(tree: ast.AST) -> Iterator[str]:
+    """Yield the descriptions of bars in code: arguments of tqdm and ``map``, of ``first_batches``,
+    and of ``collect``, defaults of ``desc``, and actions on one layer after the other."""
+    for node in ast.walk(tree):
+        texts = []
+        if isinstance(node, ast.keyword) and node.arg == "desc":
+            texts = [node.value]
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            texts = node.args if name in ("collect", "first_batches") else []
+        elif isinstance(node, ast.arguments):
+            named = node.args[len(node.args) - len(node.defaults) :]
+            pairs = zip(named, node.defaults, strict=True)
+            texts = [default for argument, default in pairs if argument.arg == "desc"]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "action":
+            texts = [node.value]
+        for text in texts:
+            options = [text.body, text.orelse] if isinstance(text, ast.IfExp) else [text]
+            for option in options:
+                if isinstance(option, ast.Constant):
+                    yield option.value
+
+
+def test_every_bar_has_a_stage():
+    files = Path(casp_plugin.__file__).parent.rglob("*.py")
+    told = {text for path in files for text in descriptions(ast.parse(path.read_text()))}
+    assert {"Reading texts", "Running", "Probing the attention", "Rounds"} <= told
+    assert told - progress._STAGES.keys() == SILENT
 
 
 def test_bars_come_back(capsys):

@@ -33,6 +33,16 @@ assert any(isinstance(module, LowRankLinear) for module in model.modules())
 text = "a_stage: {a_modifiers: {BitAllocationModifier: {average_bits: 3}}}"
 assert isinstance(Recipe.create_instance(text).modifiers[0], BitAllocationModifier)
 """
+WHERE_VLLM_IS = """
+import sys
+sys.modules["llmcompressor"] = None
+import casp_plugin.runtime.vllm
+import casp_plugin.bench.runs
+import casp_plugin.checkpoint.check
+import casp_plugin.evaluation.checkpoints
+import casp_plugin.kv_cache
+import casp_plugin.report.page
+"""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
@@ -51,7 +61,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_help_of_every_command_imports_nothing_heavy(tmp_path):
-    script = tmp_path / "casp.py"
+    script = tmp_path / "casp"
     script.write_text(ALL_HELP)
     shown = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -68,6 +78,12 @@ def test_the_module_is_the_command():
     assert shown.returncode == 0, shown.stderr
     assert "Verify a checkpoint" in shown.stdout
     assert not re.search(r"\| +torch$", shown.stderr, re.MULTILINE)
+
+
+def test_measuring_needs_no_llm_compressor():
+    """`casp eval`, `bench`, `check` and `report` run in vLLM's environment too."""
+    ran = subprocess.run([sys.executable, "-c", WHERE_VLLM_IS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_importing_the_package_registers_it(compressed_llama):

@@ -7,9 +7,8 @@ from rich.console import Console
 from support.command_line import casp
 
 from casp_plugin.checkpoint.check import Finding
-from casp_plugin.cli import compress, options
+from casp_plugin.cli import compress, output
 from casp_plugin.evaluation.results import Evaluation, Measurement, comparison_table
-from casp_plugin.model.location import layer_kind
 from casp_plugin.plan.plan import (
     AttentionPlan,
     Candidate,
@@ -70,7 +69,7 @@ def plan(decided=True):
 def screen(monkeypatch):
     """A console of 60 columns; a function that returns its columns of text, joined."""
     console = Console(width=60, record=True)
-    monkeypatch.setattr(options, "console", console)
+    monkeypatch.setattr(output, "console", console)
 
     def shown():
         lines = console.export_text().splitlines()
@@ -88,7 +87,7 @@ def first_column(lines):
 
 
 def test_long_names_in_tables_of_units(screen):
-    options.show(*unit_tables(plan()))
+    output.show(*unit_tables(plan()))
     text = first_column(screen())
     for name in (LANGUAGE.format(0), EXPERTS.format(0), VISION.format(11), VISION.format(1), HEAD):
         assert name in text
@@ -96,7 +95,7 @@ def test_long_names_in_tables_of_units(screen):
 
 def test_long_names_in_totals(screen):
     made = plan()
-    options.show(total_table(made))
+    output.show(total_table(made))
     text = "".join(line.split("│")[2].strip() for line in screen() if line.count("│") == 3)
     assert made.model in text
     assert VISION.format(2) in text.replace(" ", "")
@@ -117,7 +116,7 @@ def test_long_names_in_eval(screen):
     metric = "exact_match_after_a_filter_of_a_long_name"
     one = Measurement(task=task, metric=metric, higher_is_better=True, **fields)
     made = Evaluation(model="m", settings={}, versions={}, measurements=[one])
-    options.show(made.table(), comparison_table("a against b", []))
+    output.show(made.table(), comparison_table("a against b", []))
     lines = [line.split("│") for line in screen() if line.count("│") == 5]
     assert task in "".join(line[1].strip() for line in lines)
     assert metric in "".join(line[2].strip() for line in lines)
@@ -144,11 +143,11 @@ def test_layers_by_kind():
 def test_layers_by_kind_of_a_plan_without_statistics():
     kinds = plan_tables(plan(decided=False))[1]
     first = [next(iter(column.cells)) for column in kinds.columns]
-    assert first[4:] == ["", "2|3|4", "?", "? MB", "?"]
+    assert first[4:] == ["", "2|3|4", "?", "?", "?"]
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "layers"),
     [
         (LANGUAGE.format(3), "q_proj, k_proj"),
         ("model.layers.0-1.mlp.down_proj", "down_proj"),
@@ -157,8 +156,10 @@ def test_layers_by_kind_of_a_plan_without_statistics():
         ("lm_head", "lm_head"),
     ],
 )
-def test_kinds_of_layers(name, kind):
-    assert layer_kind(name) == kind
+def test_layers_of_a_unit(name, layers):
+    units = [unit(name, "language")]
+    kinds = plan_tables(CompressionPlan(model="a", average_bits=3, units=units))[1]
+    assert list(kinds.columns[0].cells) == [layers]
 
 
 def test_units_are_shown_when_asked_for(tiny_llama, files):
@@ -168,4 +169,5 @@ def test_units_are_shown_when_asked_for(tiny_llama, files):
     assert "gate_proj, up_proj" in " ".join(brief.split())
     assert "layers.1.mlp.down_proj" not in brief
     assert "layers.1.mlp.down_proj" in whole
+    brief, whole = (text[text.index("Totals") :] for text in (brief, whole))
     assert whole.startswith(brief.rstrip())

@@ -147,6 +147,6 @@ def test_tables():
     console.print(one.table())
     console.print(comparison_table("a against b", compare_all(one, other)))
     text = console.export_text()
-    assert "0.8865 to 1" in text
+    assert "[0.8865, 1]" in text
     assert "+1 [+1, +1]" in text
     assert "better (McNemar 1.9e-09)" in text

@@ -7,7 +7,7 @@ from casp_plugin import CompressionPlan
 from casp_plugin.evaluation.records import load_records
 from casp_plugin.evaluation.results import Evaluation, Measurement
 from casp_plugin.evaluation.study_folder import begin
-from casp_plugin.evaluation.sweep import Point, finished, frontier_table
+from casp_plugin.evaluation.sweep_points import Point, finished, frontier_table
 
 UNIFORM = """
 uniform_stage:
@@ -35,9 +35,9 @@ def test_sizes_of_one_model(tiny_llama, files, monkeypatch):
     import casp_plugin.statistics.layer_by_layer as measuring
 
     collected = []
-    collect = measuring.collect_parts
+    collect = measuring.collect_sections
     monkeypatch.setattr(
-        measuring, "collect_parts", lambda *args: collected.append(1) or collect(*args)
+        measuring, "collect_sections", lambda *args: collected.append(1) or collect(*args)
     )
     (files / "uniform.yaml").write_text(UNIFORM)
     (files / "recipe.yaml").rename(files / "recipe_5.yaml")

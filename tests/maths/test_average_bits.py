@@ -2,7 +2,7 @@
 
 import pytest
 
-from casp_plugin.maths.average_bits import average_bits, budget_bytes
+from casp_plugin.maths.average_bits import average_bits, bytes_within
 
 
 def test_average_bits_of_stored_bytes():
@@ -11,11 +11,11 @@ def test_average_bits_of_stored_bytes():
 
 
 def test_a_budget_drops_the_fraction_of_a_byte():
-    assert budget_bytes(budget_bits=2.5, weights=32) == 10
-    assert budget_bytes(budget_bits=2.2, weights=10) == 2
+    assert bytes_within(average_bits=2.5, weights=32) == 10
+    assert bytes_within(average_bits=2.2, weights=10) == 2
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 2.28, 3.14159, 4.0])
 def test_a_plan_at_its_budget_stays_within_it(bits):
-    reached = average_bits(budget_bytes(bits, 1_000_003), 1_000_003)
+    reached = average_bits(bytes_within(bits, 1_000_003), 1_000_003)
     assert bits - 8 / 1_000_003 < reached <= bits

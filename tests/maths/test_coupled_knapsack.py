@@ -35,11 +35,11 @@ def value(groups, costs, shares, chosen):
     return found
 
 
-def brute_force(groups, costs, bytes_, shares, budget):
+def brute_force(groups, costs, bytes_, shares, budget_bytes):
     return min(
         value(groups, costs, shares, chosen)
         for chosen in product(range(3), repeat=len(groups))
-        if sum(row[i] for row, i in zip(bytes_, chosen, strict=True)) <= budget
+        if sum(row[i] for row, i in zip(bytes_, chosen, strict=True)) <= budget_bytes
     )
 
 
@@ -47,12 +47,12 @@ def brute_force(groups, costs, bytes_, shares, budget):
 def test_no_choice_is_better(seed):
     groups, costs, bytes_, shares = drawn(seed)
     least, most = (sum(pick(row) for row in bytes_) for pick in (min, max))
-    for budget in np.linspace(least, most, 4).astype(int).tolist():
+    for budget_bytes in np.linspace(least, most, 4).astype(int).tolist():
         curve, chosen = Coupled(groups, shares.parts, shares.pairs).solve(
-            costs, bytes_, budget, points=3
+            costs, bytes_, budget_bytes, points=3
         )
-        assert sum(row[i] for row, i in zip(bytes_, chosen, strict=True)) <= budget
-        best = brute_force(groups, costs, bytes_, shares, budget)
+        assert sum(row[i] for row, i in zip(bytes_, chosen, strict=True)) <= budget_bytes
+        best = brute_force(groups, costs, bytes_, shares, budget_bytes)
         assert value(groups, costs, shares, chosen) == pytest.approx(best, rel=1e-9)
     assert [taken for taken, _ in curve] == sorted(taken for taken, _ in curve)
     assert curve[0][1] == pytest.approx(1)
@@ -61,11 +61,11 @@ def test_no_choice_is_better(seed):
 def test_one_group_is_the_knapsack():
     _, costs, bytes_, _ = drawn(0)
     shares = Shares(parts={"a": 1.0}, pairs={})
-    budget = sum(map(min, bytes_)) + 20
+    budget_bytes = sum(map(min, bytes_)) + 20
     _, chosen = Coupled("a" * len(costs), shares.parts, shares.pairs).solve(
-        costs, bytes_, budget, points=2
+        costs, bytes_, budget_bytes, points=2
     )
-    expected = choose(costs, bytes_, budget, slack=budget)
+    expected = choose(costs, bytes_, budget_bytes, slack=budget_bytes)
 
     def spent(picked):
         return sum(row[i] for row, i in zip(costs, picked, strict=True))
@@ -99,9 +99,11 @@ def test_long_frontiers_are_thinned(monkeypatch):
     assert len(thin.bytes) <= 10 < len(whole.bytes)
     assert thin.bytes[0] == whole.bytes[0]
     assert thin.costs[-1] == pytest.approx(whole.costs[-1])
-    budget = sum(map(min, bytes_)) + 25
-    _, chosen = Coupled(groups, shares.parts, shares.pairs).solve(costs, bytes_, budget, points=2)
-    best = brute_force(groups, costs, bytes_, shares, budget)
+    budget_bytes = sum(map(min, bytes_)) + 25
+    _, chosen = Coupled(groups, shares.parts, shares.pairs).solve(
+        costs, bytes_, budget_bytes, points=2
+    )
+    best = brute_force(groups, costs, bytes_, shares, budget_bytes)
     assert value(groups, costs, shares, chosen) <= 1.02 * best
 
 
@@ -111,10 +113,12 @@ def test_four_groups_fit_in_memory():
     costs = np.sort(rng.random((160, 3)))[:, ::-1].tolist()
     bytes_ = (rng.integers(1000, 9000, (160, 1)) * np.array([2, 3, 4])).tolist()
     shares = Shares(parts=dict.fromkeys("abcd", 0.2), pairs={"a x b": 0.1, "c x d": 0.1})
-    budget = sum(min(row) + max(row) for row in bytes_) // 2
-    _, chosen = Coupled(groups, shares.parts, shares.pairs).solve(costs, bytes_, budget, points=2)
+    budget_bytes = sum(min(row) + max(row) for row in bytes_) // 2
+    _, chosen = Coupled(groups, shares.parts, shares.pairs).solve(
+        costs, bytes_, budget_bytes, points=2
+    )
     taken = sum(row[i] for row, i in zip(bytes_, chosen, strict=True))
-    assert 0.999 * budget < taken <= budget
+    assert 0.999 * budget_bytes < taken <= budget_bytes
 
 
 def test_what_is_granted_is_spent():

@@ -27,15 +27,15 @@ costs_and_bytes = st.lists(
 )
 
 
-def brute_force(costs, bytes_, budget, slack):
+def brute_force(costs, bytes_, budget_bytes, slack):
     """Least cost over all choices that the docstring of ``choose`` admits."""
     choices = list(itertools.product(*(range(len(row)) for row in costs)))
     total = {c: sum(bytes_[i][k] for i, k in enumerate(c)) for c in choices}
-    budget = min(budget, max(total.values()))
-    window = [c for c in choices if budget - slack <= total[c] <= budget]
+    budget_bytes = min(budget_bytes, max(total.values()))
+    window = [c for c in choices if budget_bytes - slack <= total[c] <= budget_bytes]
     if not window:
-        fullest = max(t for t in total.values() if t <= budget)
-        window = [c for c in choices if fullest - slack <= total[c] <= budget]
+        fullest = max(t for t in total.values() if t <= budget_bytes)
+        window = [c for c in choices if fullest - slack <= total[c] <= budget_bytes]
     return min(sum(costs[i][k] for i, k in enumerate(c)) for c in window)
 
 
@@ -51,13 +51,13 @@ def test_choose_is_optimal(units, share, slack, scale):
     bytes_ = [[size * scale for _, size in row] for row in units]
     least = sum(map(min, bytes_))
     most = sum(map(max, bytes_))
-    budget = int(least + share * (most - least))
+    budget_bytes = int(least + share * (most - least))
     slack *= scale
-    chosen = choose(costs, bytes_, budget, slack)
+    chosen = choose(costs, bytes_, budget_bytes, slack)
     total = sum(row[k] for row, k in zip(bytes_, chosen, strict=True))
-    assert total <= budget
+    assert total <= budget_bytes
     cost = sum(row[k] for row, k in zip(costs, chosen, strict=True))
-    assert cost == pytest.approx(brute_force(costs, bytes_, budget, slack), abs=1e-6)
+    assert cost == pytest.approx(brute_force(costs, bytes_, budget_bytes, slack), abs=1e-6)
 
 
 @pytest.mark.parametrize("dear", [1e3, 1e6, 1e9])
@@ -67,21 +67,21 @@ def test_one_candidate_that_costs_more_than_all_others(dear):
     costs = np.sort(rng.exponential(0.01, (8, 3)))[:, ::-1].tolist()
     bytes_ = [[10, 15, 20]] * 8
     costs[0][0] = dear
-    for budget in (100, 120, 140):
-        chosen = choose(costs, bytes_, budget, slack=20)
+    for budget_bytes in (100, 120, 140):
+        chosen = choose(costs, bytes_, budget_bytes, slack=20)
         cost = sum(row[k] for row, k in zip(costs, chosen, strict=True))
-        assert cost == pytest.approx(brute_force(costs, bytes_, budget, 20), rel=1e-9)
+        assert cost == pytest.approx(brute_force(costs, bytes_, budget_bytes, 20), rel=1e-9)
 
 
 def test_spends_what_was_granted():
     # the second candidate is no better, but the budget asks for it
-    assert choose([[1.0, 1.0]], [[10, 20]], budget=20, slack=0) == [1]
-    assert choose([[1.0, 1.5]], [[10, 20]], budget=20, slack=10) == [0]
+    assert choose([[1.0, 1.0]], [[10, 20]], budget_bytes=20, slack=0) == [1]
+    assert choose([[1.0, 1.5]], [[10, 20]], budget_bytes=20, slack=10) == [0]
 
 
 def test_budget_below_the_least():
     with pytest.raises(BudgetError, match="below the least reachable 30"):
-        choose([[0], [0]], [[10], [20]], budget=29)
+        choose([[0], [0]], [[10], [20]], budget_bytes=29)
 
 
 def test_ties_and_order_are_deterministic():
@@ -131,7 +131,7 @@ def test_pareto_is_the_best_choice_at_each_budget():
     costs, sizes = [[9.0, 4.0, 1.0], [5.0, 2.0, 1.5]], [[2, 3, 5], [1, 2, 4]]
     found = pareto(costs, sizes, 7)
     pairs = list(itertools.product(range(3), repeat=2))
-    for budget, (taken, cost) in zip(range(3, 10), found, strict=True):
-        fitting = [(i, j) for i, j in pairs if sizes[0][i] + sizes[1][j] <= budget]
-        assert taken <= budget
+    for budget_bytes, (taken, cost) in zip(range(3, 10), found, strict=True):
+        fitting = [(i, j) for i, j in pairs if sizes[0][i] + sizes[1][j] <= budget_bytes]
+        assert taken <= budget_bytes
         assert cost == min(costs[0][i] + costs[1][j] for i, j in fitting)

@@ -227,6 +227,23 @@ def test_important_layers_get_more_bits(load_tiny, batches):
     assert second > first
 
 
+@pytest.mark.parametrize("keep", [0.4, "auto"])
+def test_two_modifiers_for_low_rank(load_tiny, batches, keep):
+    """The choice of the first is not lost."""
+    parts = [low_rank(keep=keep, targets=[f"re:.*layers.{i}.*[qk]_proj$"]) for i in range(2)]
+    model = load_tiny()
+    plan = plan_recipe(model, [*parts, bits(), GPTQModifier()], batches)
+    factored = {entry.module: entry.rank is not None for entry in plan.low_rank}
+    assert {name.split(".")[2] for name in factored} == {"0", "1"}
+    for name, is_factored in factored.items():
+        assert isinstance(model.get_submodule(name), LowRankLinear) is is_factored
+    if keep != "auto":
+        assert all(factored.values())
+    stored = {name for unit in plan.units for name in unit.modules}
+    assert {f"{name}.up" for name, is_factored in factored.items() if is_factored} <= stored
+    assert not stored & {name for name, is_factored in factored.items() if is_factored}
+
+
 def test_share_layers(load_tiny, batches):
     plan = plan_recipe(load_tiny(), [bits(share_layers=2), GPTQModifier()], batches)
     assert len(plan.units) == 4

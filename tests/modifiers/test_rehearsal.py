@@ -5,6 +5,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from support.samples import save_texts
+from support.tiers import tiered
 from support.tiny_models import save_tiny_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
@@ -87,7 +88,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", tiered(BESIDE, "head, zero points", "embedding"))
 def test_bytes_of_what_another_quantizer_does(batches, tmp_path, name, tied):
     source = save_tiny_model(tmp_path / "in", hidden_size=128, tie_word_embeddings=tied)
     kind, fields = BESIDE[name]

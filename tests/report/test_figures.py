@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from casp_plugin.evaluation.results import Comparison, Evaluation, Measurement
-from casp_plugin.evaluation.sweep import Point
+from casp_plugin.evaluation.sweep_points import Point
 from casp_plugin.plan.plan import Candidate, CompressionPlan, UnitPlan
 from casp_plugin.report.figures.plans import (
     cost_grids,

@@ -44,7 +44,7 @@ from casp_plugin.sensitivity.grid import (
     weights_of,
 )
 from casp_plugin.sensitivity.rounding import changed_by, uniform
-from casp_plugin.sensitivity.scoring import Judged
+from casp_plugin.sensitivity.scoring import ScoredData
 from casp_plugin.sensitivity.study import Calibration, Study, find_layers, points_of
 from casp_plugin.sensitivity.summary import analyse_all
 
@@ -281,7 +281,7 @@ def test_cells_that_change_one_tensor(tmp_path):
 
 def judged(llama, texts):
     rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
-    return Judged(AutoTokenizer.from_pretrained(llama), texts=tuple(rows[:3]), max_length=24)
+    return ScoredData(AutoTokenizer.from_pretrained(llama), texts=tuple(rows[:3]), max_length=24)
 
 
 def study_of(llama, texts, batches, folder, processes=1):
@@ -355,8 +355,8 @@ def test_a_study_that_stopped_goes_on(llama, texts, whole, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return original(self, model)
 
-    original = Judged.scores
-    monkeypatch.setattr(Judged, "scores", scores)
+    original = ScoredData.scores
+    monkeypatch.setattr(ScoredData, "scores", scores)
     with pytest.raises(KeyboardInterrupt):
         study_of(llama, texts, batches, tmp_path).run(SOME)
     assert len(pd.read_parquet(tmp_path / "points.parquet")) == 3
@@ -718,7 +718,7 @@ def test_the_command_on_a_language_model(llama, texts, tmp_path):
         (("--metric", "f1", "--group-size", "32"), "needs questions about images"),
         (("--metric", "acc", "--methods", "uniform"), "'acc' must be one of perplexity, exact"),
         (("--ignore", "re:.*"), "every matching layer is excluded by ignore"),
-        (("--data", "nowhere.jsonl", "--group-size", "32"), "cannot read dataset 'nowhere.jsonl'"),
+        (("--dataset", "nowhere.jsonl", "--group-size", "32"), "cannot read dataset 'nowhere"),
     ],
 )
 def test_errors_before_anything_is_done(llama, tmp_path, arguments, message, capsys, monkeypatch):

@@ -17,7 +17,7 @@ import casp_plugin.statistics.layer_by_layer as measuring
 from casp_plugin import BitAllocationModifier, CompressionPlan, LowRankQKModifier, plan_recipe
 from casp_plugin.maths.low_rank import Spectrum
 from casp_plugin.plan.plan import Candidate, UnitPlan
-from casp_plugin.statistics.cache import MeasurementCache
+from casp_plugin.statistics.cache import StatisticsCache
 from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import AttentionDensity, Request, Statistics
 
@@ -43,29 +43,29 @@ def log():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was measured, as it happens: derivatives, and the parts of the model; a layer each."""
+    """What was measured, as it happens: derivatives, and sections of the model; a layer each."""
     done = []
-    derivatives, parts = measuring.collect_derivatives, measuring.collect_parts
+    derivatives, sections = measuring.collect_derivatives, measuring.collect_sections
 
     def collected(*args):
         done.append("derivatives")
         return derivatives(*args)
 
-    def measured_parts(*args):
-        for part in parts(*args):
-            done.append(part.end)
-            yield part
+    def measured_sections(*args):
+        for section in sections(*args):
+            done.append(section.end)
+            yield section
 
     monkeypatch.setattr(measuring, "collect_derivatives", collected)
-    monkeypatch.setattr(measuring, "collect_parts", measured_parts)
-    monkeypatch.setattr(collection, "PART_BYTES", 1)
+    monkeypatch.setattr(measuring, "collect_sections", measured_sections)
+    monkeypatch.setattr(collection, "SECTION_BYTES", 1)
     return done
 
 
 ALL = ["derivatives", 2, 3]  # the tiny model has two layers, and a subgraph before them
 
 
-def test_parts_as_they_were(tmp_path):
+def test_sections_as_they_were(tmp_path):
     shared = torch.randn(4, 4)
     statistics = Statistics(
         second_moments={"a.q": shared, "a.k": shared, "b": torch.randn(3, 3)},
@@ -82,14 +82,14 @@ def test_parts_as_they_were(tmp_path):
     ]
     unit = UnitPlan(name="b", modules={"b": (3, 3)}, weights=9, candidates=candidates)
     spectrum = Spectrum(torch.rand(4).double(), torch.randn(4, 2), torch.randn(2, 3))
-    part = LayerNotes([unit], {("a.q", "a.k"): spectrum}, statistics, 3, False)
-    cache = MeasurementCache(tmp_path, {"a": 1}, {"b": 1})
-    assert cache.parts() == []
-    cache.keep_part(0, part)
-    assert MeasurementCache(tmp_path, {"a": 2}, {"b": 1}).parts() == []
-    assert MeasurementCache(tmp_path, {"a": 1}, {"b": 2}).parts() == []
-    [found] = MeasurementCache(tmp_path, {"a": 1}, {"b": 1}).parts()
-    assert (found.units, found.end, found.last) == ([unit], 3, False)
+    section = LayerNotes([unit], {("a.q", "a.k"): spectrum}, statistics, 3, False)
+    cache = StatisticsCache(tmp_path, {"a": 1}, {"b": 1})
+    assert cache.sections() == []
+    cache.keep_section(0, section)
+    assert StatisticsCache(tmp_path, {"a": 2}, {"b": 1}).sections() == []
+    assert StatisticsCache(tmp_path, {"a": 1}, {"b": 2}).sections() == []
+    [found] = StatisticsCache(tmp_path, {"a": 1}, {"b": 1}).sections()
+    assert (found.priced, found.end, found.last) == ([unit], 3, False)
     [(names, kept)] = found.spectra.items()
     assert names == ("a.q", "a.k")
     for name in ("energies", "up", "down"):
@@ -226,10 +226,10 @@ def test_a_folder_that_cannot_be_written(load_tiny, batches, measured):
 def test_a_config_of_its_own(tmp_path, load_tiny):
     """What weights do not tell, as the base of rotary embeddings."""
     model = load_tiny()
-    first = MeasurementCache.of(tmp_path, model, [], Request(), {}, {})
-    assert MeasurementCache.of(tmp_path, load_tiny(), [], Request(), {}, {}).folder == first.folder
+    first = StatisticsCache.of(tmp_path, model, [], Request(), {}, {})
+    assert StatisticsCache.of(tmp_path, load_tiny(), [], Request(), {}, {}).folder == first.folder
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
-    assert MeasurementCache.of(tmp_path, model, [], Request(), {}, {}).folder != first.folder
+    assert StatisticsCache.of(tmp_path, model, [], Request(), {}, {}).folder != first.folder
 
 
 def test_a_run_that_stops_while_it_prices(tmp_path, load_tiny, batches, monkeypatch):

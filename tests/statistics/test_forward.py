@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import casp_plugin.statistics.forward as collection
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import decoder_layers
-from casp_plugin.statistics.forward import collect, collect_parts
+from casp_plugin.statistics.forward import collect, collect_sections
 from casp_plugin.statistics.statistics import Request, Statistics
 from casp_plugin.statistics.tracing import subgraphs_of
 
 
 @pytest.fixture(autouse=True)
 def a_part_for_each_layer(monkeypatch):
-    monkeypatch.setattr(collection, "PART_BYTES", 1)
+    monkeypatch.setattr(collection, "SECTION_BYTES", 1)
 
 
 def everything(model, weight=None):
@@ -73,19 +73,21 @@ def test_images(tmp_path, family, weight):
     assert any("vision" in name or "visual" in name for name in found.second_moments)
 
 
-def test_part_by_part(load_tiny, batches):
+def test_section_by_section(load_tiny, batches):
     """Each layer once, forgotten afterwards; a run that goes on gets what was left."""
     model = load_tiny()
     request, subgraphs = everything(model), subgraphs_of(model, batches)
-    parts = list(collect_parts(model, batches, request, subgraphs))
-    assert [(part.end, part.last) for part in parts] == [(2, False), (3, True)]
-    for part, layer in zip(parts, decoder_layers(model), strict=True):
-        assert {name.startswith(f"{layer}.") for name in part.statistics.second_moments} == {True}
-    [rest] = collect_parts(model, batches, request, subgraphs, after=2)
-    for name, moment in parts[1].statistics.second_moments.items():
+    sections = list(collect_sections(model, batches, request, subgraphs))
+    assert [(section.end, section.last) for section in sections] == [(2, False), (3, True)]
+    for section, layer in zip(sections, decoder_layers(model), strict=True):
+        assert {name.startswith(f"{layer}.") for name in section.statistics.second_moments} == {
+            True
+        }
+    [rest] = collect_sections(model, batches, request, subgraphs, after=2)
+    for name, moment in sections[1].statistics.second_moments.items():
         assert torch.equal(rest.statistics.second_moments[name], moment)
-    assert list(collect_parts(model, batches, request, subgraphs, after=3)) == []
-    assert len(list(collect_parts(model, batches, request))) == 1
+    assert list(collect_sections(model, batches, request, subgraphs, after=3)) == []
+    assert len(list(collect_sections(model, batches, request))) == 1
 
 
 def test_the_head_too(tmp_path):

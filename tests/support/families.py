@@ -31,9 +31,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from casp_plugin.checkpoint.check import check
-from casp_plugin.model.load import load_model, names_in_memory
+from casp_plugin.model.load import bare_source_model, load_model, names_in_memory
 from casp_plugin.modifiers import estimate_recipe, plan_recipe
-from casp_plugin.modifiers.compression import bare_source_model, compress
+from casp_plugin.modifiers.compression import compress
 from casp_plugin.modifiers.recipes import load_recipe
 from casp_plugin.modifiers.run_estimate import Data
 from support.tiny_models import VOCABULARY, save_tokenizer

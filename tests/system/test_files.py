@@ -44,7 +44,11 @@ casp_stage:
 
 @pytest.mark.parametrize(
     ("limit", "cached", "what"),
-    [(2_000, True, "cache"), (100_000, True, "0000.safetensors"), (300_000, False, "out")],
+    [
+        pytest.param(2_000, True, "cache", marks=pytest.mark.models),
+        (100_000, True, "0000.safetensors"),
+        pytest.param(300_000, False, "out", marks=pytest.mark.models),
+    ],
     ids=["facts", "part", "checkpoint"],
 )
 def test_a_full_disk_in_a_run(tmp_path, limit, cached, what):

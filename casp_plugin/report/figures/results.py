@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from casp_plugin.checkpoint.sizes import TENSOR_KINDS
 from casp_plugin.evaluation.results import Comparison
-from casp_plugin.evaluation.sweep import Point
+from casp_plugin.evaluation.sweep_points import Point
+from casp_plugin.system.messages import size_text
 
 __all__ = ["draw_changes", "draw_frontier", "draw_ratios", "draw_sizes"]
 
@@ -21,7 +22,7 @@ def draw_frontier(points: Sequence[Point]) -> Figure:
     axes = figure.subplots()
     axes.axhline(original.quality.value, linestyle="--", color="gray")
     axes.annotate(
-        f"original, {original.bytes / 1e6:,.0f} MB",
+        f"original, {size_text(original.bytes)}",
         (0, original.quality.value),
         xycoords=("axes fraction", "data"),
         xytext=(4, 4),
