@@ -62,7 +62,9 @@ def _check_components(
     :raises ValueError: if they are not of the same components
     """
     if isinstance(given, dict) and not isinstance(written, dict):
-        raise ValueError(f"{recipe} has one budget for all components: one number is needed")
+        raise ValueError(
+            f"{recipe}: average_bits has one budget for all components: one number is needed"
+        )
     if isinstance(written, dict) and (not isinstance(given, dict) or set(given) != set(written)):
         form = ",".join(f"{component}={bits:g}" for component, bits in written.items())
         raise ValueError(

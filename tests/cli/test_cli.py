@@ -55,7 +55,7 @@ def test_budgets_of_components_of_the_command_line(tiny_llama, files):
         ("4", "{language: 5}", "average_bits has a budget for each component (language)"),
         ("4", "{language: 5}", "budgets of the same components can, as in language=5"),
         ("vision=4", "{language: 5}", "average_bits has a budget for each component (language)"),
-        ("language=4", "5", "has one budget for all components: one number is needed"),
+        ("language=4", "5", "average_bits has one budget for all components: one number is needed"),
         ("language=", "{language: 5}", "--average-bits : numbers are needed"),
         ("many", "5", "--average-bits many: numbers are needed"),
         ("-1", "5", "--average-bits -1: numbers are needed"),
