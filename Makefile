@@ -85,7 +85,7 @@ test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.jso
 	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/runtime/test_runtime.py
 	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
 	  $(if $(SMALL_VLM),CASP_SMALL_VLM=$(DEMO)/small-vlm CASP_SMALL_VLM_DATA=$(VLM_PARTS)/data/calib.parquet) \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/runtime/test_serving.py
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/runtime/test_serving.py tests/test_examples.py
 
 # lmms-eval on a small vision-language model, where its parts are: an environment of its own, because
 # of torchvision

@@ -20,7 +20,7 @@ __all__ = ["HarnessTasks", "Scoring", "evaluate", "score"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How models are scored on data.
+    """Data to score models on, and its windows.
 
     :param source: texts, or questions about images
     :param samples: texts or questions at most

@@ -1,4 +1,4 @@
-"""What stands against an allocation of bits: layers without data, matrices and kernels apart."""
+"""Checks and warnings of an allocation of bits: layers without data, other matrices, kernels."""
 
 from collections.abc import Iterable, Sequence
 

@@ -65,7 +65,7 @@ def test_limit_and_patterns(tiny_llama):
 
 
 def test_images(tmp_path):
-    """A model that sees is asked by lm-eval's own class for such."""
+    """A vision-language model is asked by lm-eval's own class for such."""
     tiny_vlms.save_tiny_vlm(tmp_path, "llava")
     found = asked(tmp_path, "casp_colours", backend="hf-multimodal", limit=2)
     assert found["casp_colours", "exact_match"].value == 0

@@ -8,7 +8,7 @@ from support.families import NOT_BUILT, RECIPES, families, has_query_and_key, ou
 #: plain with ranks, linears that are none, recurrent layers, refused
 QUICK = {("llama", "R"), ("gpt2", "B"), ("mamba", "B"), ("llama4_text", "B")}
 #: one of each kind: plain, linears that are none, buffers that are not stored, experts, routers,
-#: layers that share, recurrent layers, models that see
+#: layers that share, recurrent layers, vision-language models
 KINDS = {
     "falcon": "B",
     "gemma3_text": "B",

@@ -1,5 +1,6 @@
 """Every recipe that ships runs, saves and reloads: GPTQ, RTN, AWQ and AutoRound."""
 
+import re
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +22,15 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 # those of vision-language models: test_real_sizes.py
 OF_TEXT = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("llava"))
+# budgets beside those that are written in the recipes
+BUDGETS = {
+    "casp_gptq": (2.5, 3, 4),
+    "casp_hadamard": (3,),
+    "casp_autoround": (3,),
+    "casp_awq": (3,),
+    "paper_casp": (3,),
+}
+AT_BUDGETS = [(path, bits) for path in OF_TEXT for bits in (None, *BUDGETS.get(path.stem, ()))]
 BENCHMARKS = sorted((RECIPES / "smollm2").glob("*.yaml"))
 
 
@@ -34,12 +44,17 @@ def wide_llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "path",
-    tiered(OF_TEXT, RECIPES / "casp_awq.yaml", RECIPES / "casp_rtn.yaml"),
-    ids=attrgetter("stem"),
+    "at_budget",
+    tiered(AT_BUDGETS, (RECIPES / "casp_awq.yaml", None), (RECIPES / "casp_rtn.yaml", None)),
+    ids=lambda case: case[0].stem if case[1] is None else f"{case[0].stem}_{case[1]}",
 )
-def test_recipe(path, wide_llama, batches, tmp_path):
+def test_recipe(at_budget, wide_llama, batches, tmp_path):
+    path, average_bits = at_budget
     recipe = path.read_text().replace("iters: 200", "iters: 2")
+    if average_bits is not None:
+        recipe = re.sub("average_bits: .*", f"average_bits: {average_bits}", recipe)
+        if average_bits >= 3.5:  # as docs/recipes.md says
+            recipe = recipe.replace("[2, 3, 4]", "[3, 4, 5, 6]")
     model = oneshot(
         model=wide_llama, recipe=recipe, dataset=batches, output_dir=str(tmp_path / "out")
     )

@@ -210,7 +210,7 @@ def test_attention_moments_against_autograd(load_tiny, batches, monkeypatch):
 
 
 def with_image(folder, family):
-    """A model that sees, and a batch with its image."""
+    """A vision-language model, and a batch with its image."""
     tiny_vlms.save_tiny_vlm(folder, family)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([tiny_vlms.image_prompt(family, expanded=True)])
@@ -390,7 +390,7 @@ def test_attention_densities_where_images_see_all_of_themselves(tmp_path):
 
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
 def test_images_have_gradients_too(tmp_path, family):
-    """Language model and vision tower of a model that sees: what every importance needs."""
+    """Language model and vision tower of a vision-language model: statistics for every importance."""
     model, batch = with_image(tmp_path, family)
     named = [name for name, _ in named_linears(model) if name.endswith("q_proj")]
     text = {name for name in named if "vision" not in name}
