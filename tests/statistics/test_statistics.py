@@ -390,7 +390,7 @@ def test_attention_densities_where_images_see_all_of_themselves(tmp_path):
 
 @pytest.mark.parametrize("family", ["llava", "idefics3"])
 def test_images_have_gradients_too(tmp_path, family):
-    """Language model and vision tower of a vision-language model: statistics for every importance."""
+    """Language model and vision tower of a vision-language model, for every importance."""
     model, batch = with_image(tmp_path, family)
     named = [name for name, _ in named_linears(model) if name.endswith("q_proj")]
     text = {name for name in named if "vision" not in name}
