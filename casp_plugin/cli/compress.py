@@ -219,7 +219,7 @@ def fold(
 
 
 def check_output(output: Path) -> None:
-    """Fail now rather than after hours.
+    """Check that a folder can be written, now rather than after hours.
 
     :raises ValueError: if the folder cannot be written
     """

@@ -213,7 +213,7 @@ class CaspModifier(Modifier):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """This modifier's own fields, without llm-compressor's lifecycle."""
+        """Return this modifier's own fields, without llm-compressor's lifecycle."""
         return self.model_dump(mode="json", exclude_none=True, exclude=set(Modifier.model_fields))
 
     def hand_over(self, modifier: Modifier, field: str, value: Any) -> None:

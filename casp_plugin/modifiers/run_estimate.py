@@ -49,7 +49,7 @@ class Data:
 
     @property
     def derived_tokens(self) -> int:
-        """Number of tokens that derivatives are taken from."""
+        """Return the number of tokens that derivatives are taken from."""
         return min(self.all_tokens, max(SAMPLES * self.tokens, TOKENS))
 
 
@@ -128,7 +128,7 @@ class Estimate:
 
     @property
     def duration(self) -> str:
-        """Time in words, rounded to what is known."""
+        """Return the time in words, rounded."""
         if self.seconds < 90:
             return f"{self.seconds:.0f} seconds"
         minutes = self.seconds / 60
