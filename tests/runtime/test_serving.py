@@ -174,6 +174,107 @@ def assert_same(answers, references, tolerance=1e-4):
         assert answer["logprobs"] == pytest.approx(reference["logprobs"], abs=tolerance)
 
 
+# real models first: they take longest, and two tests run at a time
+
+
+@pytest.fixture
+def at_budget(monkeypatch):
+    """Fills the recipes of the benchmarks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("budgets").at_budget
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("casp", 2.28), ("hadamard", 2.56), ("uniform", 3.30)]
+)
+def test_smollm2(serve, at_budget, tmp_path, recipe, bits):
+    """Recipes on a real model, calibrated shortly: vLLM writes the same text."""
+    source = os.environ.get("CASP_SMOLLM2")
+    if source is None:
+        pytest.skip("CASP_SMOLLM2 is not set")
+    folder = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    oneshot(
+        model=source,
+        recipe=at_budget(ROOT / "recipes" / "smollm2" / f"{recipe}.yaml", bits, source),
+        output_dir=str(folder),
+        dataset=calibration_loader(load_text("bundled", tokenizer, 8), tokenizer, 256),
+    )
+    prompts = [tokenizer(text).input_ids for text in ("The old hacker sat down and", "2 + 2 =")]
+    assert_same(serve(folder, prompts, 16), expected(folder, prompts, 16), tolerance=1e-3)
+
+
+def test_lm_eval(vllm_python, tmp_path):
+    """lm-eval's own command says the same of a real model through transformers, after the import,
+    and through vLLM, without any."""
+    source = os.environ.get("CASP_SMOLLM2")
+    if source is None:
+        pytest.skip("CASP_SMOLLM2 is not set")
+    folder = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rounded = {"w4": scheme(4, "Linear", group_size=64)}
+    oneshot(
+        model=source,
+        recipe=[
+            LowRankQKModifier(keep=0.6, method="whitened"),
+            QuantizationModifier(config_groups=rounded, ignore=["lm_head"]),
+        ],
+        output_dir=str(folder),
+        dataset=calibration_loader(load_text("bundled", tokenizer, 4), tokenizer, 256),
+    )
+    code = "import casp_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    stock = [str(Path(vllm_python).parent / "lm_eval")]
+    more = {"hf": "softmax_dtype=float32", "vllm": "enforce_eager=True,max_model_len=512"}
+    found = {}
+    for backend, command in {"hf": [sys.executable, "-c", code], "vllm": stock}.items():
+        arguments = f"pretrained={folder},dtype=float32,{more[backend]}"
+        command += ["--model", backend, "--model_args", arguments, "--tasks", "casp_facts*"]
+        command += ["--include_path", str(Path(__file__).parents[1] / "tasks" / "lm_eval")]
+        command += ["--device", "cpu", "--output_path", str(tmp_path / backend)]
+        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT, **SPACE})
+        [path] = (tmp_path / backend).rglob("results*.json")
+        found[backend] = json.loads(path.read_text())["results"]
+    for task, metrics in found["hf"].items():
+        for key, value in metrics.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(found["vllm"][task][key], rel=1e-3), (task, key)
+    assert found["hf"]["casp_facts"]["acc,none"] > 0.5
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("casp", 2.28), ("casp_all", 3.30)])
+def test_small_vlm(serve, at_budget, tmp_path, recipe, bits):
+    """A real vision-language model answers questions about images alike in both: in float32, in
+    which transformers loads a compressed LLaVA only where it was saved so."""
+    source, data = (os.environ.get(f"CASP_SMALL_VLM{what}") for what in ("", "_DATA"))
+    if source is None or data is None:
+        pytest.skip("CASP_SMALL_VLM and CASP_SMALL_VLM_DATA are not set")
+    folder = tmp_path / "out"
+    processor = AutoProcessor.from_pretrained(source)
+    *calibration, first, second = load_conversations(data, 10)
+    oneshot(
+        model=load_model(source, dtype=torch.float32),
+        processor=processor,
+        recipe=at_budget(ROOT / "recipes" / "small_vlm" / f"{recipe}.yaml", bits, source),
+        dataset=conversation_loader(calibration, processor, 256),
+        output_dir=str(folder),
+    )
+    for path in Path(source).glob("*processor*"):
+        shutil.copy(path, folder)
+    model = load_model(str(folder))
+    assert model.dtype == torch.float32
+    requests, references = [], []
+    for i, question in enumerate((first, second)):
+        (folder / f"{i}.png").write_bytes(question.images[0])
+        text = prompt_text(question, processor, answered=False)
+        ids = processor.tokenizer(text).input_ids
+        requests.append({"prompt_token_ids": ids, "image": str(folder / f"{i}.png")})
+        shown = processor(text=[text], images=[question.decoded()], return_tensors="pt")
+        score = tiny_vlms.scorer(model, {"pixel_values": shown["pixel_values"]})
+        references.append(answer(score, shown["input_ids"][0].tolist(), 16))
+    answers = serve(folder, requests, 16, max_model_len=256)
+    assert_same(answers, references, tolerance=1e-3)
+
+
 FAMILIES = {
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": 8},
@@ -490,101 +591,3 @@ def test_tested_architectures():
     text = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f] for f in (*FAMILIES, *MATRIX_FAMILIES)}
     vision = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[f] for f in SERVED}
     assert text | vision == TESTED
-
-
-@pytest.fixture
-def at_budget(monkeypatch):
-    """Fills the recipes of the benchmarks."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return import_module("budgets").at_budget
-
-
-@pytest.mark.parametrize(
-    ("recipe", "bits"), [("casp", 2.28), ("hadamard", 2.56), ("uniform", 3.30)]
-)
-def test_smollm2(serve, at_budget, tmp_path, recipe, bits):
-    """Recipes on a real model, calibrated shortly: vLLM writes the same text."""
-    source = os.environ.get("CASP_SMOLLM2")
-    if source is None:
-        pytest.skip("CASP_SMOLLM2 is not set")
-    folder = tmp_path / "out"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    oneshot(
-        model=source,
-        recipe=at_budget(ROOT / "recipes" / "smollm2" / f"{recipe}.yaml", bits, source),
-        output_dir=str(folder),
-        dataset=calibration_loader(load_text("bundled", tokenizer, 8), tokenizer, 256),
-    )
-    prompts = [tokenizer(text).input_ids for text in ("The old hacker sat down and", "2 + 2 =")]
-    assert_same(serve(folder, prompts, 16), expected(folder, prompts, 16), tolerance=1e-3)
-
-
-def test_lm_eval(vllm_python, tmp_path):
-    """lm-eval's own command says the same of a real model through transformers, after the import,
-    and through vLLM, without any."""
-    source = os.environ.get("CASP_SMOLLM2")
-    if source is None:
-        pytest.skip("CASP_SMOLLM2 is not set")
-    folder = tmp_path / "out"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    rounded = {"w4": scheme(4, "Linear", group_size=64)}
-    oneshot(
-        model=source,
-        recipe=[
-            LowRankQKModifier(keep=0.6, method="whitened"),
-            QuantizationModifier(config_groups=rounded, ignore=["lm_head"]),
-        ],
-        output_dir=str(folder),
-        dataset=calibration_loader(load_text("bundled", tokenizer, 4), tokenizer, 256),
-    )
-    code = "import casp_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    stock = [str(Path(vllm_python).parent / "lm_eval")]
-    more = {"hf": "softmax_dtype=float32", "vllm": "enforce_eager=True,max_model_len=512"}
-    found = {}
-    for backend, command in {"hf": [sys.executable, "-c", code], "vllm": stock}.items():
-        arguments = f"pretrained={folder},dtype=float32,{more[backend]}"
-        command += ["--model", backend, "--model_args", arguments, "--tasks", "casp_facts*"]
-        command += ["--include_path", str(Path(__file__).parents[1] / "tasks" / "lm_eval")]
-        command += ["--device", "cpu", "--output_path", str(tmp_path / backend)]
-        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT, **SPACE})
-        [path] = (tmp_path / backend).rglob("results*.json")
-        found[backend] = json.loads(path.read_text())["results"]
-    for task, metrics in found["hf"].items():
-        for key, value in metrics.items():
-            if isinstance(value, float):
-                assert value == pytest.approx(found["vllm"][task][key], rel=1e-3), (task, key)
-    assert found["hf"]["casp_facts"]["acc,none"] > 0.5
-
-
-@pytest.mark.parametrize(("recipe", "bits"), [("casp", 2.28), ("casp_all", 3.30)])
-def test_small_vlm(serve, at_budget, tmp_path, recipe, bits):
-    """A real vision-language model answers questions about images alike in both: in float32, in
-    which transformers loads a compressed LLaVA only where it was saved so."""
-    source, data = (os.environ.get(f"CASP_SMALL_VLM{what}") for what in ("", "_DATA"))
-    if source is None or data is None:
-        pytest.skip("CASP_SMALL_VLM and CASP_SMALL_VLM_DATA are not set")
-    folder = tmp_path / "out"
-    processor = AutoProcessor.from_pretrained(source)
-    *calibration, first, second = load_conversations(data, 10)
-    oneshot(
-        model=load_model(source, dtype=torch.float32),
-        processor=processor,
-        recipe=at_budget(ROOT / "recipes" / "small_vlm" / f"{recipe}.yaml", bits, source),
-        dataset=conversation_loader(calibration, processor, 256),
-        output_dir=str(folder),
-    )
-    for path in Path(source).glob("*processor*"):
-        shutil.copy(path, folder)
-    model = load_model(str(folder))
-    assert model.dtype == torch.float32
-    requests, references = [], []
-    for i, question in enumerate((first, second)):
-        (folder / f"{i}.png").write_bytes(question.images[0])
-        text = prompt_text(question, processor, answered=False)
-        ids = processor.tokenizer(text).input_ids
-        requests.append({"prompt_token_ids": ids, "image": str(folder / f"{i}.png")})
-        shown = processor(text=[text], images=[question.decoded()], return_tensors="pt")
-        score = tiny_vlms.scorer(model, {"pixel_values": shown["pixel_values"]})
-        references.append(answer(score, shown["input_ids"][0].tolist(), 16))
-    answers = serve(folder, requests, 16, max_model_len=256)
-    assert_same(answers, references, tolerance=1e-3)
