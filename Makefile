@@ -45,7 +45,7 @@ $(DEMO)/SmolLM2-135M-Instruct/config.json: $(BIN)/.ready
 demo: $(BIN)/.ready $(if $(MODEL),,$(DEMO)/SmolLM2-135M-Instruct/config.json)
 	LLM_COMPRESSOR_LOG_LEVEL=ERROR $(BIN)/python benchmarks/compare.py $(or $(MODEL),$(DEMO)/SmolLM2-135M-Instruct) \
 	  recipes/smollm2/uniform.yaml recipes/smollm2/casp.yaml --average-bits 2.28 \
-	  --samples 16 --heldout-samples 16 --keep $(DEMO)
+	  --samples 12 --heldout-samples 16 --keep $(DEMO)
 	@printf '%s\n' "$$AFTER_DEMO"
 define AFTER_DEMO
 Two checkpoints of equal bytes, to be compared by the perplexity ratio:
