@@ -14,6 +14,7 @@ import torch
 from support.samples import png, save_texts
 from support.tiny_models import save_tiny_model
 from support.tiny_vlms import save_tiny_vlm
+from support.vllm_environment import ENVIRONMENT, SPACE
 from transformers import AutoProcessor
 
 from casp_plugin.checkpoint.check import check
@@ -23,7 +24,6 @@ from casp_plugin.plan.plan import CompressionPlan
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SITE = ROOT / "tests" / "vllm_site"
 
 
 def run(name, *arguments) -> str:
@@ -87,12 +87,9 @@ def test_serve(folder):
     python = os.environ.get("CASP_VLLM_PYTHON")
     if python is None:
         pytest.skip("CASP_VLLM_PYTHON is not set")
-    environment = {"PYTHONPATH": str(SITE), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [python, str(EXAMPLES / "serve.py"), str(folder / "out")],
-        env=os.environ | environment,
+        env=os.environ | ENVIRONMENT | SPACE,
         capture_output=True,
         text=True,
     )

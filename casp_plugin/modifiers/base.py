@@ -81,6 +81,13 @@ class RecipeContext:
         place = next(i for i, other in enumerate(self.modifiers) if other is modifier)
         return list(self.modifiers[place + 1 :])
 
+    def name_of(self, modifier: Modifier) -> str:
+        """Return the class name of a modifier, numbered from the second one of its class on."""
+        kin = [other for other in self.modifiers if type(other) is type(modifier)]
+        number = next(i for i, other in enumerate(kin, 1) if other is modifier)
+        name = type(modifier).__name__
+        return name if number == 1 else f"{name} {number}"
+
     def component_of(self, name: str) -> str:
         """Return the component that a module lies in."""
         return component_of(name, self.component_patterns)

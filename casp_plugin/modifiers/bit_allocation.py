@@ -291,7 +291,7 @@ class BitAllocationModifier(OneshotModifier):
         offers: Offers,
         context: RecipeContext,
     ) -> None:
-        plan.settings[type(self).__name__] = self.settings
+        plan.settings[context.name_of(self)] = self.settings
         plan.average_bits = self.average_bits
         linears = self._matched(model, context)
         self._check_offers(offers, linears)

@@ -179,7 +179,7 @@ class LowRankQKModifier(OneshotModifier):
         offers: Offers,
         context: RecipeContext,
     ) -> None:
-        plan.settings[type(self).__name__] = self.settings
+        plan.settings[context.name_of(self)] = self.settings
         matched = self._matched(model, context)
         if notes is not None:
             self._check_notes(matched, notes)

@@ -323,7 +323,7 @@ def _cache(
     if not roots:
         return StatisticsCache(folder, {}, {})
     facts = {"model": plan.model, "versions": plan.versions, "seed": plan.seed}
-    settings = {type(m).__name__: m.note_facts(model, context) for m in own}
+    settings = {context.name_of(m): m.note_facts(model, context) for m in own}
     cache = StatisticsCache.of(roots[0], model, dataloader, request, facts, settings)
     cache.begin()
     return cache

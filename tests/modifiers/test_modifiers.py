@@ -244,6 +244,27 @@ def test_two_modifiers_for_low_rank(load_tiny, batches, keep):
     assert not stored & {name for name, is_factored in factored.items() if is_factored}
 
 
+def test_settings_of_two_modifiers(load_tiny, batches, tmp_path):
+    """What the cache keeps is not taken for that of another first one; the plan names both."""
+
+    def plan_with(dampening, cache=None):
+        parts = [
+            low_rank(
+                method="whitened",
+                dampening_frac=fraction,
+                targets=[f"re:.*layers.{i}.*[qk]_proj$"],
+                cache_dir=cache,
+            )
+            for i, fraction in enumerate([dampening, 0.01])
+        ]
+        return plan_recipe(load_tiny(), [*parts, bits(), GPTQModifier()], batches)
+
+    plan_with(0.01, str(tmp_path))
+    plan = plan_with(9.0, str(tmp_path))
+    assert plan.low_rank == plan_with(9.0).low_rank
+    assert [fields.get("dampening_frac") for fields in plan.settings.values()] == [9.0, 0.01, None]
+
+
 def test_share_layers(load_tiny, batches):
     plan = plan_recipe(load_tiny(), [bits(share_layers=2), GPTQModifier()], batches)
     assert len(plan.units) == 4

@@ -28,6 +28,7 @@ from openai import OpenAI
 from safetensors.torch import load_file
 from support import compressed_vlms, tiny_vlms
 from support.tiny_models import save_tiny_model
+from support.vllm_environment import ENVIRONMENT, SITE, SPACE
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -53,16 +54,6 @@ from casp_plugin.model.load import load_model
 pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parents[2]
-SITE = Path(__file__).parents[1] / "vllm_site"
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PYTHONPATH": str(SITE),
-}
-# GiB, where vllm_site/worker.py does not ask for less
-SPACE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # vLLM-CPU's attention takes heads of 32 and more
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "initializer_range": 0.15}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [90, 3, 41, 17, 60]]
