@@ -1,14 +1,20 @@
 """casp_plugin: CASP (CVPR 2025, arXiv 2503.05936) for llm-compressor, transformers and vLLM.
 
-Importing it registers the modifiers with llm-compressor, where that is installed, and lets
-transformers load compressed checkpoints. Its names are imported when they are first used.
+Importing it lets recipes of llm-compressor name the modifiers, and transformers load compressed
+checkpoints. It imports neither of the two, nor torch: their functions that look up classes import
+ours before they run, and names of this package are imported when they are first used.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
+
+import wrapt
+
+#: the modules that register when they are imported
+_LOADING, _MODIFIERS = "casp_plugin.checkpoint.load", "casp_plugin.modifiers"
 
 #: module of each name, those that need llm-compressor apart
 _ANYWHERE = {
@@ -16,10 +22,10 @@ _ANYWHERE = {
     "LowRankLinear": "casp_plugin.model.low_rank_linear",
 }
 _WITH_LLM_COMPRESSOR = {
-    "AutoRoundModifier": "casp_plugin.modifiers",
-    "BitAllocationModifier": "casp_plugin.modifiers",
-    "LowRankQKModifier": "casp_plugin.modifiers",
-    "plan_recipe": "casp_plugin.modifiers",
+    "AutoRoundModifier": _MODIFIERS,
+    "BitAllocationModifier": _MODIFIERS,
+    "LowRankQKModifier": _MODIFIERS,
+    "plan_recipe": _MODIFIERS,
 }
 
 __all__ = ["register", *_ANYWHERE, *(_WITH_LLM_COMPRESSOR if find_spec("llmcompressor") else ())]
@@ -28,12 +34,10 @@ __version__ = version("casp-plugin")
 
 def register() -> None:
     """Register the modifiers with llm-compressor, where that is installed, and the loading of
-    compressed checkpoints with transformers. Further calls change nothing."""
-    from casp_plugin.checkpoint.load import register as register_loading
-
-    register_loading()
+    compressed checkpoints with transformers, at once. Further calls change nothing."""
+    import_module(_LOADING)
     if find_spec("llmcompressor"):
-        import_module("casp_plugin.modifiers")
+        import_module(_MODIFIERS)
 
 
 def __getattr__(name: str):
@@ -56,17 +60,27 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_command() -> bool:
-    """Tell whether this process is ``casp`` or ``python -m casp_plugin``. A child process has the
-    ``sys.argv`` of its parent, but another ``sys.orig_argv``."""
-    program = (getattr(sys, "argv", None) or [""])[0]
-    if program not in sys.orig_argv:
-        return False
-    following = sys.orig_argv[sys.orig_argv.index(program) + 1 :]
-    is_script = Path(program).name in ("casp", "casp.exe") and not Path(program).is_dir()
-    return is_script or (program == "-m" and following[:1] == [__name__])
+def _import_before(ours: str, owner: str, name: str) -> None:
+    """Let a function of a dependency import a module of ours before it runs.
+
+    :param ours: the module of ours
+    :param owner: the module of the dependency, imported already or later
+    :param name: of the function in ``owner``
+    """
+
+    def run(function: Callable, instance: object, args: tuple, kwargs: dict):
+        import_module(ours)
+        return function(*args, **kwargs)
+
+    if owner in sys.modules:
+        import_module(owner)  # waits for another thread that is importing it
+    wrapt.register_post_import_hook(
+        lambda module: wrapt.wrap_function_wrapper(module, name, run), owner
+    )
 
 
-# `casp --help` is to appear at once: the command registers when it has work to do (cli/app.py)
-if not _is_command():
-    register()
+_import_before(_LOADING, "transformers.quantizers.auto", "AutoQuantizationConfig.from_dict")
+_import_before(_LOADING, "transformers.quantizers.auto", "AutoHfQuantizer.from_config")
+_import_before(_MODIFIERS, "llmcompressor.modifiers.factory", "ModifierFactory.create")
+# recipes of modifiers that the factory did not make, too: they need the patches
+_import_before(_MODIFIERS, "llmcompressor.recipe.recipe", "Recipe.create_instance")

@@ -1,4 +1,4 @@
-"""Loading of our checkpoints by transformers, once ``casp_plugin`` is imported.
+"""Loading of our checkpoints by transformers; importing this module registers it.
 
 Subclasses replace the compressed-tensors quantizer and config of transformers. They read the
 ``casp`` section, and transforms, which transformers 5.17 drops silently; other checkpoints load as
@@ -42,7 +42,7 @@ from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.transforms import check_transforms, stored_transforms
 from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
 
-__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "drop_stand_ins", "register"]
+__all__ = ["CaspHfQuantizer", "CompressedTensorsConfig", "drop_stand_ins"]
 
 _QUANT_METHOD = "compressed-tensors"
 #: the first version of compressed-tensors that packs all widths as a dense bit stream
@@ -297,12 +297,6 @@ def rotate_inputs(model: torch.nn.Module, transforms: TransformConfig | None) ->
     setattr(model, TRANSFORM_CONFIG_NAME, transforms)  # for saving
 
 
-def register() -> None:
-    """Make transformers' Auto classes use this quantizer and config for compressed-tensors."""
-    AUTO_QUANTIZER_MAPPING[_QUANT_METHOD] = CaspHfQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[_QUANT_METHOD] = CompressedTensorsConfig
-
-
 def _checkpoint_file(model: PreTrainedModel, name: str) -> Path | None:
     """Return a file of the checkpoint that a model came from, local or on the hub; None if the
     checkpoint has none of this name."""
@@ -314,3 +308,8 @@ def _checkpoint_file(model: PreTrainedModel, name: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if path is None else Path(path)
+
+
+# the Auto classes of transformers use them for compressed-tensors
+AUTO_QUANTIZER_MAPPING[_QUANT_METHOD] = CaspHfQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[_QUANT_METHOD] = CompressedTensorsConfig

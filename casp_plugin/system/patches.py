@@ -14,6 +14,9 @@ place of a dependency's own under the same name are subclasses, and stand where 
   (huggingface/transformers#47430); and experts under several schemes, of which upstream takes the
   first (not reported).
 
+``casp_plugin/__init__.py``, ``_import_before``, wraps functions of llm-compressor and transformers
+that look up classes, so that they import ours first: no fault, importing us is quick so.
+
 ``cli/progress.py``, ``quiet``, replaces ``tqdm.__init__`` and ``tqdm.display`` while a command
 runs, and puts llm-compressor's level METRIC of loguru beside INFO, for good: no fault, a choice of
 display.
