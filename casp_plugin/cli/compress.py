@@ -62,10 +62,9 @@ def plan(
     # refuses a quantized model before its weights are read
     bare = bare_source_model(model, trust_remote_code)
     filled = _load_recipe(recipe, average_bits, cache)
-    _tell_estimate(bare, filled, calibration)
-    if calibration.dataset is None:
-        made = plan_recipe(bare, filled)
-    else:
+    made = plan_recipe(bare, filled)
+    _tell_estimate(bare, filled, made, calibration)
+    if calibration.dataset is not None:
         processor = load_processor(model, trust_remote_code)
         batches = calibration.batches(bare.config, processor)
         set_seed(calibration.seed)
@@ -124,8 +123,8 @@ def run(
     barrier()  # all have looked before any writes
     bare = bare_source_model(model, trust_remote_code)
     filled = _load_recipe(recipe, average_bits, cache)
-    _tell_estimate(bare, filled, calibration)
     planned = plan_recipe(bare, filled)
+    _tell_estimate(bare, filled, planned, calibration)
     quantized = [name for unit in planned.units for name in unit.modules]
     if why := quantized_connector([type(bare).__name__], quantized):
         raise ValueError(why)
@@ -155,17 +154,18 @@ def _load_recipe(recipe: Path, average_bits: str | None, cache: CacheOptions):
     return load_recipe(recipe, budget, cache.folder, cache.cache_limit)
 
 
-def _tell_estimate(bare, recipe, calibration: CalibrationOptions) -> None:
+def _tell_estimate(bare, recipe, planned, calibration: CalibrationOptions) -> None:
     """Say what measuring will take, before it starts.
 
     :param recipe: an instance of llm-compressor's ``Recipe``
+    :param planned: its ``CompressionPlan`` without data
     """
     from casp_plugin.modifiers import estimate_recipe
     from casp_plugin.modifiers.run_estimate import Data
     from casp_plugin.system.messages import size_text
 
     samples, max_length = calibration.samples, calibration.max_length
-    expected = estimate_recipe(bare, recipe, Data(samples, max_length))
+    expected = estimate_recipe(bare, recipe, Data(samples, max_length), planned)
     console.print(
         f"Measuring {samples} samples of {max_length} tokens takes about "
         f"{size_text(expected.memory)} of memory, {size_text(expected.disk)} on disk and "

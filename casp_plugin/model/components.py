@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 __all__ = [
     "COMPONENTS",
@@ -41,9 +42,14 @@ def component_of(name: str, patterns: Mapping[str, Iterable[str]] | None = None)
     parts = name.split(".")
     for table in (patterns or {}, COMPONENTS):
         for component, expressions in table.items():
-            if any(re.fullmatch(pattern, part) for pattern in expressions for part in parts):
+            if any(_fits(pattern, part) for pattern in expressions for part in parts):
                 return component
     return LANGUAGE
+
+
+@cache
+def _fits(pattern: str, part: str) -> bool:
+    return re.fullmatch(pattern, part) is not None
 
 
 def find_components(

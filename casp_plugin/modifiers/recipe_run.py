@@ -123,18 +123,22 @@ def plan_recipe(
 
 
 def estimate_recipe(
-    model: nn.Module, recipe: str | Recipe | list[Modifier], data: Data
+    model: nn.Module,
+    recipe: str | Recipe | list[Modifier],
+    data: Data,
+    planned: CompressionPlan | None = None,
 ) -> Estimate:
     """Return the memory, disk and time that measuring a model for a recipe takes.
 
     :param model: the model; the meta device will do. Experts become linear layers, as in oneshot
     :param recipe: anything that llm-compressor takes as a recipe
     :param data: how much calibration data there will be
+    :param planned: the plan of the recipe without data, where it is known already
     :raises ValueError: for any setting that cannot work on this model
     """
     linearize_experts(model)
     modifiers = [modifier.model_copy(deep=True) for modifier in _modifiers_of(recipe)]
-    units = _dry_run(model, modifiers).plan.units
+    units = (planned or _dry_run(model, modifiers).plan).units
     resident = psutil.Process().memory_info().rss
     return estimate(model, _requested(model, RecipeContext.of(modifiers)), units, data, resident)
 

@@ -17,6 +17,7 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
     apply_quantization_config,
+    initialize_module_for_quantization,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
 from transformers import PreTrainedModel
@@ -93,7 +94,10 @@ def rehearse(
     warnings = []
     if refused := unsavable_generation_config(bare):
         warnings.append(f"generation_config.json is copied as it is; transformers says: {refused}")
-    for config in (QuantizationConfig(config_groups=planned_groups(plan)), *quantization):
+    for scheme in planned_groups(plan).values():
+        for module in map(bare.get_submodule, scheme.targets):
+            initialize_module_for_quantization(module, scheme)
+    for config in quantization:
         if config.config_groups:
             apply_quantization_config(bare, config, show_progress=False)
     _check_groups(bare)
@@ -226,7 +230,8 @@ def _written(bare: PreTrainedModel, untied: bool) -> dict[str, Header]:
                     raise ValueError(f"{name.removesuffix('_packed')} is a part of a larger matrix")
     # an empty tensor of the packed shape stands for zero points
     state = {n: t.new_empty(shapes.get(n, t.shape)) for n, t in state.items()}
-    written = revert_weight_conversion(bare, state)
+    # without conversions every name stays, after one regular expression for each
+    written = revert_weight_conversion(bare, state) if bare._weight_conversions else state
     return {name: (tuple(tensor.shape), "U8") for name, tensor in written.items()}
 
 
