@@ -12,12 +12,21 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_metadata import KVCacheScaleType
 from compressed_tensors.transform import TransformConfig
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
 from casp_plugin.checkpoint.bare import BareCheckpoint, bare_checkpoint
-from casp_plugin.checkpoint.format import read_config, read_section
+from casp_plugin.checkpoint.format import Section, read_config, read_section
 from casp_plugin.checkpoint.probe import PROBES_NAME, Record, difference, probe, tolerance
-from casp_plugin.checkpoint.vllm_support import TESTED, quantized_experts, refusal, targets_of
+from casp_plugin.checkpoint.vllm_support import (
+    TESTED,
+    Linear,
+    compiled_matmuls,
+    dense,
+    quantized_experts,
+    refusal,
+    targets_of,
+)
 from casp_plugin.model.load import load_model
 from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.model.transforms import stored_transforms
@@ -74,11 +83,12 @@ def check(
         record = Record.load(folder)
     except (ValueError, SafetensorError, OSError) as error:
         return [Finding("checkpoint", False, one_line(error)), *last]
+    section = read_section(quantization)
     findings = [
-        Finding("low-rank layers", None, f"{len(read_section(quantization).ranks)}"),
+        Finding("low-rank layers", None, f"{len(section.ranks)}"),
         tensors,
         _sizes(on_disk, plan),
-        _kernels(quantization),
+        _kernels(quantization, bare.model, section),
     ]
     sound = all(finding.passed is not False for finding in findings)
     findings.append(_contents(folder, record))
@@ -202,7 +212,11 @@ def _contents(folder: Path, record: Record) -> Finding:
     return Finding("contents", True, "all tensors are what was written")
 
 
-def _kernels(quantization: dict) -> Finding:
+def _kernels(quantization: dict, model: PreTrainedModel, section: Section) -> Finding:
+    """Tell what vLLM on CUDA lacks for the widths, and how much it will compile.
+
+    :param model: the compressed model, on the meta device
+    """
     if not quantization.get("config_groups"):
         return Finding("kernels on vLLM CUDA", None, "no quantized layer")
     groups = QuantizationConfig.model_validate(quantization).config_groups.values()
@@ -213,8 +227,20 @@ def _kernels(quantization: dict) -> Finding:
     if not extra:
         return Finding("kernels on vLLM CUDA", True, "all in the box")
     count = sum(needs[package] for package in extra)
-    detail = f"{count} of {needs.total()} targets need {', '.join(extra)}"
-    return Finding("kernels on vLLM CUDA", None, f"{detail}: pip install {' '.join(extra)}")
+    detail = f"{count} of {needs.total()} targets need {', '.join(extra)}: pip install "
+    detail += " ".join(extra)
+    linears = {
+        name: Linear(module.out_features, module.in_features, module.quantization_scheme.weights)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and hasattr(module, "quantization_scheme")
+        and ".experts." not in name  # their kernels are of another kind
+    }
+    if matmuls := compiled_matmuls(linears, section):
+        alone = compiled_matmuls(dense(linears, section), Section())
+        detail += f"; kernels for {len(matmuls)} matmuls are compiled at the first start "
+        detail += f"({len(alone)} at one width without factors)"
+    return Finding("kernels on vLLM CUDA", None, detail)
 
 
 def _served(architectures: list[str], quantization: dict) -> Finding:

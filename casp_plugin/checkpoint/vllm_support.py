@@ -1,12 +1,22 @@
-"""vLLM's models: those that are tested with our checkpoints, and those that cannot run them."""
+"""vLLM's models: those that are tested with our checkpoints, those that cannot run them, and the
+matmuls that kernels are compiled for."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
-from casp_plugin.checkpoint.format import read_section
+from compressed_tensors.quantization import QuantizationArgs
+
+from casp_plugin.checkpoint.format import Section, read_section
 from casp_plugin.model.components import component_of
+from casp_plugin.model.schemes import missing_kernel
 
 __all__ = [
     "TESTED",
+    "Linear",
+    "Matmul",
+    "compiled_matmuls",
+    "dense",
     "quantized_connector",
     "quantized_experts",
     "refusal",
@@ -65,6 +75,33 @@ _DENSE_CONNECTORS = frozenset(
         "PaliGemmaForConditionalGeneration",
     }
 )
+
+#: linears that vLLM runs as one layer, in most models
+_FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+_FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
+
+class Linear(NamedTuple):
+    """A quantized linear of a checkpoint.
+
+    :param rows: size of its output
+    :param columns: size of its input
+    :param scheme: scheme of its weight
+    """
+
+    rows: int
+    columns: int
+    scheme: QuantizationArgs
+
+
+class Matmul(NamedTuple):
+    """Everything that tells apart the kernels of two matmuls of one dtype."""
+
+    rows: int
+    columns: int
+    bits: int
+    group_size: int | None
+    symmetric: bool
 
 
 def refusal(architectures: Iterable[str], quantization: dict) -> str | None:
@@ -133,5 +170,53 @@ def targets_of(quantization: dict) -> list[str]:
     return [target for group in groups for target in group.get("targets") or []]
 
 
+def compiled_matmuls(linears: Mapping[str, Linear], section: Section) -> set[Matmul]:
+    """Return the different matmuls that vLLM on CUDA has kernels compiled for at its first start.
+
+    Linears that are fused in vLLM, read the same input and have one scheme are one matmul, as
+    ``SplitLinearMethod`` of the runtime joins them, unless their zero points end within a word.
+
+    :param linears: quantized linears, by name in the checkpoint; factors are linears
+    :param section: section of the checkpoint
+    """
+    rows_of: Counter[tuple] = Counter()
+    for name, (rows, columns, scheme) in linears.items():
+        if missing_kernel(scheme) is None:
+            continue
+        layer, factor = _factored(name, section)
+        parent, _, leaf = layer.rpartition(".")
+        reads = section.latent_of.get(layer, layer) if factor == "up" else None
+        joined = scheme.symmetric or rows * scheme.num_bits % 32 == 0
+        place = (parent, _FUSED.get(leaf, leaf), reads, None if joined else name)
+        rows_of[place, columns, scheme.num_bits, scheme.group_size, scheme.symmetric] += rows
+    return {Matmul(rows, *kind) for (_, *kind), rows in rows_of.items()}
+
+
+def dense(linears: Mapping[str, Linear], section: Section) -> dict[str, Linear]:
+    """Return the same linears without factors, and all with the scheme of the first that has no
+    kernel in vLLM itself.
+
+    :raises StopIteration: if there is none. Other parameters are those of ``compiled_matmuls``
+    """
+    scheme = next(linear.scheme for linear in linears.values() if missing_kernel(linear.scheme))
+    whole = {}
+    for name, linear in linears.items():
+        layer, factor = _factored(name, section)
+        if factor == "down":
+            continue
+        reads = linear
+        if factor == "up":
+            reads = linears.get(f"{section.latent_of.get(layer, layer)}.down", linear)
+        whole[layer] = Linear(linear.rows, reads.columns, scheme)
+    return whole
+
+
 def _in_connector(target: str) -> bool:
     return component_of(target) == "connector"
+
+
+def _factored(name: str, section: Section) -> tuple[str, str | None]:
+    """Return the layer that a linear is a factor of, and which: ``up`` or ``down``; else the linear
+    itself and None."""
+    layer, _, factor = name.rpartition(".")
+    return (layer, factor) if layer in section.ranks else (name, None)

@@ -22,6 +22,7 @@ from casp_plugin.checkpoint.vllm_support import refusal
 from casp_plugin.model.transforms import check_transforms, input_block
 from casp_plugin.runtime.kernels import WNA16
 from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
+from casp_plugin.runtime.warm_up import WarmUp
 
 __all__ = ["METHOD", "CaspConfig"]
 
@@ -43,6 +44,8 @@ class CaspConfig(CompressedTensorsConfig):
     unclaimed: set[str]
     #: top-level modules that vLLM has built; a vision tower is not where images are switched off
     built: set[str]
+    #: compiles the kernels of the model's layers
+    warm_up: WarmUp
 
     @classmethod
     def override_quantization_method(
@@ -71,6 +74,7 @@ class CaspConfig(CompressedTensorsConfig):
         instance.low_rank, instance.latent_of = section.ranks, section.latent_of
         instance.unclaimed = set(instance.low_rank)
         instance.built = set()
+        instance.warm_up = WarmUp()
         if instance.transform_config is not None:
             check_transforms(instance.transform_config)
         return instance
@@ -186,6 +190,7 @@ class CaspConfig(CompressedTensorsConfig):
             group_size=scheme.group_size,
             symmetric=scheme.symmetric,
             layer_name=scheme.layer_name,
+            warm_up=self.warm_up,
         )
 
 

@@ -18,6 +18,7 @@ from vllm.scalar_type import scalar_types
 from vllm.utils.import_utils import has_humming
 
 from casp_plugin.runtime.packing import dequantize, pack, unpack
+from casp_plugin.runtime.warm_up import WarmUp
 
 __all__ = ["WNA16", "CPULinearKernel"]
 
@@ -101,7 +102,14 @@ class CPULinearKernel(MPLinearKernel):
 
 
 class WNA16(CompressedTensorsWNA16):
-    """vLLM's weight-only scheme, which also logs its kernel, and replaces the CPU's for float32."""
+    """vLLM's weight-only scheme, which also logs its kernel, and replaces the CPU's for float32.
+
+    :param warm_up: compiles the kernels of the whole model; the others are vLLM's
+    """
+
+    def __init__(self, *args, warm_up: WarmUp, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.warm_up = warm_up
 
     def create_weights(self, layer: torch.nn.Module, **kwargs) -> None:
         """Create the parameters of a layer.
@@ -132,6 +140,12 @@ class WNA16(CompressedTensorsWNA16):
                 self.kernel.w_zp_name,
             )
         logger.info_once("%s: %s", self._described(), type(self.kernel).__name__)
+        self.warm_up.expect(self.kernel)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Bring the weights into the kernel's layout; after the last layer, compile kernels."""
+        super().process_weights_after_loading(layer)
+        self.warm_up.loaded(self.kernel)
 
     def _described(self) -> str:
         return f"{self.num_bits} bits {'symmetric' if self.symmetric else 'asymmetric'}"

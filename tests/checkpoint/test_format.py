@@ -1,6 +1,7 @@
 """Checkpoints: byte-exact, reloadable, whole or absent."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -149,6 +150,13 @@ def test_a_quantizer_may_scale_the_kv_cache(tiny_llama, batches, tmp_path):
 
 def test_check_passes_a_sound_checkpoint(compressed):
     assert all(finding.passed is not False for finding in check(compressed[0]))
+
+
+def test_check_counts_what_vllm_compiles(compressed):
+    """Groups of 16 need humming at all widths."""
+    kernels = next(f for f in check(compressed[0], reload=False) if f.what.startswith("kernels"))
+    counts = re.search(r"kernels for (\d+) matmuls .* \((\d+) at one width", kernels.detail)
+    assert int(counts[1]) > int(counts[2]) == 4
 
 
 def damage(folder, tmp_path, edit):

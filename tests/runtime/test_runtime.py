@@ -45,15 +45,17 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 
+from casp_plugin.checkpoint.format import Section
 from casp_plugin.checkpoint.load import CaspHfQuantizer, CompressedTensorsConfig
-from casp_plugin.checkpoint.vllm_support import refusal
+from casp_plugin.checkpoint.vllm_support import Linear, Matmul, compiled_matmuls, refusal
 from casp_plugin.model.schemes import missing_kernel
-from casp_plugin.runtime import config, kernels
+from casp_plugin.runtime import config, kernels, warm_up
 from casp_plugin.runtime.config import CaspConfig
 from casp_plugin.runtime.kernels import WNA16, CPULinearKernel
 from casp_plugin.runtime.packing import dequantize, pack
 from casp_plugin.runtime.split import SplitLinearMethod
 from casp_plugin.runtime.vllm import register
+from casp_plugin.runtime.warm_up import WarmUp
 
 pytestmark = pytest.mark.vllm
 
@@ -351,7 +353,8 @@ def test_missing_humming_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(kernels.CompressedTensorsWNA16, "create_weights", no_kernel)
     monkeypatch.setattr(kernels, "current_platform", SimpleNamespace(is_cuda=lambda: True))
-    scheme = WNA16("group", 3, 64, False, "model.layers.0.mlp.down_proj")
+    monkeypatch.setattr(kernels, "has_humming", lambda: False)
+    scheme = WNA16("group", 3, 64, False, "model.layers.0.mlp.down_proj", warm_up=WarmUp())
     with pytest.raises(ValueError, match=r"down_proj: .* 3 bits .*pip install humming-kernels"):
         scheme.create_weights(
             torch.nn.Module(), input_size=64, input_size_per_partition=64, output_size=64
@@ -574,6 +577,28 @@ def test_equal_schemes_share_the_first_matmul():
     }
 
 
+LAYOUTS_OF_ONE_SCHEME = {"dense, equal": ({"bits": 3}, {"bits": 3}, {"bits": 3})}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *LAYOUTS_OF_ONE_SCHEME])
+def test_matmuls_that_kernels_are_compiled_for(layout):
+    """Our own count, which `casp check` prints, against the layers. Groups of 16 need humming."""
+    checkpoint = add_qkv(Checkpoint(), *(LAYOUTS | LAYOUTS_OF_ONE_SCHEME)[layout])
+    schemes = [module.scheme for module in qkv(checkpoint).modules() if hasattr(module, "scheme")]
+    made = set()
+    for scheme in schemes:
+        if isinstance(scheme, WNA16):
+            columns, rows = scheme.kernel.config.partition_weight_shape
+            made.add(Matmul(rows, columns, scheme.num_bits, GROUP, scheme.symmetric))
+    linears = {}
+    for group in checkpoint.groups.values():
+        args = QuantizationArgs(**group["weights"])
+        for name in group["targets"]:
+            linears[name] = Linear(*checkpoint.tensors[f"{name}.weight_shape"].tolist(), args)
+    section = Section(checkpoint.low_rank, checkpoint.latent_of)
+    assert compiled_matmuls(linears, section) == made
+
+
 def test_a_latent_from_another_layer_is_refused():
     checkpoint = Checkpoint().factor("other.q_proj", Q_ROWS, HIDDEN, 16)
     checkpoint.share("attn.k_proj", KV_ROWS, HIDDEN, "other.q_proj")
@@ -590,6 +615,23 @@ def test_nothing_of_the_loading_stays():
     checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS["each its own"]))
     layer = checkpoint.load(qkv(checkpoint), "qkv_proj")
     assert {name.split(".")[0] for name, _ in layer.named_parameters()} <= {"first", "second"}
+
+
+def test_kernels_are_compiled_after_the_last_layer(on_cuda, monkeypatch):
+    """Factors and dense shards alike, once. Their weights are loaded again without it."""
+    on_cuda(90, humming=True)
+    steps = []
+    monkeypatch.setattr(
+        vllm_humming.HummingLinearKernel,
+        "process_weights_after_loading",
+        lambda self, layer: steps.append("loaded"),
+    )
+    monkeypatch.setattr(warm_up, "_compile", lambda layers: steps.append(len(layers)))
+    checkpoint = rename(add_qkv(Checkpoint(), *LAYOUTS["each its own"]))
+    layer = checkpoint.load(qkv(checkpoint), "qkv_proj")
+    assert steps == ["loaded"] * 5 + [5]
+    layer.first[0].scheme.process_weights_after_loading(layer.first[0])
+    assert steps == ["loaded"] * 5 + [5, "loaded"]
 
 
 def test_incomplete_checkpoint():
