@@ -31,7 +31,6 @@ _STAGES = {
     "Applying the chat template": "applying the chat template",
     "Reading images": "reading images",
     "Checking images": "checking images",
-    "Trying one batch": "trying one batch",
     "Looking at attention maps": "measuring attention maps",
     "Probing the attention": "probing the attention",
     "Collecting gradients": "measuring gradients",

@@ -6,9 +6,12 @@ least over the calibration inputs, measured where the loss feels it:
 
     min_{rank r} E[dy^T G dy],  dy = (W - W') x,   = min ||G^(1/2) (W - W') H^(1/2)||_F^2
 
-with ``H = E[x x^T]`` and an output metric ``G``. They are the truncated SVD of
-``M = G^(1/2) W H^(1/2) = P S Q^T``, and since ``P P^T M H^(-1/2) = P P^T G^(1/2) W``, only G has
-to be inverted, never the often rank-deficient H: P are the eigenvectors of ``M M^T``.
+with ``H = E[x x^T]`` and an output metric ``G``. Any roots ``H = R R^T``, ``G = L L^T`` will do;
+here they are Cholesky factors. The best factors are the truncated SVD of
+``M = L^T W R = P S Q^T``, taken back: ``W' = L^-T P S Q^T R^-1``. Q are the eigenvectors of
+``M^T M = R^T (W^T G W) R``, which takes no root of G, and P those of
+``M M^T = L^T (W H W^T) L``, which takes none of H. So the smaller of the two is solved:
+``W' = (W R Q) (Q^T R^-1)`` or ``(L^-T P) (P^T L^T W)``.
 
 Choices of G:
 
@@ -33,12 +36,14 @@ Shapes: out and in are channels of W, r the rank of factors, k = min(out, in) th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 __all__ = [
     "Factors",
     "Spectrum",
+    "losses_by_rank",
     "quadratic_error",
     "random_rotation",
     "uniform_rank",
@@ -46,12 +51,16 @@ __all__ = [
 ]
 
 
+#: least share of the mean diagonal that is added, so that a singular matrix has a Cholesky factor
+LEAST_DAMPENING = 1e-9
+
+
 @dataclass(frozen=True)
 class Factors:
     """Two factors of one matrix.
 
-    :param down: D, shape (r, in), float64
-    :param up: U, shape (out, r), float64
+    :param down: D, shape (r, in)
+    :param up: U, shape (out, r)
     :param error: share of the output energy that is lost, in [0, 1]
     """
 
@@ -64,9 +73,11 @@ class Factors:
 class Spectrum:
     """Spectrum of a weight, which gives factors of any rank.
 
-    :param energies: squared singular values of G^(1/2) W H^(1/2), descending, shape (out,), float64
-    :param up: G^(-1/2) P, shape (out, k)
-    :param down: P^T G^(1/2) W, shape (k, in)
+    The factors are balanced: both carry the square roots of the singular values.
+
+    :param energies: squared singular values of L^T W R, descending, shape (k,)
+    :param up: shape (out, k)
+    :param down: shape (k, in)
     """
 
     energies: torch.Tensor
@@ -83,7 +94,7 @@ class Spectrum:
         return self.lost(rank) / total if total > 0 else 0.0
 
     def factors(self, rank: int, rotation: torch.Tensor | None = None) -> Factors:
-        """Return the best factors of a rank, balanced: both carry the square root of the spectrum.
+        """Return the best factors of a rank.
 
         :param rank: r, from 1 to the number of rows of ``down``
         :param rotation: R, orthogonal, shape (r, r), rotates the latent; None for no rotation
@@ -92,11 +103,7 @@ class Spectrum:
         limit = self.down.shape[0]
         if not 1 <= rank <= limit:
             raise ValueError(f"rank must lie in [1, {limit}], got {rank}")
-        root = self.energies[:rank].pow(0.25)  # (r,), square roots of the singular values
-        # a vanishing direction cannot be balanced, and its output is zero: it stays as it is
-        root = torch.where(root > root.max() * 1e-8, root, torch.ones_like(root))
-        down = self.down[:rank].to(root) / root[:, None]  # (r, in)
-        up = self.up[:, :rank].to(root) * root  # (out, r)
+        up, down = self.up[:, :rank], self.down[:rank]  # (out, r), (r, in)
         if rotation is not None:
             rotation = rotation.to(up)
             up, down = up @ rotation, rotation.T @ down  # (out, r) @ (r, r), (r, r) @ (r, in)
@@ -113,7 +120,10 @@ def whitened_spectrum(
     output_metric: Sequence[torch.Tensor] | None = None,
     dampening_frac: float = 0.01,
 ) -> Spectrum:
-    """Return the spectrum of a weight under an input and an output metric, solved in float64.
+    """Return the spectrum of a weight under an input and an output metric.
+
+    Products and Cholesky factors are in float64, eigenvectors in the precision of the weight, at
+    least float32: of the energy, factors from float32 lose 1e-6 more than those from float64.
 
     :param weight: W, shape (out, in); several matrices may be stacked along out
     :param second_moment: H = E[x x^T], shape (in, in); None for the plain SVD (H = I)
@@ -123,44 +133,91 @@ def whitened_spectrum(
         diagonals, so that directions absent from the calibration data still count a little
     :raises ValueError: if a shape does not fit, or a value is not finite
     """
-    weighted = weight.detach().to(torch.float64, copy=True)  # (out, in)
-    if not torch.isfinite(weighted).all():
+    weight = weight.detach()
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.double()  # (out, in)
+    if not torch.isfinite(weight).all():
         raise ValueError("weight holds NaN or infinite values")
     rows, columns = weight.shape
-    inverses = None  # blocks of G^(-1/2)
-    if output_metric is not None:
-        _fits("output metric", output_metric, rows, "rows")
-        blocks = damped(output_metric, dampening_frac, "output metric")
-        inverses = []
-        parts = weighted.split([len(block) for block in blocks])
-        for part in parts:  # in place: matrices of this size dominate the memory
-            root, inverse = _roots(blocks.pop(0))
-            part.copy_(root @ part)  # G^(1/2) W: (out, out) @ (out, in), of one matrix
-            inverses.append(inverse)
-            del root
+    moment = metric = None
     if second_moment is not None:
         _fits("second moment", [second_moment], columns, "columns")
         [moment] = damped([second_moment], dampening_frac, "second moment")
-        gram = (weighted @ moment) @ weighted.T  # M M^T: (out, in) @ (in, in) @ (in, out)
-        del moment
-    else:
-        gram = weighted @ weighted.T
-    energies, vectors = torch.linalg.eigh(gram)  # (out,), (out, out), ascending
-    del gram
-    left = _signed(vectors.flip(1)[:, : min(rows, columns)])  # P, (out, k)
-    del vectors
-    up = left
-    if inverses is not None:
-        parts = left.split([len(inverse) for inverse in inverses])
-        # (out, out) @ (out, k), of one matrix
-        up = torch.cat([inverse @ part for inverse, part in zip(inverses, parts, strict=True)])
+    if output_metric is not None:
+        _fits("output metric", output_metric, rows, "rows")
+        metric = damped(output_metric, dampening_frac, "output metric")
+    solve = _by_inputs if columns <= rows else _by_outputs
+    energies, up, down = solve(weight, moment, metric, precision)
     # kept in the weight's own precision, at least float32: a model has many spectra
-    kept = torch.promote_types(weight.dtype, torch.float32)
-    return Spectrum(
-        energies.flip(0).clamp_min(0),
-        up.to(kept),
-        (left.T @ weighted).to(kept),  # (k, out) @ (out, in)
-    )
+    return Spectrum(energies, up.to(precision), down.to(precision))
+
+
+def _by_inputs(
+    weight: torch.Tensor,
+    moment: torch.Tensor | None,
+    metric: list[torch.Tensor] | None,
+    precision: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return energies and balanced factors by the eigenvectors Q of M^T M, shape (in, in)."""
+    root = None if moment is None else torch.linalg.cholesky(moment)  # R
+    gram = weight.T @ _by_block(metric, weight)  # W^T G W: (in, out) @ (out, in)
+    if root is not None:
+        gram = root.T @ gram @ root
+    energies, vectors = _eigenvectors(gram, precision)
+    up, down = weight, vectors.T
+    if root is not None:
+        up = weight @ root  # (out, in) @ (in, in)
+        down = torch.linalg.solve_triangular(root, down, upper=False, left=False)  # Q^T R^-1
+    balance = _balance(energies)
+    return energies, (up @ vectors) / balance, down * balance[:, None]
+
+
+def _by_outputs(
+    weight: torch.Tensor,
+    moment: torch.Tensor | None,
+    metric: list[torch.Tensor] | None,
+    precision: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return energies and balanced factors by the eigenvectors P of M M^T, shape (out, out)."""
+    roots = metric and [torch.linalg.cholesky(block) for block in metric]  # L, block by block
+    transposed = roots and [root.T for root in roots]
+    gram = weight @ (weight if moment is None else weight @ moment).T  # W H W^T, (out, out)
+    gram = _by_block(transposed, _by_block(transposed, gram).T)
+    energies, vectors = _eigenvectors(gram, precision)
+    down = vectors.T @ _by_block(transposed, weight)  # (out, out) @ (out, in)
+    up = vectors
+    if roots:
+        parts = zip(roots, vectors.split([len(root) for root in roots]), strict=True)
+        solved = [torch.linalg.solve_triangular(root.T, part, upper=True) for root, part in parts]
+        up = torch.cat(solved)  # L^-T P
+    balance = _balance(energies)
+    return energies, up * balance, down / balance[:, None]
+
+
+def _by_block(blocks: Sequence[torch.Tensor] | None, matrix: torch.Tensor) -> torch.Tensor:
+    """Return the product of a block-diagonal matrix, None for the identity, and a matrix."""
+    if blocks is None:
+        return matrix
+    parts = matrix.split([len(block) for block in blocks])
+    return torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)])
+
+
+def _eigenvectors(gram: torch.Tensor, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues of a symmetric matrix, descending, and eigenvectors in columns.
+
+    :param gram: positive semidefinite
+    :param precision: of the solver; the eigenvalues are Rayleigh quotients in the matrix's own
+    """
+    vectors = torch.linalg.eigh(gram.to(precision)).eigenvectors.flip(1)
+    vectors = _signed(vectors).to(gram)
+    return ((gram @ vectors) * vectors).sum(0).clamp_min(0), vectors
+
+
+def _balance(energies: torch.Tensor) -> torch.Tensor:
+    """Return the square roots of singular values. A vanishing direction cannot be balanced, and
+    its output is zero: it stays as it is."""
+    root = energies.pow(0.25)
+    return torch.where(root > root.max() * 1e-8, root, torch.ones_like(root))
 
 
 def _signed(vectors: torch.Tensor) -> torch.Tensor:
@@ -190,7 +247,7 @@ def damped(blocks: Sequence[torch.Tensor], dampening_frac: float, name: str) -> 
     mean = torch.cat([block.diagonal() for block in blocks]).mean()
     for block in blocks:
         if mean > 0:
-            block.diagonal().add_(dampening_frac * mean)
+            block.diagonal().add_(max(dampening_frac, LEAST_DAMPENING) * mean)
         else:
             block.copy_(torch.eye(len(block)))
     return blocks
@@ -202,22 +259,41 @@ def _fits(name: str, blocks: Sequence[torch.Tensor], size: int, side: str) -> No
         raise ValueError(f"{name} of {channels} channels does not fit a weight of {size} {side}")
 
 
-def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return G^(1/2) and G^(-1/2); directions of weight zero are left out of both."""
-    values, vectors = torch.linalg.eigh(metric)  # (out,), (out, out)
-    del metric
-    kept = values > values.max() * 1e-12
-    root = torch.where(kept, values, 0).clamp_min(0).sqrt()
-    inverse = torch.where(kept, root, 1).reciprocal() * kept
-    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
-
-
+@lru_cache(maxsize=16)  # every layer takes those of the same few ranks
 def random_rotation(size: int, seed: int = 0) -> torch.Tensor:
     """Return a random orthogonal matrix (Haar), shape (size, size), float64, fixed by the seed."""
     generator = torch.Generator().manual_seed(seed)
     gauss = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)
     return q * r.diagonal().sign()
+
+
+def losses_by_rank(
+    up: torch.Tensor,
+    down: torch.Tensor,
+    second_moment: torch.Tensor,
+    output_metric: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Return ``E[dy^T G dy]`` of factors cut off at every rank, ``dW = up[:, r:] down[r:]``.
+
+    That is the sum over i, j >= r of ``(up^T G up)_ij (down H down^T)_ij``.
+
+    :param up: shape (out, k), of matrices stacked along out
+    :param down: shape (k, in)
+    :param second_moment: H, shape (in, in)
+    :param output_metric: blocks along the diagonal of G, of shape (its out, its out), or (its out,)
+        for a diagonal one
+    :return: by rank from 0 to k, shape (k + 1,), float64
+    """
+    outputs = 0  # (k, k)
+    for part, metric in zip(up.split([len(m) for m in output_metric]), output_metric, strict=True):
+        metric = metric.to(part)
+        weighted = metric @ part if metric.ndim == 2 else metric[:, None] * part  # (its out, k)
+        outputs = outputs + part.T @ weighted
+    inputs = down @ second_moment.to(down) @ down.T  # (k, in) @ (in, in) @ (in, k)
+    last_first = (outputs * inputs).double().flip(0, 1)
+    sums = last_first.cumsum(0).cumsum(1).diagonal().flip(0)  # (k,)
+    return torch.cat([sums, sums.new_zeros(1)]).clamp_min(0)
 
 
 def quadratic_error(

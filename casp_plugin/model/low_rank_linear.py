@@ -5,6 +5,7 @@ from functools import cache
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import skip_init
 
 __all__ = ["LowRankLinear", "named_linears", "stored_tensors"]
 
@@ -48,7 +49,8 @@ class LowRankLinear(nn.Module):
     ) -> "LowRankLinear":
         """Return an empty factored layer with the shapes, bias, device and dtype of ``linear``."""
         weight = linear.weight
-        module = cls(
+        module = skip_init(
+            cls,
             weight.shape[1],
             weight.shape[0],
             rank,

@@ -45,6 +45,7 @@ from casp_plugin.plan.plan import CompressionPlan, UnitPlan
 from casp_plugin.plan.sensitivity_file import Sensitivity
 from casp_plugin.pricing.candidates import Pricing, join_units, stored_shapes
 from casp_plugin.pricing.other_bytes import other_bytes
+from casp_plugin.pricing.rounding_error import Rounding
 from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import Request, Statistics
 
@@ -104,9 +105,11 @@ class BitAllocationModifier(OneshotModifier):
         `casp sensitivity` wrote: errors are as with `fisher`, but the costs of components at the
         fewest bits, alone and two together, have the proportions of their importance there, by
         the method that follows (`gptq` for GPTQ and AutoRound, `awq`, else `uniform`)
-    :param rounding: rounding whose errors are measured: `gptq`, one layer at a time on the second
-        moments of its input, which take (columns x columns) floats for every layer; `nearest`; or
-        `auto`: `gptq` unless the quantizer that follows rounds to nearest
+    :param rounding: rounding whose errors count: `first_order`, what GPTQ leaves to first order,
+        from the errors of rounding to nearest and the second moments of inputs (columns x columns
+        floats, one layer at a time); `gptq`, every candidate rounded by GPTQ, which takes about as
+        long as quantizing; `nearest`; or `auto`: `first_order` unless the quantizer that follows
+        rounds to nearest
     :param solver: `exact`: least sum of importance x measured rounding error, by a
         multiple-choice knapsack; `closed_form`: bits as near as the budget allows to the
         paper's b_l = B + 1/2 log2(s_l / geometric mean); not with `fisher`, which has no one
@@ -125,7 +128,7 @@ class BitAllocationModifier(OneshotModifier):
     group_size: int | dict[int, int] = 128
     symmetric: bool = False
     importance: Literal["fisher", "block_influence", "uniform"] | dict[str, float] | str = "fisher"
-    rounding: Literal["auto", "gptq", "nearest"] = "auto"
+    rounding: Rounding | Literal["auto"] = "auto"
     solver: Literal["exact", "closed_form"] = "exact"
     granularity: Literal["unit", "layer", "matrix"] = "unit"
     share_layers: int = Field(default=1, ge=1)
@@ -250,11 +253,12 @@ class BitAllocationModifier(OneshotModifier):
         linears = frozenset(matched)
         none = frozenset()
         squares = frozenset((n, context.input_block(n, m)) for n, m in matched.items())
-        by_gptq = self._by_gptq(find_quantizer(context.following(self), matched))
+        quantizer = find_quantizer(context.following(self), matched)
+        nearest = self._resolved_rounding(quantizer) == "nearest"
         fisher, influenced = self._fisher, self.importance == "block_influence"
         return Request(
-            second_moments=linears if exact and by_gptq else none,
-            mean_squares=squares if exact and not by_gptq else none,
+            second_moments=linears if exact and not nearest else none,
+            mean_squares=squares if exact and nearest else none,
             energies=linears if exact and not fisher else none,
             influences=frozenset(decoder_layers(model)) if influenced else none,
             gradients=linears if fisher else none,
@@ -348,7 +352,7 @@ class BitAllocationModifier(OneshotModifier):
             self._schemes(quantizer),
             statistics if exact else None,
             fisher=self._fisher,
-            by_gptq=self._by_gptq(quantizer),
+            rounding=self._resolved_rounding(quantizer),
             input_block=context.input_block,
             rank_multiple=offers.rank_multiple or max(self.group_sizes, default=RANK_MULTIPLE),
         )
@@ -397,11 +401,11 @@ class BitAllocationModifier(OneshotModifier):
         matched = matched_linears(model, self.targets, self.ignore, field)
         return self.in_components(matched, context)
 
-    def _by_gptq(self, quantizer: QuantizationMixin) -> bool:
-        """Tell whether errors are measured with GPTQ."""
+    def _resolved_rounding(self, quantizer: QuantizationMixin) -> Rounding:
+        """Return the rounding whose errors count."""
         if self.rounding == "auto":
-            return not rounds_to_nearest(quantizer)
-        return self.rounding == "gptq"
+            return "nearest" if rounds_to_nearest(quantizer) else "first_order"
+        return self.rounding
 
     def _schemes(self, quantizer: QuantizationMixin) -> dict[int, QuantizationArgs]:
         """Return the weight scheme of every width, with the quantizer's observer."""

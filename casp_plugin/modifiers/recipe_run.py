@@ -140,7 +140,9 @@ def estimate_recipe(
     modifiers = [modifier.model_copy(deep=True) for modifier in _modifiers_of(recipe)]
     units = (planned or _dry_run(model, modifiers).plan).units
     resident = psutil.Process().memory_info().rss
-    return estimate(model, _requested(model, RecipeContext.of(modifiers)), units, data, resident)
+    request = _requested(model, RecipeContext.of(modifiers))
+    by_gptq = any(m.settings.get("rounding") == "gptq" for m in casp_modifiers(modifiers))
+    return estimate(model, request, units, data, resident, by_gptq)
 
 
 def shape_model(
@@ -251,8 +253,7 @@ def _with_first_batch(
     :param plan: gets a warning where layers stay as they are
     :raises ValueError: if the batch misses a layer that a modifier must see
     """
-    request = _requested(model, context)
-    tried = try_first_batch(model, dataloader, request.gradients | request.gradient_moments)
+    tried = try_first_batch(model, dataloader)
     context = replace(context, reached=tried.reached, uncalled=tried.read)
     for modifier in casp_modifiers(context.modifiers):
         modifier.check_reached(model, context)

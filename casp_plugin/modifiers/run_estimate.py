@@ -9,19 +9,19 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
+from timeit import timeit
 
 import torch
 from llmcompressor.utils.transformers import get_embeddings
 from torch import nn
-from torch.utils.benchmark import Timer
 
+from casp_plugin.maths.gptq_error import LEADING
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.schemes import weight_args
 from casp_plugin.model.units import decoder_layers, reading_together
 from casp_plugin.plan.plan import UnitPlan
 from casp_plugin.pricing.rounding_error import SAMPLED_ROWS, WAITING_BYTES, rounding_delta
-from casp_plugin.statistics.derivatives import CHUNK, SAMPLES, TOKENS
-from casp_plugin.statistics.forward import SECTION_BYTES
+from casp_plugin.statistics import attention_maps, derivatives, forward
 from casp_plugin.statistics.statistics import Request
 
 __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
@@ -47,10 +47,14 @@ class Data:
     def all_tokens(self) -> int:
         return self.sequences * self.tokens
 
-    @property
-    def derived_tokens(self) -> int:
-        """Return the number of tokens that derivatives are taken from."""
-        return min(self.all_tokens, max(SAMPLES * self.tokens, TOKENS))
+    def first_tokens(self, samples: int, tokens: int) -> int:
+        """Return the number of tokens of the first batches that hold enough.
+
+        :param samples: least number of sequences
+        :param tokens: least number of tokens
+        """
+        sequences = max(samples, -(-tokens // self.tokens))
+        return min(self.sequences, sequences) * self.tokens
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,19 @@ class Work:
     """Operations of a run; or of a machine in a second.
 
     :param passes: floating-point operations of the model, in its own dtype
-    :param products: floating-point operations of second moments, in float32
-    :param eigenvalues: sum of n^3 over the symmetric matrices (n, n) to decompose, in float64
-    :param inverses: sum of n^3 over the moments (n, n) that GPTQ inverts, in float32
+    :param products: floating-point operations of matrix products in float32
+    :param precise: floating-point operations of matrix products in float64
+    :param eigenvalues: sum of n^3 over the symmetric matrices (n, n) to decompose, in float32
+    :param roots: sum of n^3 over the moments (n, n) with a Cholesky factor, in float32
     :param columns: steps of GPTQ through the columns of weights that are rounded together
-    :param entries: entries of the weights to round
+    :param entries: entries of the weights to round, scales included
     """
 
     passes: float
     products: float
+    precise: float
     eigenvalues: float
-    inverses: float
+    roots: float
     columns: float
     entries: float
 
@@ -92,23 +98,31 @@ def speed_of(dtype: torch.dtype) -> Work:
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's generators alone
     wide = torch.randn(size, 4 * size, device=device, generator=generator)
     tall = wide.to(dtype)
-    square = wide[:, :size].double()
-    moment = (square @ square.T + size * torch.eye(size, device=device)).float()
-    narrow = moment[:256, :256]
-    args = weight_args(4, -1)
+    precise = wide.double()
+    moment = wide @ wide.T + size * torch.eye(size, device=device)
+    energies = moment.diagonal()
+    weight = wide[:SAMPLED_ROWS, :size]
+    args = weight_args(4, size // 8)
 
-    def rounding(rows: int) -> float:
-        weight = wide[:rows, :256]
-        return _seconds(lambda: rounding_delta(weight, args, narrow))
+    def seconds(work: Callable[[], object]) -> float:
+        def run() -> None:
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
 
-    column, block = rounding(1), rounding(size)
+        run()
+        return timeit(run, number=4) / 4
+
+    search = seconds(lambda: rounding_delta(weight, args, energies))
+    gptq = seconds(lambda: rounding_delta(weight[:, :64], args, moment[:64, :64]))
     return Work(
-        passes=8 * size**3 / _seconds(lambda: tall @ tall.T) / BESIDE,
-        products=8 * size**3 / _seconds(lambda: wide @ wide.T),
-        eigenvalues=size**3 / _seconds(lambda: torch.linalg.eigh(square + square.T)),
-        inverses=size**3 / _seconds(lambda: torch.linalg.cholesky(_inverse(moment))),
-        columns=256 / column,
-        entries=size * 256 / max(block - column, column / 100),
+        passes=8 * size**3 / seconds(lambda: tall @ tall.T) / BESIDE,
+        products=8 * size**3 / seconds(lambda: wide @ wide.T),
+        precise=8 * size**3 / seconds(lambda: precise @ precise.T),
+        eigenvalues=size**3 / seconds(lambda: torch.linalg.eigh(moment)),
+        roots=size**3 / seconds(lambda: torch.linalg.cholesky(moment)),
+        columns=64 / gptq,
+        entries=weight.numel() / search,
     )
 
 
@@ -136,7 +150,12 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, request: Request, units: list[UnitPlan], data: Data, resident: int
+    model: nn.Module,
+    request: Request,
+    units: list[UnitPlan],
+    data: Data,
+    resident: int,
+    by_gptq: bool = False,
 ) -> Estimate:
     """Return the memory, disk and time that measuring a request takes.
 
@@ -145,36 +164,43 @@ def estimate(
     :param units: the units to round, with their candidates
     :param data: size of the calibration data
     :param resident: bytes that the process holds already
+    :param by_gptq: whether every candidate is rounded by GPTQ
     """
     speed = speed_of(next(model.parameters()).dtype)
     return Estimate(
         resident + memory_of(model, request, data),
         disk_of(model, request),
-        work_of(model, request, units, data).seconds(speed),
+        work_of(model, request, units, data, by_gptq).seconds(speed),
     )
 
 
-def work_of(model: nn.Module, request: Request, units: list[UnitPlan], data: Data) -> Work:
+def work_of(
+    model: nn.Module, request: Request, units: list[UnitPlan], data: Data, by_gptq: bool = False
+) -> Work:
     """Count the operations from shapes; see :func:`estimate`."""
     linears = dict(named_linears(model))
     head = get_embeddings(model)[1]
     weights = sum(linear.weight.numel() for linear in linears.values() if linear is not head)
-    derived = data.derived_tokens
-    passes = 2 * weights * data.all_tokens
+    derived = data.first_tokens(derivatives.SAMPLES, derivatives.TOKENS)
+    measured = data.first_tokens(forward.SAMPLES, forward.tokens_needed(model, request))
+    passes = 2 * weights * measured
     if request.gradients or request.gradient_moments:  # there, again in every layer, and back
         passes += (6 * weights + 4 * (head.weight.numel() if head is not None else 0)) * derived
     if request.attention_maps:
-        passes += 2 * weights * derived
+        passes += 2 * weights * data.first_tokens(attention_maps.SAMPLES, 0)
     if request.attention_moments:
         passes += 4 * weights * derived
-    inputs = _inputs(linears, request)
-    products = sum(2 * columns**2 * data.all_tokens for columns in inputs)
+    products = sum(2 * columns**2 * measured for columns in _inputs(linears, request))
     products += 2 * _metric_entries(linears, request) * derived
-    eigenvalues = sum(linears[name].out_features ** 3 for name in _metrics(request))
+    precise = eigenvalues = 0
     for rows, columns in _factored(linears, request):
-        eigenvalues += rows**3
-        products += 2 * rows * columns * (rows + columns)
-    return Work(passes, products, eigenvalues, *_rounding(units, bool(request.second_moments)))
+        size = min(rows, columns)
+        eigenvalues += size**3
+        # products with G and H, with their roots, and with the eigenvectors
+        precise += 2 * rows**2 * columns + 6 * rows * columns * size + 7 * size**3
+        products += 2 * rows**2 * size + 4 * columns * size**2  # losses of all ranks
+    roots, steps, entries, of_ranks = _rounding(units, bool(request.second_moments), by_gptq)
+    return Work(passes, products + of_ranks, precise, eigenvalues, roots, steps, entries)
 
 
 def memory_of(model: nn.Module, request: Request, data: Data) -> int:
@@ -189,18 +215,21 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     if request.gradients or request.gradient_moments:
         parts = layers or [model]  # nothing is run again on the way back where there are none
         outputs = (sum(linear.out_features for _, linear in named_linears(p)) for p in parts)
-        logits = (head.out_features if head is not None else 0) * (data.tokens * size + 16 * CHUNK)
+        vocabulary = head.out_features if head is not None else 0
+        together = derivatives.chunk_tokens(vocabulary or 1, torch.device("cpu"))
+        logits = vocabulary * (data.tokens * size + 16 * together)
         back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
     largest = max(inputs, default=0)
     sums = sum(inputs) + derived
-    section = min(sums, SECTION_BYTES + sums // max(len(layers), 1))
+    section = min(sums, forward.SECTION_BYTES + sums // max(len(layers), 1))
     waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
     # eigenvectors and the workspace of a solver, in float64
     shapes = _factored(linears, request)
     solving = 8 * max((rows * (5 * rows + columns) for rows, columns in shapes), default=0)
-    forward = data.all_tokens * hidden * size + section + max(waiting, solving)
-    return round(SLACK * (stored + max(back, forward)))
+    measured = data.first_tokens(forward.SAMPLES, forward.tokens_needed(model, request))
+    ahead = measured * hidden * size + section + max(waiting, solving)
+    return round(SLACK * (stored + max(back, ahead)))
 
 
 def disk_of(model: nn.Module, request: Request) -> int:
@@ -240,31 +269,35 @@ def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:
     return list(first.values())
 
 
-def _rounding(units: list[UnitPlan], by_gptq: bool) -> tuple[float, float, float]:
-    """Return (inverses, columns, entries) of ``Work`` for measuring the errors of rounding."""
-    inverses = entries = 0
-    waiting = defaultdict(int)  # bytes by width
+def _rounding(
+    units: list[UnitPlan], second_moments: bool, by_gptq: bool
+) -> tuple[float, float, float, float]:
+    """Return (roots, columns, entries) of ``Work`` for the errors of rounding, and the operations
+    of the factors of every rank.
+
+    :param second_moments: whether these are known, else all rounds to nearest
+    """
+    roots = entries = products = 0
+    waiting = defaultdict(int)  # bytes by columns
     bits = max((len({c.bits for c in unit.candidates}) for unit in units), default=0)
     for unit in units:
         ranks = {c.rank for c in unit.candidates} - {None}
         for names in reading_together(unit.modules):
             up = sum(min(unit.modules[name][0], SAMPLED_ROWS) for name in names)
             rows = up + sum(min(rank, SAMPLED_ROWS) for rank in ranks)  # dense, and every `down`
-            columns = unit.modules[names[0]][1]
+            out, columns = sum(unit.modules[name][0] for name in names), unit.modules[names[0]][1]
             entries += bits * (rows * columns + up * sum(ranks))
-            inverses += bits * (columns**3 + len(names) * sum(rank**3 for rank in ranks))
-            waiting[columns] += 4 * columns * (rows + columns)
+            roots += columns**3 + sum(rank**3 for rank in ranks)
+            # rotated factors, and the moment of the latent
+            products += sum(2 * r * (r * (out + 2 * columns) + columns**2) for r in ranks)
+            waiting[columns] += 4 * columns * rows
             for rank in ranks:
-                waiting[rank] += 4 * len(names) * rank**2
-    steps = sum(bits * columns * -(-held // WAITING_BYTES) for columns, held in waiting.items())
-    return (inverses, steps, entries) if by_gptq else (0, 0, entries)
-
-
-def _inverse(moment: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the seconds of a call, on as many threads as torch has."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.timeit(4).mean
+                waiting[rank] += 4 * rank * up
+    rounds = {columns: -(-held // WAITING_BYTES) for columns, held in waiting.items()}
+    if not second_moments:
+        return 0, 0, entries, products
+    if by_gptq:  # which takes two more operations of a Cholesky factor's cost and more, every width
+        steps = sum(bits * columns * times for columns, times in rounds.items())
+        return 6 * bits * roots, steps, entries, products
+    steps = sum(bits * min(LEADING, columns) * times for columns, times in rounds.items())
+    return roots, steps, entries, products

@@ -10,13 +10,13 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
-from casp_plugin.maths.low_rank import quadratic_error
+from casp_plugin.maths.low_rank import losses_by_rank
 from casp_plugin.model.latent import Latent
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.schemes import missing_kernel, stored_bytes
 from casp_plugin.model.transforms import rotate_moment
 from casp_plugin.plan.plan import Candidate, UnitPlan
-from casp_plugin.pricing.rounding_error import RoundingErrors, WeightedError
+from casp_plugin.pricing.rounding_error import Rounding, RoundingErrors, WeightedError
 from casp_plugin.statistics.statistics import Statistics
 
 __all__ = ["Pricing", "join_units", "stored_shapes"]
@@ -35,8 +35,8 @@ class Pricing:
     :param schemes: weight scheme by bit width on offer
     :param statistics: statistics of the dense model; None leaves the errors unknown
     :param fisher: whether to weight output errors by the squared gradients of the loss
-    :param by_gptq: whether to round by GPTQ, which needs the second moments of inputs; if not, to
-        nearest, which needs their mean squares
+    :param rounding: of weights; to nearest it needs the mean squares of inputs, else their second
+        moments
     :param input_block: returns the size of the Hadamard blocks that will rotate a layer's input
     :param rank_multiple: ranks are multiples of this
     """
@@ -44,14 +44,17 @@ class Pricing:
     schemes: dict[int, QuantizationArgs]
     statistics: Statistics | None
     fisher: bool
-    by_gptq: bool
+    rounding: Rounding
     input_block: Callable[[str, nn.Linear | LowRankLinear], int]
     rank_multiple: int
-    _errors: RoundingErrors = field(default_factory=RoundingErrors, init=False)
+    _errors: RoundingErrors = field(init=False)
     _moments: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
     _pending: list[tuple[Candidate, float, list[WeightedError]]] = field(
         default_factory=list, init=False
     )
+
+    def __post_init__(self):
+        self._errors = RoundingErrors(self.rounding)
 
     def layers(self, dense: Layers, latent: Latent | None = None) -> UnitPlan:
         """Return layers with all candidates, whose errors :meth:`finish` fills in.
@@ -61,12 +64,14 @@ class Pricing:
         :raises ValueError: if a group size does not divide the columns of a weight
         """
         candidates = []
-        for rank in (None, *self._ranks(latent)):
+        ranks = self._ranks(latent)
+        known = self.statistics is not None
+        losses = self._factoring_losses(latent) if known and ranks else None
+        for rank in (None, *ranks):
             layers = dense if rank is None else latent.layers(rank)
             stored = _stored_weights(layers)
             self._check_groups(stored)
-            known = self.statistics is not None
-            lost = self._factoring_error(dense, layers) if known and rank is not None else 0.0
+            lost = 0.0 if rank is None or losses is None else losses[rank].item()
             rounding = self._rounding(layers) if known else {}
             for bits, args in self.schemes.items():
                 candidate = Candidate(
@@ -102,19 +107,23 @@ class Pricing:
     def _rounding(self, layers: Layers) -> dict[int, list[WeightedError]]:
         """Return the errors of rounding layers, or their factors, by bit width."""
         errors = {bits: [] for bits in self.schemes}
+        nearest = self.rounding == "nearest"
+        latents = {}
         for name, layer in layers.items():
-            known = self.statistics.second_moments if self.by_gptq else self.statistics.mean_squares
+            known = self.statistics.mean_squares if nearest else self.statistics.second_moments
             if name not in known:  # no token reached the layer
                 continue
             block = self.input_block(name, layer)
-            # (in, in) by GPTQ, (in,) to nearest
-            moment = self._rotated(known[name], block) if self.by_gptq else known[name]
+            # (in,) to nearest, else (in, in)
+            moment = known[name] if nearest else self._rotated(known[name], block)
             latent = None
             second = self.statistics.second_moments.get(name)
             if isinstance(layer, LowRankLinear) and second is not None:
-                down = layer.latent.weight.float()  # (r, in)
-                latent = down @ second @ down.T  # (r, in) @ (in, in) @ (in, r)
-                latent = latent if self.by_gptq else latent.diagonal()
+                if layer.latent not in latents:
+                    down = layer.latent.weight.float()  # (r, in)
+                    latents[layer.latent] = down @ second @ down.T  # (r, in) @ (in, in) @ (in, r)
+                latent = latents[layer.latent]
+                latent = latent.diagonal() if nearest else latent
             weights = self._row_weights(name, layer)  # (out,)
             for bits, args in self.schemes.items():
                 errors[bits].append(self._errors.of(layer, args, moment, weights, latent, block))
@@ -127,18 +136,17 @@ class Pricing:
             self._moments[key] = rotate_moment(moment, block)
         return self._moments[key]
 
-    def _factoring_error(self, dense: Layers, factored: dict[str, LowRankLinear]) -> float:
-        """Return the error of factors before rounding."""
-        error = 0.0
-        for name, layer in factored.items():
-            metric = self._row_weights(name, layer)  # (out,)
+    def _factoring_losses(self, latent: Latent) -> torch.Tensor:
+        """Return the error of factors before rounding, by rank."""
+        metrics = []
+        for name, linear in latent.linears.items():
+            metric = self._row_weights(name, linear)  # (out,)
             if self.fisher and name in self.statistics.gradient_moments:
                 metric = self.statistics.gradient_moments[name] / 2  # (out, out)
-            # (out, r) @ (r, in)
-            product = layer.up.weight.double() @ layer.latent.weight.double()
-            moment = self.statistics.second_moments[name]  # (in, in)
-            error += quadratic_error(product - dense[name].weight, moment, metric)
-        return error
+            metrics.append(metric)
+        spectrum = latent.spectrum
+        moment = self.statistics.second_moments[next(iter(latent.linears))]  # (in, in), of all
+        return losses_by_rank(spectrum.up, spectrum.down, moment, metrics)
 
     def _row_weights(self, name: str, layer: nn.Linear | LowRankLinear) -> torch.Tensor:
         """Return the cost of a squared error at the output channels of a layer, shape (out,)."""

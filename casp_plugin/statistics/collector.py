@@ -14,7 +14,14 @@ from torch import nn
 
 from casp_plugin.maths.errors import token_influence
 from casp_plugin.model.transforms import rotate
-from casp_plugin.statistics.hooks import Hooks, TokenMean, add_ranks, by_token, tokens_of
+from casp_plugin.statistics.hooks import (
+    Hooks,
+    TokenMean,
+    add_ranks,
+    by_token,
+    squared_norms,
+    tokens_of,
+)
 from casp_plugin.statistics.statistics import Request, Statistics
 from casp_plugin.system.distributed import gathered
 
@@ -98,11 +105,11 @@ class Collector:
                     self.moments.setdefault(owner, TokenMean()).add_products(x, n)
                 if squares:
                     mean = self.squares.setdefault((owner, block), TokenMean())
-                    mean.add(rotate(x, block).square().sum(0), n)  # (in,)
+                    mean.add(squared_norms(rotate(x, block)), n)  # (in,)
             if name in self.request.energies:
                 output = output if module.bias is None else output.float() - module.bias
                 y, n = self._weighted(output)  # (N, out)
-                self.outputs.setdefault(name, TokenMean()).add(y.square().sum(), n)
+                self.outputs.setdefault(name, TokenMean()).add(squared_norms(y).sum(), n)
 
         return hook
 

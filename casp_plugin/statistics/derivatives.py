@@ -25,18 +25,20 @@ from casp_plugin.statistics.hooks import (
     first_batches,
     image_mask,
     on_device,
+    squared_norms,
     token_mask,
     tokens_of,
 )
 from casp_plugin.system.distributed import gathered
 from casp_plugin.system.machine import trim_memory
 
-__all__ = ["AttentionDerivatives", "LossGradients", "draw_labels", "weights_read"]
+__all__ = ["AttentionDerivatives", "LossGradients", "chunk_tokens", "draw_labels", "weights_read"]
 
 #: least number of sequences and tokens for derivatives, which settle long before moments of inputs
-SAMPLES, TOKENS = 16, 8192
-#: number of tokens whose predictions are differentiated together
-CHUNK = 8
+SAMPLES, TOKENS = 8, 4096
+#: bytes of predictions, in float32, that are differentiated together: on a CPU they fit in its
+#: cache, on an accelerator few launches matter more
+CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 2**21, 2**28
 
 
 class LossGradients:
@@ -104,7 +106,7 @@ class LossGradients:
         def on_gradient(gradient: torch.Tensor) -> None:
             g = tokens_of(gradient, self._mask).float()  # (N, out)
             if name in self.squares:
-                self.squares[name].add(g.square().sum(0), len(g))  # (out,)
+                self.squares[name].add(squared_norms(g), len(g))  # (out,)
             if name in self.moments:
                 first = self.moments[name].total is None
                 self.moments[name].add_products(g, len(g))  # (out, out)
@@ -286,36 +288,45 @@ def _backward(
             f"{mask.numel()}: its decoder reads others, which cannot be measured"
         )
     counted = tokens if mask is None else tokens[mask.flatten()]
-    for chunk in counted.split(CHUNK):
-        probabilities = rows[chunk].float().softmax(-1)  # (CHUNK, V)
-        if not torch.isfinite(probabilities).all():
-            raise ValueError(
-                f"{type(model).__name__} puts out NaN or infinite values on the calibration data: "
-                "run it in a wider dtype, or leave out the samples that do it"
-            )
-        labels = draw_labels(probabilities, generator)  # (CHUNK, 1)
+    points = torch.rand(len(counted), 1, generator=generator).to(rows.device)  # one transfer
+    finite = torch.ones((), dtype=torch.bool, device=rows.device)  # read once: that waits
+    size = chunk_tokens(rows.shape[-1], rows.device)
+    for chunk, chunk_points in zip(counted.split(size), points.split(size), strict=True):
+        probabilities = rows[chunk].float().softmax(-1)  # (N, V)
+        finite &= torch.isfinite(probabilities).all()
+        labels = draw_labels(probabilities, chunk_points)  # (N, 1)
         minus_one = probabilities.new_full(labels.shape, -1)
-        slope = probabilities.scatter_add_(1, labels, minus_one)  # (CHUNK, V)
+        slope = probabilities.scatter_add_(1, labels, minus_one)  # (N, V)
         rows[chunk] = slope.to(rows.dtype)
+    if not finite:
+        raise ValueError(
+            f"{type(model).__name__} puts out NaN or infinite values on the calibration data: run "
+            "it in a wider dtype, or leave out the samples that do it"
+        )
     if mask is not None:
         rows[~mask.flatten()] = 0
     logits.backward(rows.view_as(logits))
     return len(counted)
 
 
-def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return the number of tokens whose predictions are differentiated together."""
+    limit = CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    return max(1, limit // (4 * vocabulary))
+
+
+def draw_labels(probabilities: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Draw one label from every distribution, with one random number per row.
 
     ``torch.multinomial`` takes one per entry, which is slow for a vocabulary.
 
-    :param probabilities: shape (N, V), on any device
-    :param generator: generator on the CPU
+    :param probabilities: shape (N, V)
+    :param points: random numbers in [0, 1), shape (N, 1)
     :return: indices, shape (N, 1)
     """
     below = probabilities.cumsum(-1)  # (N, V)
-    # (N, 1)
-    points = torch.rand(len(probabilities), 1, generator=generator).to(below) * below[:, -1:]
-    return torch.searchsorted(below, points, right=True).clamp_(max=probabilities.shape[1] - 1)
+    labels = torch.searchsorted(below, points * below[:, -1:], right=True)
+    return labels.clamp_(max=probabilities.shape[1] - 1)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ __all__ = [
     "first_batches",
     "image_mask",
     "on_device",
+    "squared_norms",
     "token_mask",
     "tokens_of",
 ]
@@ -191,3 +192,12 @@ def tokens_of(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """
     rows = values.reshape(-1, values.shape[-1])  # (B * T, C)
     return rows[mask.flatten()] if mask is not None and by_token(values, mask) else rows
+
+
+def squared_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of every channel, without a tensor of squares.
+
+    :param rows: shape (N, C)
+    :return: shape (C,), float32
+    """
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()

@@ -1,6 +1,7 @@
 """Measure a model section by section: notes of one are stored before the next one runs."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -13,7 +14,7 @@ from torch import nn
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import decoder_layers, reading_together
 from casp_plugin.statistics.cache import StatisticsCache
-from casp_plugin.statistics.derivatives import LossGradients, weights_read
+from casp_plugin.statistics.derivatives import weights_read
 from casp_plugin.statistics.forward import (
     SectionStatistics,
     calibrating,
@@ -52,7 +53,9 @@ def measure(
     sections, derivatives = cache.sections(), cache.derivatives()
     barrier()  # all ranks have read before any rank writes
     if derivatives is None:
-        derivatives = cache.keep_derivatives(collect_derivatives(model, dataloader, request))
+        with _explained(model):
+            collected = collect_derivatives(model, dataloader, request)
+        derivatives = cache.keep_derivatives(collected)
     densities = derivatives.attention_densities
     del derivatives
     whole = reduce(or_, sections, LayerNotes(last=False))
@@ -81,12 +84,9 @@ class FirstBatch:
     read: frozenset[str] = frozenset()
 
 
-def try_first_batch(
-    model: nn.Module, dataloader: Iterable[dict], gradients: frozenset[str] = frozenset()
-) -> FirstBatch:
+def try_first_batch(model: nn.Module, dataloader: Iterable[dict]) -> FirstBatch:
     """Run one batch through a model, so that a model that cannot be measured fails early.
 
-    :param gradients: linears whose output gradients will be requested
     :raises ValueError: if the batches hold no ``input_ids``, or the model cannot run them
     """
     with torch.random.fork_rng(devices=[]):  # reading a batch must not change later draws
@@ -97,27 +97,31 @@ def try_first_batch(
         raise ValueError(f"batches of the data hold {', '.join(batch)}, but no input_ids")
     linears, layers = dict(named_linears(model)), decoder_layers(model)
     reached: set[str] = set()
-    with calibrating(model):
-        try:
-            with Hooks(model) as hooks:
-                for name in linears:
-                    hooks.add(name, lambda *_, name=name: reached.add(name))
-                if gradients:
-                    loss_gradients = LossGradients(gradients, frozenset())
-                    loss_gradients.collect(model, [batch], layers, "Trying one batch")
-                else:
-                    with torch.no_grad():
-                        model(**on_device(batch, model))
-            called = frozenset().union(*gathered(frozenset(reached)))
-            unseen = {name: linear for name, linear in linears.items() if name not in called}
-            return FirstBatch(called, weights_read(model, batch, layers, unseen))
-        except (ValueError, OSError):
-            raise
-        except Exception as error:  # the model's code raises anything
-            raise ValueError(
-                f"{type(model).__name__} cannot be measured on the first batch of the data: "
-                f"{type(error).__name__}: {one_line(error)[:300]}"
-            ) from error
+    with calibrating(model), _explained(model):
+        with Hooks(model) as hooks, torch.no_grad():
+            for name in linears:
+                hooks.add(name, lambda *_, name=name: reached.add(name))
+            model(**on_device(batch, model))
+        called = frozenset().union(*gathered(frozenset(reached)))
+        unseen = {name: linear for name, linear in linears.items() if name not in called}
+        return FirstBatch(called, weights_read(model, batch, layers, unseen))
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Name the model in errors of its own code.
+
+    :raises ValueError: instead of them
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the model's code raises anything
+        raise ValueError(
+            f"{type(model).__name__} cannot be measured on the data: {type(error).__name__}: "
+            f"{one_line(error)[:300]}"
+        ) from error
 
 
 def _notes_of_section(

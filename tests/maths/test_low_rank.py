@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casp_plugin.maths.low_rank import (
+    losses_by_rank,
     quadratic_error,
     random_rotation,
     uniform_rank,
@@ -45,7 +46,7 @@ def test_matches_textbook_whitening(out, columns, rank):
     moment = x.T @ x / len(x)
     factors = whitened_spectrum(weight, moment, dampening_frac=0).factors(rank)
     expected = reference(weight.numpy(), moment.numpy(), rank)
-    np.testing.assert_allclose((factors.up @ factors.down).numpy(), expected, atol=1e-8)
+    np.testing.assert_allclose((factors.up @ factors.down).numpy(), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize(("out", "columns"), [(12, 20), (20, 12)])
@@ -60,6 +61,43 @@ def test_matches_textbook_two_sided_whitening(out, columns, rank):
     np.testing.assert_allclose(product.numpy(), expected, atol=1e-7)
     lost = quadratic_error(weight - product, moment, metric)
     assert spectrum.lost(rank) == pytest.approx(lost)
+
+
+@pytest.mark.parametrize(("out", "columns"), [(160, 96), (64, 96)])
+def test_eigenvectors_in_float32_cost_no_energy(out, columns):
+    """Of spectra that fall over five orders of magnitude, as those of real layers do."""
+    left, _, right = torch.linalg.svd(inputs(out, columns, seed=1), full_matrices=False)
+    weight = left @ torch.logspace(0, -2.5, len(right), dtype=torch.float64).diag() @ right
+    x, g = inputs(500, columns), inputs(500, out, seed=2)
+    moment, metric = x.T @ x / len(x), g.T @ g / len(g)
+    exact = whitened_spectrum(weight, moment, [metric])
+    rough = whitened_spectrum(weight.float(), moment, [metric])
+    total = quadratic_error(weight, moment, metric)
+    for rank in (8, 32, 60):
+        one, two = (
+            quadratic_error(weight - f.up.double() @ f.down.double(), moment, metric)
+            for f in (exact.factors(rank), rough.factors(rank))
+        )
+        assert two - one < 1e-6 * total
+        assert rough.error(rank) == pytest.approx(exact.error(rank), abs=1e-6)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_losses_by_rank_are_those_of_the_factors(diagonal):
+    """Of two stacked matrices, without the dampening that the factors were made with."""
+    weight, x, g = inputs(20, 12, seed=1), inputs(200, 12), inputs(300, 20, seed=2)
+    moment, metric = x.T @ x / len(x), g.T @ g / len(g)
+    blocks = [metric[:14, :14], metric[14:, 14:]]
+    spectrum = whitened_spectrum(weight, moment, blocks, dampening_frac=0.1)
+    given = [block.diagonal() for block in blocks] if diagonal else blocks
+    losses = losses_by_rank(spectrum.up, spectrum.down, moment, given)
+    whole = torch.block_diag(*blocks) * (torch.eye(20) if diagonal else 1)
+    assert losses[0] == pytest.approx(quadratic_error(weight, moment, whole))
+    assert losses[12] == 0
+    for rank in (1, 5, 11):
+        factors = spectrum.factors(rank)
+        expected = quadratic_error(weight - factors.up @ factors.down, moment, whole)
+        assert losses[rank] == pytest.approx(expected)
 
 
 def test_output_metric_spares_what_matters():

@@ -37,9 +37,9 @@ def measured():
     return linears, x, g, statistics
 
 
-def priced(statistics, linears, latent=None, fisher=True, by_gptq=True, block=1):
+def priced(statistics, linears, latent=None, fisher=True, rounding="gptq", block=1):
     schemes = {bits: weight_args(bits, GROUP) for bits in (2, 4)}
-    pricing = Pricing(schemes, statistics, fisher, by_gptq, lambda *args: block, 16)
+    pricing = Pricing(schemes, statistics, fisher, rounding, lambda *args: block, 16)
     unit = pricing.layers(linears, latent)
     pricing.finish()
     return unit
@@ -52,43 +52,46 @@ def latent_of(linears, statistics):
 
 
 @pytest.mark.parametrize("block", [1, 16])
-@pytest.mark.parametrize("by_gptq", [True, False])
-def test_fisher_price_of_dense_layers(measured, by_gptq, block):
+@pytest.mark.parametrize(
+    ("rounding", "tolerance"), [("gptq", 1e-3), ("first_order", 0.1), ("nearest", 1e-3)]
+)
+def test_fisher_price_of_dense_layers(measured, rounding, tolerance, block):
     """Half the mean squared gradient times the squared error, over all outputs and tokens."""
     linears, x, g, statistics = measured
     turned = rotate(x, block)
     statistics.mean_squares = dict.fromkeys(NAMES, turned.square().mean(0))
-    unit = priced(statistics, linears, by_gptq=by_gptq, block=block)
+    unit = priced(statistics, linears, rounding=rounding, block=block)
     second = rotate_moment(statistics.second_moments[NAMES[0]], block)
-    moment = second if by_gptq else second.diagonal()
+    moment = second.diagonal() if rounding == "nearest" else second
     for candidate in unit.candidates:
         expected = 0
         for name, linear in linears.items():
             args = weight_args(candidate.bits, GROUP)
             delta = rounding_delta(rotate(linear.weight.data, block), args, moment)
             weights = g[name].square().mean(0) / 2
-            if by_gptq:
-                expected += ((turned @ delta.T).square().mean(0) @ weights).item()
-            else:  # errors of different columns taken as uncorrelated
+            if rounding == "nearest":  # errors of different columns taken as uncorrelated
                 expected += (delta.square() @ moment @ weights).item()
-        assert candidate.error == pytest.approx(expected, rel=1e-3)
+            else:
+                expected += ((turned @ delta.T).square().mean(0) @ weights).item()
+        assert candidate.error == pytest.approx(expected, rel=tolerance)
 
 
 def test_gptq_prices_are_lower(measured):
     linears, _, _, statistics = measured
     by_gptq = priced(statistics, linears)
-    nearest = priced(statistics, linears, by_gptq=False)
+    nearest = priced(statistics, linears, rounding="nearest")
     # on correlated inputs: what is rounded first is made up for by what follows
     x_error = [c.error for c in by_gptq.candidates]
     assert x_error[0] < nearest.candidates[0].error
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "first_order"])
 @pytest.mark.parametrize("fisher", [True, False])
-def test_price_of_factors(measured, fisher):
+def test_price_of_factors(measured, fisher, rounding):
     """Lost and rounded at once, on real outputs; the two add up but for a cross term."""
     linears, x, g, statistics = measured
     latent = latent_of(linears, statistics)
-    unit = priced(statistics, linears, latent, fisher)
+    unit = priced(statistics, linears, latent, fisher, rounding)
     assert {c.rank for c in unit.candidates} == {None, 16, 32}
     candidate = next(c for c in unit.candidates if (c.rank, c.bits) == (16, 4))
     layers = latent.layers(16)

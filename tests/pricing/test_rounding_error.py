@@ -10,9 +10,9 @@ from casp_plugin.pricing import rounding_error as module
 from casp_plugin.pricing.rounding_error import RoundingErrors, rounding_delta
 
 
-def rounding_error(*arguments, **options):
-    errors = RoundingErrors()
-    found = errors.of(*arguments, **options)
+def rounding_error(*arguments, rounding="nearest"):
+    errors = RoundingErrors(rounding)
+    found = errors.of(*arguments)
     errors.finish()
     return found.value
 
@@ -78,23 +78,51 @@ def test_a_silent_layer_has_no_error(x):
     assert rounding_error(linear, weight_args(2, 16), torch.ones(32), torch.zeros(48)) == 0.0
 
 
+@pytest.fixture
+def massive():
+    """Correlated inputs, three channels of which carry most of the energy together."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    x[:, :3] += 100 * torch.randn(4000, 1, generator=generator) * torch.tensor([8.0, 3.0, 1.0])
+    return x
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_first_order_is_near_what_gptq_leaves(massive, bits, group_size):
+    """Where rounding to nearest, and counting every column by itself, is far off."""
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 48, bias=False)
+    moment, weights, args = (
+        massive.T @ massive / 4000,
+        torch.ones(48),
+        weight_args(bits, group_size),
+    )
+    measured = rounding_error(linear, args, moment, weights, rounding="gptq")
+    found = rounding_error(linear, args, moment, weights, rounding="first_order")
+    nearest = rounding_error(linear, args, moment.diagonal(), weights)
+    assert found == pytest.approx(measured, rel=0.2)
+    assert nearest > 2 * measured
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "first_order", "nearest"])
 @pytest.mark.parametrize("waiting", [0, 2**28], ids=["one by one", "together"])
-def test_many_at_once_are_as_each_alone(x, waiting, monkeypatch):
-    """Dense and factored, two shapes, two schemes, GPTQ and nearest; one latent for two layers."""
+def test_many_at_once_are_as_each_alone(x, waiting, rounding, monkeypatch):
+    """Dense and factored, two shapes, two schemes; one latent for two layers."""
     monkeypatch.setattr(module, "WAITING_BYTES", waiting)
     torch.manual_seed(0)
     moment = x.T @ x / len(x) + 0.1
+    moment = moment.diagonal() if rounding == "nearest" else moment
     q = LowRankLinear(32, 48, 16)
     k = LowRankLinear(32, 24, 16, latent_of=q)
     layers = [nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(32, 24), q, k]
     asked = [
-        (layer, weight_args(bits, 16), each, torch.rand(layer.out_features))
+        (layer, weight_args(bits, 16), moment, torch.rand(layer.out_features))
         for layer in layers
         for bits in (2, 3)
-        for each in (moment, moment.diagonal())
     ]
-    alone = [rounding_error(*arguments) for arguments in asked]
-    errors = RoundingErrors()
+    alone = [rounding_error(*arguments, rounding=rounding) for arguments in asked]
+    errors = RoundingErrors(rounding)
     found = [errors.of(*arguments) for arguments in asked]
     errors.finish()
     assert [error.value for error in found] == pytest.approx(alone, rel=1e-4)

@@ -177,11 +177,10 @@ def test_layers_that_are_read_without_being_called(tiny_llama, batches):
     model = load_model(tiny_llama)
     layer = model.model.layers[0]
     layer.mlp = Reads(layer.mlp)
-    for gradients in (frozenset(), frozenset({"model.layers.1.mlp.up_proj"})):
-        found = try_first_batch(model, batches, gradients)
-        assert found.read == {"model.layers.0.mlp.read"}
-        assert "model.layers.0.mlp.mlp.up_proj" in found.reached
-        assert not {"model.layers.0.mlp.read", "model.layers.0.mlp.dead"} & found.reached
+    found = try_first_batch(model, batches)
+    assert found.read == {"model.layers.0.mlp.read"}
+    assert "model.layers.0.mlp.mlp.up_proj" in found.reached
+    assert not {"model.layers.0.mlp.read", "model.layers.0.mlp.dead"} & found.reached
     assert not [p for p in model.parameters() if p.grad is not None]
 
 
@@ -207,7 +206,7 @@ def test_unreached_layers_get_scales_of_their_own(files):
 def test_a_first_batch_that_cannot_run(tiny_llama):
     model = load_model(tiny_llama)
     model.model.layers[0].mlp.forward = lambda x: x[:, :, :3] + x
-    with pytest.raises(ValueError, match=r"cannot be measured on the first batch .* RuntimeError"):
+    with pytest.raises(ValueError, match=r"cannot be measured on the data: RuntimeError"):
         try_first_batch(model, [{"input_ids": torch.arange(3, 9)[None]}])
     with pytest.raises(ValueError, match="hold pixels, but no input_ids"):
         try_first_batch(model, [{"pixels": torch.zeros(1)}])

@@ -124,8 +124,10 @@ def test_no_data(load_tiny):
         collect(load_tiny(), [], Request(frozenset({Q})))
 
 
-def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_gradients_against_autograd(load_tiny, batches, chunk, monkeypatch):
     """Squares and second moments of the gradient for labels drawn from the predictions."""
+    monkeypatch.setattr("casp_plugin.statistics.derivatives.chunk_tokens", lambda *_: chunk)
     monkeypatch.setattr("casp_plugin.statistics.derivatives.SAMPLES", 4)
     monkeypatch.setattr("casp_plugin.statistics.derivatives.TOKENS", 0)
     model = load_tiny()
@@ -140,8 +142,8 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
         )
     for batch in list(batches)[:2]:
         logits = model(**batch).logits.flatten(0, 1)
-        generator = derivatives._generator(batch, None)
-        labels = derivatives.draw_labels(logits.detach().softmax(-1), generator)[:, 0]
+        points = torch.rand(len(logits), 1, generator=derivatives._generator(batch, None))
+        labels = derivatives.draw_labels(logits.detach().softmax(-1), points)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         for name, g in zip(outputs, torch.autograd.grad(loss, outputs.values()), strict=True):
             gradients[name].append(g.flatten(0, 1).double())
@@ -161,7 +163,8 @@ def test_gradients_against_autograd(load_tiny, batches, monkeypatch):
 def test_drawn_as_often_as_likely():
     chances = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     generator = torch.Generator().manual_seed(0)
-    labels = derivatives.draw_labels(chances.expand(20000, -1), generator)
+    points = torch.rand(20000, 1, generator=generator)
+    labels = derivatives.draw_labels(chances.expand(20000, -1), points)
     often = labels.flatten().bincount(minlength=6) / 20000
     torch.testing.assert_close(often, chances, atol=0.01, rtol=0)
     assert often[chances == 0].sum() == 0
