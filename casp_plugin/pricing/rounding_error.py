@@ -136,7 +136,7 @@ class RoundingErrors:
                         rows.errors = own  # (s,)
             for rows in waiting:
                 rows.weight = rows.input = None
-            trim_memory()  # without it, memory grows by the moments of every layer
+        trim_memory()  # without it, memory grows by the moments of every layer
         self._waiting.clear()
         self._rows.clear()
         self._inputs.clear()
