@@ -40,6 +40,8 @@ _TENSORS = [field.name for field in fields(Statistics) if "torch.Tensor" in str(
 _SPECTRUM = [field.name for field in fields(Spectrum)]
 _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
+#: raised with every change of the code that makes statistics or notes: older ones are not read
+FORMAT = 2
 
 
 class StatisticsCache:
@@ -81,6 +83,7 @@ class StatisticsCache:
         requested = {field.name: getattr(request, field.name) for field in fields(Request)}
         requested = {n: sorted(v) if isinstance(v, frozenset) else v for n, v in requested.items()}
         contents = {
+            "format": FORMAT,
             "config": _json_digest(model.config.to_json_string(use_diff=False)),
             "weights": _model_digest(model),
             "data": _json_digest("".join(gathered(_data_digest(dataloader)))),
