@@ -37,7 +37,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from casp_plugin.data.sources import load_text
 from casp_plugin.model.load import load_model
-from casp_plugin.modifiers import plan_recipe
+from casp_plugin.modifiers import estimate_recipe, plan_recipe
+from casp_plugin.modifiers.run_estimate import Data
 from casp_plugin.system.files import whole_folder
 
 app = typer.Typer(add_completion=False)
@@ -153,6 +154,7 @@ def parts(
     _, batches = calibration(model, dataset, samples, max_length, 0)
     set_seed(0)
     loaded = load_model(model)
+    expected = estimate_recipe(loaded, recipe.read_text(), Data(samples, max_length)).seconds
     spent = {}
     with ExitStack() as stack:
         for part in (MEASURE, DERIVATIVES, FACTORS, PRICES):
@@ -170,6 +172,7 @@ def parts(
                 "errors of rounding": spent[PRICES],
                 "checks, choice, installation": whole - spent[MEASURE],
                 "all": whole,
+                "all, as `casp plan` expects": expected,
             }
         )
     )

@@ -88,13 +88,13 @@ class Work:
 
 @cache
 def speed_of(dtype: torch.dtype) -> Work:
-    """Measure the operations of this machine in a second, on the device that calibration will use;
-    that takes about a second, once in a process.
+    """Measure the operations of this machine in a second, on the device that calibration will use,
+    once in a process.
 
     :param dtype: dtype of the model
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    size = 512
+    size = 512 if device.type == "cpu" else 4096  # launches would hide the speed of a GPU
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's generators alone
     wide = torch.randn(size, 4 * size, device=device, generator=generator)
     tall = wide.to(dtype)
@@ -223,10 +223,15 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     largest = max(inputs, default=0)
     sums = sum(inputs) + derived
     section = min(sums, forward.SECTION_BYTES + sums // max(len(layers), 1))
-    waiting = 4 * max(min(sum(inputs), WAITING_BYTES), largest)  # stacked, inverted, factored
-    # eigenvectors and the workspace of a solver, in float64
-    shapes = _factored(linears, request)
-    solving = 8 * max((rows * (5 * rows + columns) for rows, columns in shapes), default=0)
+    waiting = min(sum(inputs), WAITING_BYTES) + 3 * largest  # copies in order, and their roots
+    # weights, roots, eigenvectors and the workspace of a solver, in float64
+    solving = 8 * max(
+        (
+            3 * rows * columns + rows**2 + columns**2 + 5 * min(rows, columns) ** 2
+            for rows, columns in _factored(linears, request)
+        ),
+        default=0,
+    )
     measured = data.first_tokens(forward.SAMPLES, forward.tokens_needed(model, request))
     ahead = measured * hidden * size + section + max(waiting, solving)
     return round(SLACK * (stored + max(back, ahead)))
