@@ -44,15 +44,10 @@ __all__ = [
     "Factors",
     "Spectrum",
     "losses_by_rank",
-    "quadratic_error",
     "random_rotation",
     "uniform_rank",
     "whitened_spectrum",
 ]
-
-
-#: least share of the mean diagonal that is added, so that a singular matrix has a Cholesky factor
-LEAST_DAMPENING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,7 @@ def _by_inputs(
     precision: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return energies and balanced factors by the eigenvectors Q of M^T M, shape (in, in)."""
-    root = None if moment is None else torch.linalg.cholesky(moment)  # R
+    root = None if moment is None else _root(moment)  # R
     gram = weight.T @ _by_block(metric, weight)  # W^T G W: (in, out) @ (out, in)
     if root is not None:
         gram = root.T @ gram @ root
@@ -179,7 +174,7 @@ def _by_outputs(
     precision: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return energies and balanced factors by the eigenvectors P of M M^T, shape (out, out)."""
-    roots = metric and [torch.linalg.cholesky(block) for block in metric]  # L, block by block
+    roots = metric and [_root(block) for block in metric]  # L, block by block
     transposed = roots and [root.T for root in roots]
     gram = weight @ (weight if moment is None else weight @ moment).T  # W H W^T, (out, out)
     gram = _by_block(transposed, _by_block(transposed, gram).T)
@@ -200,6 +195,19 @@ def _by_block(blocks: Sequence[torch.Tensor] | None, matrix: torch.Tensor) -> to
         return matrix
     parts = matrix.split([len(block) for block in blocks])
     return torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)])
+
+
+def _root(metric: torch.Tensor) -> torch.Tensor:
+    """Return the Cholesky factor of a positive semidefinite matrix, with the least dampening that
+    gives it one: sums in float32 leave a singular matrix with slightly negative eigenvalues."""
+    dampening = 1e-9 * metric.diagonal().mean()
+    root, failed = torch.linalg.cholesky_ex(metric)
+    while failed:
+        root, failed = torch.linalg.cholesky_ex(
+            metric + dampening * torch.eye(len(metric)).to(metric)
+        )
+        dampening = 10 * dampening
+    return root
 
 
 def _eigenvectors(gram: torch.Tensor, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +255,7 @@ def damped(blocks: Sequence[torch.Tensor], dampening_frac: float, name: str) -> 
     mean = torch.cat([block.diagonal() for block in blocks]).mean()
     for block in blocks:
         if mean > 0:
-            block.diagonal().add_(max(dampening_frac, LEAST_DAMPENING) * mean)
+            block.diagonal().add_(dampening_frac * mean)
         else:
             block.copy_(torch.eye(len(block)))
     return blocks
@@ -278,7 +286,7 @@ def losses_by_rank(
 
     That is the sum over i, j >= r of ``(up^T G up)_ij (down H down^T)_ij``.
 
-    :param up: shape (out, k), of matrices stacked along out
+    :param up: shape (out, k), k = min(out, in), of matrices stacked along out
     :param down: shape (k, in)
     :param second_moment: H, shape (in, in)
     :param output_metric: blocks along the diagonal of G, of shape (its out, its out), or (its out,)
@@ -294,22 +302,6 @@ def losses_by_rank(
     last_first = (outputs * inputs).double().flip(0, 1)
     sums = last_first.cumsum(0).cumsum(1).diagonal().flip(0)  # (k,)
     return torch.cat([sums, sums.new_zeros(1)]).clamp_min(0)
-
-
-def quadratic_error(
-    delta: torch.Tensor, second_moment: torch.Tensor, output_metric: torch.Tensor
-) -> float:
-    """Return ``E[dy^T G dy] = tr(G dW H dW^T)`` of a weight error.
-
-    :param delta: dW, shape (out, in)
-    :param second_moment: H, shape (in, in)
-    :param output_metric: G, shape (out, out), or its diagonal, shape (out,)
-    """
-    delta = delta.to(torch.float64)
-    output = delta @ second_moment.to(delta) @ delta.T  # (out, in) @ (in, in) @ (in, out)
-    metric = output_metric.to(delta)
-    metric = metric if metric.ndim == 2 else metric.diag()  # (out, out)
-    return (metric * output).sum().item()
 
 
 def uniform_rank(out_features: int, in_features: int, keep: float, multiple: int) -> int:

@@ -110,8 +110,8 @@ class BitAllocationModifier(OneshotModifier):
         floats, one layer at a time); `gptq`, every candidate rounded by GPTQ, which takes about as
         long as quantizing; `nearest`; or `auto`: `first_order` unless the quantizer that follows
         rounds to nearest
-    :param solver: `exact`: least sum of importance x measured rounding error, by a
-        multiple-choice knapsack; `closed_form`: bits as near as the budget allows to the
+    :param solver: `exact`: least sum of importance x rounding error, by a multiple-choice
+        knapsack; `closed_form`: bits as near as the budget allows to the
         paper's b_l = B + 1/2 log2(s_l / geometric mean); not with `fisher`, which has no one
         number a layer
     :param granularity: `unit`: one width for each layer that vLLM fuses; `layer`: one for each

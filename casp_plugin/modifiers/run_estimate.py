@@ -93,8 +93,9 @@ def speed_of(dtype: torch.dtype) -> Work:
 
     :param dtype: dtype of the model
     """
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    size = 512 if device.type == "cpu" else 4096  # launches would hide the speed of a GPU
+    device = _device()
+    # launches would hide the speed of a GPU
+    size, calls = (512, 4) if device.type == "cpu" else (2048, 1)
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's generators alone
     wide = torch.randn(size, 4 * size, device=device, generator=generator)
     tall = wide.to(dtype)
@@ -111,7 +112,7 @@ def speed_of(dtype: torch.dtype) -> Work:
                 torch.accelerator.synchronize()
 
         run()
-        return timeit(run, number=4) / 4
+        return timeit(run, number=calls) / calls
 
     search = seconds(lambda: rounding_delta(weight, args, energies))
     gptq = seconds(lambda: rounding_delta(weight[:, :64], args, moment[:64, :64]))
@@ -216,7 +217,7 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
         parts = layers or [model]  # nothing is run again on the way back where there are none
         outputs = (sum(linear.out_features for _, linear in named_linears(p)) for p in parts)
         vocabulary = head.out_features if head is not None else 0
-        together = derivatives.chunk_tokens(vocabulary or 1, torch.device("cpu"))
+        together = derivatives.chunk_tokens(vocabulary or 1, _device())
         logits = vocabulary * (data.tokens * size + 16 * together)
         back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
@@ -306,3 +307,8 @@ def _rounding(
         return 6 * bits * roots, steps, entries, products
     steps = sum(bits * min(LEADING, columns) * times for columns, times in rounds.items())
     return roots, steps, entries, products
+
+
+def _device() -> torch.device:
+    """Return the device that calibration will use."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -202,7 +202,7 @@ class CompressionPlan(_Model):
     :param model: name or path of the source model
     :param versions: package versions that made the plan
     :param seed: torch's seed when the plan was made
-    :param calibration_tokens: number of tokens behind the statistics; None without statistics
+    :param calibration_tokens: number of tokens of the calibration data; None without data
     :param settings: fields of the modifiers, as given, by class name
     :param average_bits: the budget, or the budgets by component, as given; None if no bits were
         allocated

@@ -1,4 +1,4 @@
-"""Prices of candidates: bytes, and the measured output error.
+"""Prices of candidates: bytes, and the output error.
 
 Shapes: in and out are the channels of a linear, r the rank of its factors.
 """

@@ -115,6 +115,12 @@ class RoundingErrors:
 
     @torch.no_grad()
     def finish(self) -> None:
+        """Round all waiting weights, and forget their inputs."""
+        self._round()
+        self._inputs.clear()
+        trim_memory()  # without it, memory grows by the moments of every layer
+
+    def _round(self) -> None:
         """Round all waiting weights."""
         for waiting in self._waiting.values():  # of one width and scheme
             # weights that read one input are stacked, and rounded as one weight
@@ -136,10 +142,10 @@ class RoundingErrors:
                         rows.errors = own  # (s,)
             for rows in waiting:
                 rows.weight = rows.input = None
-        trim_memory()  # without it, memory grows by the moments of every layer
         self._waiting.clear()
         self._rows.clear()
-        self._inputs.clear()
+        if self._rounding == "gptq":  # whose moments are stacked
+            self._inputs.clear()
         self._bytes = 0
 
     def _rounded_rows(
@@ -151,10 +157,10 @@ class RoundingErrors:
         if rows is None:
             rows = _RoundedRows(linear.weight, args, self._input(moment), block)
             self._rows[linear, scheme] = rows
-            self._waiting[rows.weight.shape[1], scheme].append(rows)
+            self._waiting[rows.weight.shape[1], moment.ndim, scheme].append(rows)
             self._bytes += rows.weight.nbytes
             if self._bytes > WAITING_BYTES:
-                self.finish()
+                self._round()
         return rows
 
     def _input(self, moment: torch.Tensor) -> "_Input":
@@ -162,7 +168,7 @@ class RoundingErrors:
         known = self._inputs.get(id(moment))
         if known is None:
             known = self._inputs[id(moment)] = _Input(moment, self._rounding)
-            if known.costs is None:  # else the moment is needed no more
+            if known.costs is None:
                 self._bytes += moment.nbytes
         return known
 

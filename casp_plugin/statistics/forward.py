@@ -8,6 +8,7 @@ and ``maths.errors``.
 Shapes: B sequences of a batch, T tokens of a sequence.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -92,13 +93,14 @@ def collect_derivatives(
     maps = AttentionDensities(request.attention_maps)
     layers = decoder_layers(model)
     with calibrating(model):
+        # first, because a model may fail there and nowhere else
+        if request.gradients or request.gradient_moments:
+            gradients.collect(model, dataloader, layers)
+        if request.attention_moments:
+            attention.collect(model, dataloader, layers)
         if request.attention_maps:
             maps.collect(model, dataloader)
             trim_memory()
-        if request.attention_moments:
-            attention.collect(model, dataloader, layers)
-        if request.gradients or request.gradient_moments:
-            gradients.collect(model, dataloader, layers)
     return Statistics(
         gradient_squares=_finished(gradients.squares),
         gradient_moments=_finished(gradients.moments),
@@ -117,8 +119,8 @@ def collect_sections(
     """Run calibration data through the model, and yield the requested statistics section by
     section.
 
-    Of much data the first batches do: see :func:`tokens_needed`. Modules that no token reaches (a
-    dead expert) are absent from the result.
+    Of much data some batches do, evenly spread: see :func:`tokens_needed`. Modules that no token
+    reaches (a dead expert) are absent from the result.
 
     :param model: the model, on any device
     :param dataloader: batches, keyword arguments of the model
@@ -129,7 +131,7 @@ def collect_sections(
     """
     device = next(model.parameters()).device
     batches = _Batches(model, device, request)
-    waiting = IntermediatesCache.from_dataloader(batches.watched(dataloader), device)
+    waiting = IntermediatesCache.from_dataloader(batches.chosen(dataloader), device)
     tokens = gathered(batches.tokens)
     if not any(tokens):
         raise ValueError("the calibration dataset is empty: pass at least one sample of text")
@@ -195,32 +197,38 @@ class _Batches:
         self._model = model
         self._device = device
         self._image_weight = request.image_weight
-        ranks = number_of_ranks()
-        self._samples = -(-SAMPLES // ranks)
-        self._needed = -(-tokens_needed(model, request) // ranks)
+        self._images = False
+        self._needed = tokens_needed(model, request)
 
-    def watched(self, dataloader: Iterable[dict]) -> Iterator[dict]:
-        """Yield the first batches until they are enough, and keep their masks and weights.
+    def chosen(self, dataloader: Iterable[dict]) -> Iterator[dict]:
+        """Yield batches with enough sequences and tokens, evenly spread over the data, and keep
+        their masks and weights.
 
-        All batches are checked and counted: the quantizer will read them.
+        All batches are checked and counted: the quantizer will read them. With several ranks, each
+        gives its part.
         """
-        samples = 0
+        sequences = 0
         for batch in dataloader:
             check_tokens(batch, self._model)
-            mask, weights = token_mask(batch), self._token_weights(batch)
-            enough = samples >= self._samples and self.tokens >= self._needed
+            self._images = self._images or self._token_weights(batch) is not None
             if "input_ids" in batch:
-                samples += len(batch["input_ids"])
+                mask = token_mask(batch)
+                sequences += len(batch["input_ids"])
                 self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            if enough:
+        ranks = number_of_ranks()
+        wanted = (SAMPLES / ranks / max(sequences, 1), self._needed / ranks / max(self.tokens, 1))
+        share = min(1.0, max(wanted))
+        for number, batch in enumerate(dataloader):
+            if math.floor((number + 1) * share) == math.floor(number * share):
                 continue
+            mask, weights = token_mask(batch), self._token_weights(batch)
             self.masks.append(mask if mask is None else mask.to(self._device))
             self.weights.append(weights if weights is None else weights.to(self._device))
             yield batch
 
     def warn(self) -> None:
         """Warn where ``image_weight`` is set and no token stands for an image."""
-        if self._image_weight not in (None, 1) and all(w is None for w in self.weights):
+        if self._image_weight not in (None, 1) and not self._images:
             logger.warning("image_weight changes nothing: no token of the data stands for an image")
 
     def _token_weights(self, batch: dict) -> torch.Tensor | None:

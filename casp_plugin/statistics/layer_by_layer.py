@@ -115,7 +115,7 @@ def _explained(model: nn.Module) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model's code raises anything
         raise ValueError(

@@ -97,7 +97,7 @@ class Statistics:
     :param routed: share of tokens that the router sends to a linear's expert; llm-compressor runs
         all tokens through every expert, so other statistics do not show it
     :param reached: linears that a token reached
-    :param tokens: number of tokens, without padding
+    :param tokens: number of tokens of the calibration data, without padding
     """
 
     second_moments: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 
 from casp_plugin.maths.low_rank import (
     losses_by_rank,
-    quadratic_error,
     random_rotation,
     uniform_rank,
     whitened_spectrum,
 )
 from casp_plugin.model.schemes import weight_args
 from casp_plugin.pricing.rounding_error import rounding_delta
+
+
+def quadratic_error(delta, moment, metric):
+    """E[dy^T G dy] = tr(G dW H dW^T); G may be its diagonal."""
+    metric = metric if metric.ndim == 2 else metric.diag()
+    delta = delta.double()
+    return (metric.double() * (delta @ moment.double() @ delta.T)).sum().item()
 
 
 def reference(weight, moment, rank, metric=None):
@@ -220,6 +226,19 @@ def test_rank_deficient_statistics_do_no_harm(tokens, dampening):
     assert torch.isfinite(product).all()
     if tokens and not dampening:  # rank 6 holds all that so few tokens can tell apart
         torch.testing.assert_close(x @ product.T, x @ weight.T, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("out", "columns"), [(160, 96), (64, 96)])
+@pytest.mark.parametrize("dampening", [0.0, 1e-7])
+def test_singular_statistics_in_float32(out, columns, dampening):
+    """Of fewer tokens than channels, one direction far above the others: both sides."""
+    weight = inputs(out, columns, seed=1).float()
+    x, g = inputs(40, columns).float(), inputs(30, out, seed=2).float()
+    x[:, 0] *= 1000
+    moment, metric = x.T @ x / len(x), g.T @ g / len(g)
+    factors = whitened_spectrum(weight, moment, [metric], dampening).factors(40)
+    lost = quadratic_error(weight - factors.up @ factors.down, moment, metric)
+    assert lost < 1e-5 * quadratic_error(weight, moment, metric)  # 30 directions are all there is
 
 
 def test_zero_weight_stays_zero():
