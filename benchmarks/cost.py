@@ -19,6 +19,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from pkgutil import resolve_name
 from statistics import median_high
@@ -113,7 +114,8 @@ def run(
         spent = {}
         for row, (checkout, recipe) in runs.items():
             given = (checkout, folder, recipe, data, work)
-            made = log.run(f"{title} {row}", lambda given=given: asdict(_compress(*given)))
+            key = _key("compress", *given)
+            made = log.run(key, lambda given=given: asdict(_compress(*given)))
             spent[row] = Spent(made["seconds"], made["cpu_seconds"], made["memory"])
             over = spent[row].seconds / spent["GPTQ"].seconds - 1
             cells = [f"{spent[row].seconds:.0f}", f"{spent[row].cpu_seconds:.0f}"]
@@ -121,12 +123,9 @@ def run(
             costs.append([title, row, *cells])
             show(COSTS, costs)
         recipe = recipes["casp + GPTQ"]
+        both = [(checkout, folder, recipe, data, work) for checkout in (before, Path())]
         theirs, ours = (
-            log.run(
-                f"{title} parts {checkout}",
-                lambda given=(checkout, folder, recipe, data, work): _parts(*given),
-            )
-            for checkout in (before, Path())
+            log.run(_key("parts", *given), lambda given=given: _parts(*given)) for given in both
         )
         for part in ours:
             if part != "key":
@@ -241,6 +240,13 @@ def _small(model: str) -> dict[str, str]:
     return {
         name: at_budget(Path("recipes/smollm2") / file, 2.28, model) for name, file in files.items()
     }
+
+
+def _key(kind: str, checkout: Path, *arguments) -> str:
+    """Return the key of a run: all that it depends on, the code of the checkout too."""
+    code = sorted((checkout / "casp_plugin").rglob("*.py"))
+    facts = [kind, *map(str, arguments), *(path.read_text() for path in code)]
+    return sha256("\0".join([*facts, str(torch.get_num_threads())]).encode()).hexdigest()
 
 
 def _command(checkout: Path, script: str, *arguments) -> Spent:

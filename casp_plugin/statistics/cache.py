@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields
-from functools import reduce
+from functools import cache, reduce
 from hashlib import blake2b
 from operator import or_
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import casp_plugin
 from casp_plugin.maths.low_rank import Spectrum
 from casp_plugin.plan.plan import UnitPlan
 from casp_plugin.statistics.layer_notes import LayerNotes
@@ -40,8 +41,8 @@ _TENSORS = [field.name for field in fields(Statistics) if "torch.Tensor" in str(
 _SPECTRUM = [field.name for field in fields(Spectrum)]
 _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
-#: raised with every change of the code that makes statistics or notes: older ones are not read
-FORMAT = 2
+#: rooms whose code makes statistics and notes: those of other code are not read
+_ROOMS = ("maths", "model", "pricing", "statistics")
 
 
 class StatisticsCache:
@@ -83,7 +84,7 @@ class StatisticsCache:
         requested = {field.name: getattr(request, field.name) for field in fields(Request)}
         requested = {n: sorted(v) if isinstance(v, frozenset) else v for n, v in requested.items()}
         contents = {
-            "format": FORMAT,
+            "code": _code_digest(),
             "config": _json_digest(model.config.to_json_string(use_diff=False)),
             "weights": _model_digest(model),
             "data": _json_digest("".join(gathered(_data_digest(dataloader)))),
@@ -243,6 +244,14 @@ def _read_pair(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
     except (OSError, ValueError, SafetensorError) as error:
         logger.warning(f"{path}.* cannot be read, and is measured again: {error}")
         return None
+
+
+@cache
+def _code_digest() -> str:
+    """Return a digest of the code that makes statistics and notes."""
+    package = Path(casp_plugin.__file__).parent
+    files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))
+    return _json_digest([path.read_text(encoding="utf-8") for path in files])
 
 
 def _tell_changes(folder: Path, facts: dict) -> None:

@@ -244,3 +244,13 @@ def test_a_run_that_stops_while_it_prices(tmp_path, load_tiny, batches, monkeypa
 
 def _interrupted(*arguments):
     raise KeyboardInterrupt
+
+
+def test_notes_of_other_code_are_not_read(tmp_path, load_tiny, batches, measured, monkeypatch):
+    plan_recipe(load_tiny(), recipe(tmp_path, 5.0), batches)
+    del measured[:]
+    plan_recipe(load_tiny(), recipe(tmp_path, 5.0), batches)
+    assert not measured
+    monkeypatch.setattr("casp_plugin.statistics.cache._code_digest", lambda: "other")
+    plan_recipe(load_tiny(), recipe(tmp_path, 5.0), batches)
+    assert measured
