@@ -191,7 +191,8 @@ def work_of(
         passes += 2 * weights * data.first_tokens(attention_maps.SAMPLES, 0)
     if request.attention_moments:
         passes += 4 * weights * derived
-    products = sum(2 * columns**2 * measured for columns in _inputs(linears, request))
+    inputs = _inputs(linears, request)
+    products = sum(2 * columns**2 * measured for columns in inputs)
     products += 2 * _metric_entries(linears, request) * derived
     precise = eigenvalues = 0
     for rows, columns in _factored(linears, request):
@@ -200,7 +201,7 @@ def work_of(
         # products with G and H, with their roots, and with the eigenvectors
         precise += 2 * rows**2 * columns + 6 * rows * columns * size + 7 * size**3
         products += 2 * rows**2 * size + 4 * columns * size**2  # losses of all ranks
-    roots, steps, entries, of_ranks = _rounding(units, bool(request.second_moments), by_gptq)
+    roots, steps, entries, of_ranks = _rounding(units, inputs, by_gptq)
     return Work(passes, products + of_ranks, precise, eigenvalues, roots, steps, entries)
 
 
@@ -276,14 +277,15 @@ def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:
 
 
 def _rounding(
-    units: list[UnitPlan], second_moments: bool, by_gptq: bool
+    units: list[UnitPlan], inputs: list[int], by_gptq: bool
 ) -> tuple[float, float, float, float]:
     """Return (roots, columns, entries) of ``Work`` for the errors of rounding, and the operations
     of the factors of every rank.
 
-    :param second_moments: whether these are known, else all rounds to nearest
+    :param inputs: columns of the second moments; none where all rounds to nearest
     """
-    roots = entries = products = 0
+    roots = sum(columns**3 for columns in inputs)
+    entries = products = 0
     waiting = defaultdict(int)  # bytes by columns
     bits = max((len({c.bits for c in unit.candidates}) for unit in units), default=0)
     for unit in units:
@@ -293,14 +295,14 @@ def _rounding(
             rows = up + sum(min(rank, SAMPLED_ROWS) for rank in ranks)  # dense, and every `down`
             out, columns = sum(unit.modules[name][0] for name in names), unit.modules[names[0]][1]
             entries += bits * (rows * columns + up * sum(ranks))
-            roots += columns**3 + sum(rank**3 for rank in ranks)
+            roots += sum(rank**3 for rank in ranks)
             # rotated factors, and the moment of the latent
             products += sum(2 * r * (r * (out + 2 * columns) + columns**2) for r in ranks)
             waiting[columns] += 4 * columns * rows
             for rank in ranks:
                 waiting[rank] += 4 * rank * up
     rounds = {columns: -(-held // WAITING_BYTES) for columns, held in waiting.items()}
-    if not second_moments:
+    if not inputs:
         return 0, 0, entries, products
     if by_gptq:  # which takes two more operations of a Cholesky factor's cost and more, every width
         steps = sum(bits * columns * times for columns, times in rounds.items())

@@ -70,6 +70,32 @@ def test_experts_that_read_one_input_count_once(tmp_path):
     assert found.products == 2 * DATA.all_tokens * (64**2 + 4 * 64**2)
 
 
+def test_operations_of_rounding(source):
+    """One Cholesky factor for every input and rank, and 32 columns one by one; or all of GPTQ."""
+    model = bare_model(AutoConfig.from_pretrained(source))
+    units = plan_recipe(bare_model(AutoConfig.from_pretrained(source)), recipe()).units
+    linears = frozenset(name for unit in units for name in unit.modules)
+    moments = Request(second_moments=linears)
+    estimated = work_of(model, moments, units, DATA)
+    by_gptq = work_of(model, moments, units, DATA, by_gptq=True)
+    nearest = work_of(model, Request(), units, DATA)
+    ranks = {c.rank for unit in units for c in unit.candidates} - {None}
+    inputs = 2 * (3 * 256**3 + 512**3)  # of q, k and v, of o, of gate and up; of down
+    assert ranks == {64, 128}
+    assert estimated.roots == inputs + 2 * (64**3 + 128**3)
+    assert by_gptq.roots == 6 * 3 * estimated.roots
+    assert by_gptq.columns > 4 * estimated.columns > 0
+    assert estimated.entries == by_gptq.entries == nearest.entries > 0
+    assert nearest.roots == nearest.columns == 0
+
+
+def test_estimate_of_a_plan_that_is_known(source):
+    model = load_model(source)
+    planned = plan_recipe(bare_model(AutoConfig.from_pretrained(source)), recipe())
+    one, two = (estimate_recipe(model, recipe(), DATA, plan) for plan in (None, planned))
+    assert (one.disk, one.seconds) == pytest.approx((two.disk, two.seconds), rel=1e-6)
+
+
 def test_bytes_of_the_cache(source, batches, tmp_path):
     found = estimate_recipe(load_model(source), recipe(), Data(4, 24))
     plan_recipe(load_model(source), recipe(tmp_path), batches)
