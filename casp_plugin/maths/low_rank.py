@@ -200,13 +200,12 @@ def _by_block(blocks: Sequence[torch.Tensor] | None, matrix: torch.Tensor) -> to
 def _root(metric: torch.Tensor) -> torch.Tensor:
     """Return the Cholesky factor of a positive semidefinite matrix, with the least dampening that
     gives it one: sums in float32 leave a singular matrix with slightly negative eigenvalues."""
-    dampening = 1e-9 * metric.diagonal().mean()
+    dampening = 1e-9 * (metric.diagonal().mean().item() or 1.0)
     root, failed = torch.linalg.cholesky_ex(metric)
     while failed:
-        root, failed = torch.linalg.cholesky_ex(
-            metric + dampening * torch.eye(len(metric)).to(metric)
-        )
-        dampening = 10 * dampening
+        dampened = metric.diagonal() + dampening
+        root, failed = torch.linalg.cholesky_ex(metric.diagonal_scatter(dampened))
+        dampening *= 10
     return root
 
 

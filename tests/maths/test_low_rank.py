@@ -241,6 +241,17 @@ def test_singular_statistics_in_float32(out, columns, dampening):
     assert lost < 1e-5 * quadratic_error(weight, moment, metric)  # 30 directions are all there is
 
 
+def test_a_block_without_any_weight():
+    """Outputs of one of two stacked matrices that the loss does not depend on."""
+    weight, g = inputs(20, 24, seed=1), inputs(100, 12, seed=2)
+    metric = [g.T @ g / len(g), torch.zeros(8, 8)]
+    factors = whitened_spectrum(weight, None, metric, dampening_frac=0).factors(12)
+    delta = weight - factors.up @ factors.down
+    assert torch.isfinite(delta).all()
+    whole = quadratic_error(weight, torch.eye(24), torch.block_diag(*metric))
+    assert quadratic_error(delta, torch.eye(24), torch.block_diag(*metric)) < 1e-6 * whole
+
+
 def test_zero_weight_stays_zero():
     factors = whitened_spectrum(torch.zeros(4, 6), torch.eye(6)).factors(2)
     assert factors.error == 0
