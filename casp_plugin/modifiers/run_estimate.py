@@ -22,6 +22,7 @@ from casp_plugin.model.units import decoder_layers, reading_together
 from casp_plugin.plan.plan import UnitPlan
 from casp_plugin.pricing.rounding_error import SAMPLED_ROWS, WAITING_BYTES, rounding_delta
 from casp_plugin.statistics import attention_maps, derivatives, forward
+from casp_plugin.statistics.hooks import row_blocks
 from casp_plugin.statistics.statistics import Request
 
 __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
@@ -183,17 +184,21 @@ def work_of(
     head = get_embeddings(model)[1]
     weights = sum(linear.weight.numel() for linear in linears.values() if linear is not head)
     derived = data.first_tokens(derivatives.SAMPLES, derivatives.TOKENS)
+    text = derived * derivatives.derived_length(data.tokens) // data.tokens  # of the gradients
     measured = data.first_tokens(forward.SAMPLES, forward.tokens_needed(model, request))
     passes = 2 * weights * measured
     if request.gradients or request.gradient_moments:  # there, again in every layer, and back
-        passes += (6 * weights + 4 * (head.weight.numel() if head is not None else 0)) * derived
+        layers = decoder_layers(model)
+        again = 2 * weights if derivatives.runs_again(model, layers, data.tokens, _device()) else 0
+        heads = 4 * (head.weight.numel() if head is not None else 0)
+        passes += (4 * weights + again + heads) * text
     if request.attention_maps:
         passes += 2 * weights * data.first_tokens(attention_maps.SAMPLES, 0)
     if request.attention_moments:
         passes += 4 * weights * derived
     inputs = _inputs(linears, request)
-    products = sum(2 * columns**2 * measured for columns in inputs)
-    products += 2 * _metric_entries(linears, request) * derived
+    products = sum(map(_product, inputs)) * measured
+    products += sum(_product(linears[name].out_features) for name in _metrics(request)) * derived
     precise = eigenvalues = 0
     for rows, columns in _factored(linears, request):
         size = min(rows, columns)
@@ -208,19 +213,23 @@ def work_of(
 def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     """Return the bytes beside the process itself: the model, and the tensors of the larger pass."""
     linears = dict(named_linears(model))
-    layers = [model.get_submodule(name) for name in decoder_layers(model)]
+    layers = decoder_layers(model)
     stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     size = next(model.parameters()).element_size()
     embeddings, head = get_embeddings(model)
     hidden = embeddings.weight.shape[1] if embeddings is not None else 0
     back = derived = 4 * _metric_entries(linears, request)
     if request.gradients or request.gradient_moments:
-        parts = layers or [model]  # nothing is run again on the way back where there are none
+        # nothing is run again on the way back where there are none
+        parts = [model.get_submodule(name) for name in layers] or [model]
         outputs = (sum(linear.out_features for _, linear in named_linears(p)) for p in parts)
         vocabulary = head.out_features if head is not None else 0
         together = derivatives.chunk_tokens(vocabulary or 1, _device())
         logits = vocabulary * (data.tokens * size + 16 * together)
-        back += logits + data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
+        kept = derivatives.activation_bytes(model, layers, data.tokens)
+        if derivatives.runs_again(model, layers, data.tokens, _device()):
+            kept = data.tokens * size * (len(layers) * hidden + 4 * max(outputs))
+        back += logits + kept
     inputs = [4 * columns**2 for columns in _inputs(linears, request)]
     largest = max(inputs, default=0)
     sums = sum(inputs) + derived
@@ -253,6 +262,11 @@ def _factored(linears: dict[str, nn.Linear], request: Request) -> list[tuple[int
         (sum(linears[name].out_features for name in names), linears[names[0]].in_features)
         for names in reading_together(sorted(request.reached))
     ]
+
+
+def _product(channels: int) -> int:
+    """Return the operations that sum up x x^T take for a token."""
+    return sum(2 * (end - start) * (channels - start) for start, end in row_blocks(channels))
 
 
 def _metric_entries(linears: dict[str, nn.Linear], request: Request) -> int:

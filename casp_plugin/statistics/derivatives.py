@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.statistics.hooks import (
     Hooks,
     TokenMean,
@@ -30,12 +31,26 @@ from casp_plugin.statistics.hooks import (
     tokens_of,
 )
 from casp_plugin.system.distributed import gathered
-from casp_plugin.system.machine import trim_memory
+from casp_plugin.system.machine import free_memory, trim_memory
 
-__all__ = ["AttentionDerivatives", "LossGradients", "chunk_tokens", "draw_labels", "weights_read"]
+__all__ = [
+    "AttentionDerivatives",
+    "LossGradients",
+    "activation_bytes",
+    "chunk_tokens",
+    "derived_length",
+    "draw_labels",
+    "runs_again",
+    "weights_read",
+]
 
 #: least number of sequences and tokens for derivatives, which settle long before moments of inputs
-SAMPLES, TOKENS = 8, 4096
+SAMPLES, TOKENS = 16, 8192
+#: number of tokens of a text that gradients are taken from, at least; of longer ones the first
+#: half. Texts differ more than the parts of one: 16 x 256 tokens are worth 16 x 512, 8 x 512 are not
+LEAST_LENGTH = 256
+#: largest share of the free memory for activations that are kept from the forward pass
+KEPT_SHARE = 0.1
 #: bytes of predictions, in float32, that are differentiated together: on a CPU they fit in its
 #: cache, on an accelerator few launches matter more
 CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 2**21, 2**28
@@ -48,8 +63,9 @@ class LossGradients:
     With such labels E[g g^T] is a block of the Fisher information (K-FAC, arXiv 1503.05671), not of
     the empirical one.
 
-    Parameters get no gradients, and only the inputs of the decoder layers are kept (activation
-    checkpointing): beside the model it takes the memory of one layer and of the logits.
+    Parameters get no gradients. Where the activations of a batch would take too much memory, only
+    the inputs of the decoder layers are kept, and the layers run again on the way back (activation
+    checkpointing): beside the model that takes the memory of one layer and of the logits.
 
     Sums over the tokens of a layer are divided by the number of predicted tokens, which in a plain
     language model is the number of the layer's tokens. Times the mean squared error of an output,
@@ -80,15 +96,18 @@ class LossGradients:
         :raises ValueError: if logits or gradients are not finite, or the decoder reads other tokens
             than the data has
         """
-        with _no_parameter_gradients(model), _checkpointed(model, layers), Hooks(model) as hooks:
+        device = next(model.parameters()).device
+        with _no_parameter_gradients(model), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
             predicted = 0
             for batch in first_batches(dataloader, SAMPLES, desc, TOKENS):
-                batch = on_device(batch, model)
+                batch = on_device(_first_half(batch), model)
                 self._mask = token_mask(batch)
                 text = _predicting_text(batch, model, self._mask)
-                predicted += _backward(model, batch, text, _generator(batch, self._mask))
+                again = runs_again(model, layers, batch["input_ids"].numel(), device)
+                with _checkpointed(model, layers if again else []):
+                    predicted += _backward(model, batch, text, _generator(batch, self._mask))
                 trim_memory()
         predicted = sum(gathered(predicted))
         add_ranks(self.squares, next(model.parameters()).device)
@@ -204,6 +223,28 @@ class AttentionDerivatives:
         return (attended, *output[1:]) if isinstance(output, tuple) else attended
 
 
+def derived_length(tokens: int) -> int:
+    """Return the number of tokens of a text that gradients are taken from."""
+    return min(tokens, max(LEAST_LENGTH, -(-tokens // 2)))
+
+
+def activation_bytes(model: nn.Module, layers: list[str], tokens: int) -> int:
+    """Return the bytes that decoder layers keep of tokens for the way back, roughly: four times the
+    outputs of their linears."""
+    inside = (named_linears(model.get_submodule(layer)) for layer in layers)
+    outputs = sum(linear.out_features for linears in inside for _, linear in linears)
+    return 4 * outputs * tokens * next(model.parameters()).element_size()
+
+
+def runs_again(model: nn.Module, layers: list[str], tokens: int, device: torch.device) -> bool:
+    """Tell whether the decoder layers run a second time for the way back, to save memory.
+
+    :param tokens: number of tokens of a batch
+    :param device: device of the activations
+    """
+    return activation_bytes(model, layers, tokens) > KEPT_SHARE * free_memory(device)
+
+
 def weights_read(
     model: nn.Module, batch: dict, layers: list[str], linears: dict[str, nn.Module]
 ) -> frozenset[str]:
@@ -232,6 +273,14 @@ def weights_read(
             for weight in weights.values():
                 weight.requires_grad_(False)
     return frozenset(n for n, g in zip(weights, gradients, strict=True) if g is not None)
+
+
+def _first_half(batch: dict) -> dict:
+    """Return the beginnings of texts; other batches, and padded ones, as they are."""
+    if not batch.keys() <= {"input_ids", "attention_mask"} or token_mask(batch) is not None:
+        return batch
+    length = derived_length(batch["input_ids"].shape[1])
+    return {name: values[:, :length] for name, values in batch.items()}
 
 
 def _generator(batch: dict, mask: torch.Tensor | None) -> torch.Generator:

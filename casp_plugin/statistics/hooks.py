@@ -21,10 +21,15 @@ __all__ = [
     "first_batches",
     "image_mask",
     "on_device",
+    "row_blocks",
     "squared_norms",
     "token_mask",
     "tokens_of",
 ]
+
+
+#: least number of rows of a block of x x^T
+LEAST_BLOCK = 256
 
 
 class Hooks:
@@ -53,7 +58,11 @@ class Hooks:
 
 
 class TokenMean:
-    """Running mean of values per token."""
+    """Running mean of values per token.
+
+    Of products x x^T only the upper triangle is summed up, in blocks of rows; :meth:`finish` fills
+    in the rest.
+    """
 
     def __init__(self):
         self.total = None
@@ -74,14 +83,27 @@ class TokenMean:
         :param rows: x of the tokens, shape (N, C)
         :param tokens: number of tokens, or the sum of their weights
         """
+        channels = rows.shape[1]
         if self.total is None:
-            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)  # (C, N) @ (N, C)
+            self.total = rows.new_zeros(channels, channels)
+        for start, end in row_blocks(channels):
+            # (block, N) @ (N, rest)
+            self.total[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         self.tokens += tokens
 
     def finish(self) -> torch.Tensor:
         """Return the mean, which overwrites the sum: moments are large, and read once."""
-        return self.total.div_(self.tokens)
+        total = self.total
+        if total.ndim == 2:
+            for start, end in row_blocks(len(total)):
+                total[end:, start:end] = total[start:end, end:].T
+        return total.div_(self.tokens)
+
+
+def row_blocks(channels: int) -> list[tuple[int, int]]:
+    """Return first and last row, exclusive, of the blocks in which products are summed up."""
+    size = max(LEAST_BLOCK, channels // 8)
+    return [(start, min(start + size, channels)) for start in range(0, channels, size)]
 
 
 def add_ranks(means: dict, device: torch.device) -> None:

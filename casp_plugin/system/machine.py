@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["device_name", "installed_versions", "trim_memory", "versions_text"]
+__all__ = ["device_name", "free_memory", "installed_versions", "trim_memory", "versions_text"]
 
 _PACKAGES = (
     "casp-plugin",
@@ -51,6 +51,15 @@ def device_name() -> str:
         lines = (line.partition(":") for line in known.read_text().splitlines())
         name = next((value.strip() for key, _, value in lines if key[:10] == "model name"), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of an accelerator, or of the machine for a CPU."""
+    if device.type == "cpu":
+        import psutil  # which serving does without
+
+        return psutil.virtual_memory().available
+    return torch.get_device_module(device).mem_get_info(device)[0]
 
 
 def trim_memory() -> None:

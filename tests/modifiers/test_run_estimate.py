@@ -57,7 +57,7 @@ def test_operations_of_moments(source):
         x.T @ x
     one = work_of(model, Request(second_moments=frozenset({Q, K})), [], DATA)
     two = work_of(model, Request(second_moments=frozenset({Q, K, UP})), [], DATA)
-    assert one.products == counter.get_total_flops()
+    assert one.products == counter.get_total_flops()  # of 256 channels: one block
     assert two.products == 2 * one.products
 
 

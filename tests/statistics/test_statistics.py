@@ -124,10 +124,11 @@ def test_no_data(load_tiny):
         collect(load_tiny(), [], Request(frozenset({Q})))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_gradients_against_autograd(load_tiny, batches, chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "kept"), [(1, 0.5), (7, 0.5), (1000, 0.5), (1000, 0)])
+def test_gradients_against_autograd(load_tiny, batches, chunk, kept, monkeypatch):
     """Squares and second moments of the gradient for labels drawn from the predictions."""
     monkeypatch.setattr("casp_plugin.statistics.derivatives.chunk_tokens", lambda *_: chunk)
+    monkeypatch.setattr("casp_plugin.statistics.derivatives.KEPT_SHARE", kept)
     monkeypatch.setattr("casp_plugin.statistics.derivatives.SAMPLES", 4)
     monkeypatch.setattr("casp_plugin.statistics.derivatives.TOKENS", 0)
     model = load_tiny()
@@ -158,6 +159,29 @@ def test_gradients_against_autograd(load_tiny, batches, chunk, monkeypatch):
             found.gradient_moments[name].double(), expected, rtol=1e-4, atol=1e-9
         )
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_taken_from_the_first_half_of_texts(load_tiny, monkeypatch):
+    """Not of batches with padding, labels or images."""
+    monkeypatch.setattr("casp_plugin.statistics.derivatives.LEAST_LENGTH", 8)
+    ids = torch.randint(3, 40, (2, 23), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    padded = mask.clone()
+    padded[0, -1] = 0
+    model, request = load_tiny(), Request(gradients=frozenset({Q}))
+
+    def squares(**batch):
+        return collect(model, [batch], request).gradient_squares[Q]
+
+    whole = squares(input_ids=ids, attention_mask=mask)
+    monkeypatch.setattr("casp_plugin.statistics.derivatives.LEAST_LENGTH", 12)
+    assert torch.equal(whole, squares(input_ids=ids[:, :12], attention_mask=mask[:, :12]))
+    monkeypatch.setattr("casp_plugin.statistics.derivatives.LEAST_LENGTH", 8)
+    for other in ({"attention_mask": padded}, {"labels": ids}):
+        other = {"input_ids": ids, "attention_mask": mask, **other}
+        assert derivatives._first_half(other) is other
+    assert derivatives._first_half({"input_ids": ids[:, :7]})["input_ids"].shape == (2, 7)
+    assert [derivatives.derived_length(n) for n in (5, 8, 12, 23)] == [5, 8, 8, 12]
 
 
 def test_drawn_as_often_as_likely():
