@@ -47,7 +47,8 @@ __all__ = [
 #: least number of sequences and tokens for derivatives, which settle long before moments of inputs
 SAMPLES, TOKENS = 16, 8192
 #: number of tokens of a text that gradients are taken from, at least; of longer ones the first
-#: half. Texts differ more than the parts of one: 16 x 256 tokens are worth 16 x 512, 8 x 512 are not
+#: half. Texts differ more than the parts of one: 16 x 256 tokens are worth 16 x 512, and 8 x 512
+#: are not
 LEAST_LENGTH = 256
 #: largest share of the free memory for activations that are kept from the forward pass
 KEPT_SHARE = 0.1
