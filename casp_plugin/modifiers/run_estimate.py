@@ -28,7 +28,7 @@ from casp_plugin.statistics.statistics import Request
 __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
 
 #: time of a pass in units of its matrix products, for norms, softmax and attention
-BESIDE = 2
+BESIDE = 2.5
 #: memory in units of the tensors, for libraries and for pages between blocks
 SLACK = 1.1
 
