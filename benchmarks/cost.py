@@ -49,7 +49,7 @@ PARTS = ("model", "part", "before, s", "now, s")
 QUALITY = ("recipe", "before", "now", "ratio, median of seeds", "ratios by seed")
 SHARED = ("recipe", "second moments", "perplexity", "ratio", "seconds of GPTQ")
 
-#: of 7B layers: the bits of recipes/casp_gptq.yaml, and of GPTQ alone
+#: of 7B layers
 WIDE = {
     "GPTQ": """
 gptq_stage:
@@ -62,13 +62,7 @@ gptq_stage:
           weights: {num_bits: 2, type: int, symmetric: false, strategy: group, group_size: 128,
             observer: imatrix_mse}
 """,
-    "casp + GPTQ": """
-casp_stage:
-  casp_modifiers:
-    LowRankQKModifier: {}
-    BitAllocationModifier: {average_bits: 2.25, candidates: [2, 3, 4], group_size: 128}
-    GPTQModifier: {}
-""",
+    "casp + GPTQ": Path("recipes/casp_gptq.yaml").read_text(),
 }
 #: parts of measuring: a function that both checkouts have
 DERIVATIVES = "casp_plugin.statistics.layer_by_layer.collect_derivatives"

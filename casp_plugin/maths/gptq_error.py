@@ -98,9 +98,8 @@ def column_costs(second_moment: torch.Tensor, dampening_frac: float = 0.01) -> C
     # over random signs z
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(variances), PROBES), generator=generator) * 2 - 1
-    spread = torch.linalg.solve_triangular(
-        following, signs.to(following), upper=True
-    )  # (F, probes)
+    # (F, F) @ (F, probes)
+    spread = torch.linalg.solve_triangular(following, signs.to(following), upper=True)
     others = variances * spread.square().mean(1) - 1  # changes beside r_j itself, (F,)
     costs = variances - dampening * others.clamp_min(0)
     return ColumnCosts(order, root[:count, :count], moved, costs.clamp_min(0), dampening.item())

@@ -176,8 +176,7 @@ def collect_sections(
 def tokens_needed(model: nn.Module, request: Request) -> int:
     """Return the number of tokens that the requested statistics take, of all ranks together.
 
-    A second moment of C channels settles with the tokens by channel: with 5, plans of SmolLM2 cost
-    .4 % more of the error at most than with 11 (benchmarks/results/cost.md).
+    A second moment of C channels settles with the number of tokens by channel.
     """
     columns = [model.get_submodule(name).in_features for name in request.second_moments]
     return max(TOKENS, TOKENS_BY_COLUMN * max(columns, default=0))

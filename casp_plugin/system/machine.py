@@ -54,12 +54,13 @@ def device_name() -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of an accelerator, or of the machine for a CPU."""
-    if device.type == "cpu":
-        import psutil  # which serving does without
+    """Return the free bytes of a device with memory of its own, else those of the machine."""
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return module.mem_get_info(device)[0]
+    import psutil  # which serving does without
 
-        return psutil.virtual_memory().available
-    return torch.get_device_module(device).mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def trim_memory() -> None:
