@@ -27,9 +27,9 @@ from casp_plugin.data.sources import load_text
 from casp_plugin.data.text_batches import calibration_loader
 from casp_plugin.evaluation.text import Scores, evaluate
 from casp_plugin.maths.average_bits import average_bits
+from casp_plugin.maths.hadamard import rotate, rotate_moment
 from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.schemes import weight_args
-from casp_plugin.model.transforms import rotate, rotate_moment
 from casp_plugin.model.units import decoder_layers
 from casp_plugin.pricing import rounding_error
 from casp_plugin.pricing.rounding_error import rounding_delta

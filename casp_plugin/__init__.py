@@ -19,12 +19,16 @@ _LOADING, _MODIFIERS = "casp_plugin.checkpoint.load", "casp_plugin.modifiers"
 #: module of each name, those that need llm-compressor apart
 _ANYWHERE = {
     "CompressionPlan": "casp_plugin.plan.plan",
+    "CodebookLinear": "casp_plugin.model.codebook_linear",
     "LowRankLinear": "casp_plugin.model.low_rank_linear",
 }
 _WITH_LLM_COMPRESSOR = {
     "AutoRoundModifier": _MODIFIERS,
     "BitAllocationModifier": _MODIFIERS,
     "LowRankQKModifier": _MODIFIERS,
+    "AQLMModifier": _MODIFIERS,
+    "QuIPSharpModifier": _MODIFIERS,
+    "TrellisModifier": _MODIFIERS,
     "plan_recipe": _MODIFIERS,
 }
 

@@ -86,6 +86,7 @@ def check(
     section = read_section(quantization)
     findings = [
         Finding("low-rank layers", None, f"{len(section.ranks)}"),
+        *([Finding("codebook layers", None, _codebooks(section))] if section.codebooks else []),
         tensors,
         _sizes(on_disk, plan),
         _kernels(quantization, bare.model, section),
@@ -200,6 +201,13 @@ def _sizes(on_disk: Mapping[str, Header], plan: CompressionPlan | None) -> Findi
     return Finding("bytes as planned", total == planned, detail)
 
 
+def _codebooks(section: Section) -> str:
+    """Return the number of codebook layers, and of those of each scheme."""
+    counts = Counter(scheme.name for scheme in section.codebooks.values())
+    schemes = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
+    return f"{counts.total()} ({schemes})"
+
+
 def _contents(folder: Path, record: Record) -> Finding:
     """Compare the data of all tensors with the checksums of the run."""
     if not record.checksums:
@@ -218,7 +226,7 @@ def _kernels(quantization: dict, model: PreTrainedModel, section: Section) -> Fi
     :param model: the compressed model, on the meta device
     """
     if not quantization.get("config_groups"):
-        return Finding("kernels on vLLM CUDA", None, "no quantized layer")
+        return Finding("kernels on vLLM CUDA", None, "no layer of integers")
     groups = QuantizationConfig.model_validate(quantization).config_groups.values()
     needs = Counter()
     for group in groups:

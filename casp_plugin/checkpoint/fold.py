@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from loguru import logger
 from safetensors import safe_open
 
 from casp_plugin.checkpoint.bare import bare_checkpoint
-from casp_plugin.checkpoint.format import SECTION, read_config, read_section, write_config
+from casp_plugin.checkpoint.format import SECTION, Section, read_config, read_section, write_config
 from casp_plugin.checkpoint.probe import PROBES_NAME
+from casp_plugin.model.codebook_schemes import SCALE
 from casp_plugin.model.weights import INDEX, weight_files
 from casp_plugin.plan.plan import PLAN_NAME, CompressionPlan
 from casp_plugin.system.files import whole_folder
@@ -95,12 +96,13 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
             "takes import casp_plugin too"
         )
     tensors = _Tensors(source, trust_remote_code)
-    schemes = _Schemes(quantization)
-    dense = sorted(section.ranks.keys() | _cannot_fuse(section.ranks, tensors, schemes))
+    schemes = _Schemes(quantization, section)
+    folded = section.ranks.keys() | _whole_layers(section)
+    dense = sorted(folded | _cannot_fuse(folded, tensors, schemes))
     if not dense:
         raise ValueError(
-            f"{source} holds no low-rank layers and no unequal schemes in fused layers: "
-            "nothing to fold"
+            f"{source} holds no low-rank layers, no codebooks and no unequal schemes in fused "
+            "layers: nothing to fold"
         )
 
     copied = _copied(source)
@@ -135,21 +137,27 @@ def _copied(source: Path) -> set[str]:
     return {tensor.name for tensor in CompressionPlan.load(source).copied}
 
 
-def _cannot_fuse(factored: dict[str, int], tensors: Mapping, schemes: "_Schemes") -> set[str]:
-    """Return the quantized layers that stock vLLM would fuse with a factored layer, or with layers
-    of another scheme."""
+def _whole_layers(section: Section) -> set[str]:
+    """Return the codebook layers that are no factors."""
+    names = section.codebooks
+    return {name for name in names if name.rpartition(".")[0] not in section.ranks}
+
+
+def _cannot_fuse(folded: Set[str], tensors: Mapping, schemes: "_Schemes") -> set[str]:
+    """Return the quantized layers that stock vLLM would fuse with a folded layer, or with layers of
+    another scheme."""
     packed = ".weight_packed"  # experts share one width, and have names of their own on disk
     names = (name for name in tensors if name.endswith(packed) and ".experts." not in name)
     quantized = {name.removesuffix(packed) for name in names}
     unfusable = set()
-    for layer in quantized | factored.keys():
+    for layer in quantized | folded:
         parent, _, leaf = layer.rpartition(".")
         for group in FUSED_LAYER_NAMES:
             if leaf not in group:
                 continue
             members = {f"{parent}.{other}" for other in group} & quantized
             kinds = {str(schemes.scheme(member)) for member in members}
-            if layer in factored or len(kinds) > 1:
+            if layer in folded or len(kinds) > 1:
                 unfusable |= members
     return unfusable
 
@@ -177,7 +185,8 @@ def _dense_layer(
 class _Schemes:
     """The quantization config of a checkpoint, looked up by module name."""
 
-    def __init__(self, quantization: dict):
+    def __init__(self, quantization: dict, section: Section):
+        self._codebooks = section.codebooks
         self._dict = {"config_groups": {}, **quantization}  # no groups if nothing is quantized
         self._config = QuantizationConfig.model_validate(self._dict)
 
@@ -195,6 +204,11 @@ class _Schemes:
 
     def weight(self, module: str, tensors: Mapping) -> torch.Tensor:
         """Return the weight of a module, dequantized where it is quantized, (out, in)."""
+        if module in self._codebooks:
+            prefix = f"{module}.weight_"
+            names = [name for name in tensors if name.startswith(prefix)]
+            stored = {name.removeprefix(f"{module}."): tensors[name] for name in names}
+            return self._codebooks[module].decode(stored).to(stored[SCALE].dtype)
         if f"{module}.weight_packed" not in tensors:
             return tensors[f"{module}.weight"]
         scheme = self.scheme(module)

@@ -15,11 +15,14 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from casp_plugin.checkpoint.probe import Probe, Record, probe
 from casp_plugin.checkpoint.source import copy_files, copy_tensors, source_folder
+from casp_plugin.model.codebook_linear import CodebookLinear
+from casp_plugin.model.codebook_schemes import CodebookScheme, read_scheme
 from casp_plugin.model.load import runs_remote_code
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.weights import checksums, read_headers
@@ -44,9 +47,9 @@ __all__ = [
 
 #: key inside ``quantization_config``
 SECTION = "casp"
-#: increased when older versions cannot read the section; 2: shared latents
-SECTION_FORMAT = 2
-_READABLE_FORMATS = (1, 2)
+#: increased when older versions cannot read the section; 2: shared latents, 3: codebooks
+SECTION_FORMAT = 3
+_READABLE_FORMATS = (1, 2, 3)
 RECIPE_NAME = "recipe.yaml"
 #: codes, scales and zero points of quantized experts
 _EXPERT_CODES = re.compile(r"\.experts\.\d+\.\w+\.weight_\w+$")
@@ -61,19 +64,26 @@ class Section:
 
     :param ranks: rank of every factored layer, by module name
     :param latent_of: owner of the ``down`` that a layer uses, for layers without one of their own
+    :param codebooks: scheme of every layer that is stored as codes of a codebook
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     latent_of: dict[str, str] = field(default_factory=dict)
+    codebooks: dict[str, CodebookScheme] = field(default_factory=dict)
 
 
 def casp_section(model: nn.Module) -> dict:
-    """Return the section for a model: ranks of factored layers, and owners of shared latents."""
+    """Return the section for a model: ranks of factored layers, owners of shared latents, and
+    schemes of codebook layers."""
     factored = {
         module: name for name, module in model.named_modules() if isinstance(module, LowRankLinear)
     }
-    return {
-        "format": SECTION_FORMAT,
+    by_scheme: dict[CodebookScheme, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CodebookLinear):
+            by_scheme.setdefault(module.scheme, []).append(name)
+    section = {
+        "format": SECTION_FORMAT if by_scheme else 2,
         "low_rank": {name: module.rank for module, name in factored.items()},
         "latent_of": {
             name: factored[module.latent_of]
@@ -81,6 +91,12 @@ def casp_section(model: nn.Module) -> dict:
             if module.latent_of is not None
         },
     }
+    if by_scheme:
+        section["codebooks"] = [
+            {**scheme.model_dump(mode="json"), "targets": names}
+            for scheme, names in by_scheme.items()
+        ]
+    return section
 
 
 def read_config(folder: Path | str) -> dict:
@@ -131,7 +147,30 @@ def read_section(quantization: dict) -> Section:
                 f"{where}.latent_of: {name} cannot use the latent of {owner!r}: both must be "
                 "factored layers of one rank, and the other must have a latent of its own"
             )
-    return Section(ranks, latent_of)
+    return Section(ranks, latent_of, _read_codebooks(section.get("codebooks", []), where))
+
+
+def _read_codebooks(groups: list, where: str) -> dict[str, CodebookScheme]:
+    """Return the scheme of every codebook layer.
+
+    :param groups: fields of a scheme and the names of its layers, a list of tables
+    :raises ValueError: if a group is malformed, or a layer is in two
+    """
+    schemes: dict[str, CodebookScheme] = {}
+    for number, group in enumerate(groups if isinstance(groups, list) else [None]):
+        here = f"{where}.codebooks[{number}]"
+        targets = group.get("targets") if isinstance(group, dict) else None
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"{here} is malformed: no list 'targets' of names")
+        try:
+            scheme = read_scheme({key: group[key] for key in group.keys() - {"targets"}})
+        except ValidationError as error:
+            raise ValueError(f"{here} is malformed: {one_line(error)}") from None
+        twice = [name for name in targets if name in schemes]
+        if twice or len(set(targets)) < len(targets):
+            raise ValueError(f"{here}: {(twice or targets)[0]} has two schemes")
+        schemes |= dict.fromkeys(targets, scheme)
+    return schemes
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -37,6 +37,7 @@ from casp_plugin.checkpoint.format import (
     save_with_plan,
 )
 from casp_plugin.checkpoint.probe import PROBES_NAME, Record
+from casp_plugin.model.codebook_linear import CodebookLinear
 from casp_plugin.model.expert_weights import STACKED, read_each_expert, reads_each_expert
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.transforms import check_transforms, stored_transforms
@@ -125,7 +126,9 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.section is not None:
-            install_factored_layers(model, read_section({SECTION: self.section}))
+            section = read_section({SECTION: self.section})
+            install_factored_layers(model, section)
+            install_codebook_layers(model, section)
         # rotations are made from the config once the weights are loaded
         ignored = {re.escape(name) for name in stored_transforms(self.transforms, model)}
         known = model._keys_to_ignore_on_load_unexpected or set()
@@ -150,6 +153,10 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
             ]
         super()._process_model_after_weight_loading(model, **kwargs)
         rotate_inputs(model, self.transforms)
+        if self.quantization_config.dequantize:
+            for module in model.modules():
+                if isinstance(module, CodebookLinear):
+                    module.weight  # noqa: B018, decodes it
         if self.section is not None:
             plan, recipe = _checkpoint_file(model, PLAN_NAME), _checkpoint_file(model, RECIPE_NAME)
             record = _checkpoint_file(model, PROBES_NAME)
@@ -251,6 +258,26 @@ def install_factored_layers(model: torch.nn.Module, section: Section) -> None:
             raise ValueError(f"{where}: rank of {name} must lie in [1, {limit}], got {rank}")
         owner = None if owner is None else model.get_submodule(owner)
         model.set_submodule(name, LowRankLinear.like(linear, rank, owner))
+
+
+def install_codebook_layers(model: torch.nn.Module, section: Section) -> None:
+    """Replace linear layers by empty codebook layers.
+
+    :param model: the model with its factored layers, usually on the meta device
+    :param section: schemes of the codebook layers
+    :raises ValueError: if a layer is missing, or cannot be coded so
+    """
+    where = f"quantization_config.{SECTION}.codebooks"
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, scheme in section.codebooks.items():
+        if name not in linears:
+            raise ValueError(f"{where}: no linear layer {name!r}")
+        linear = linears[name]
+        try:
+            scheme.check(name, (linear.out_features, linear.in_features))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        model.set_submodule(name, CodebookLinear.like(linear, scheme))
 
 
 def _stand_in_for_weights(model: torch.nn.Module) -> None:

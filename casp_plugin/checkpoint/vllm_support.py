@@ -122,8 +122,11 @@ def reordered(architectures: Iterable[str], quantization: dict) -> str | None:
     """Tell what of a checkpoint vLLM would reorder wrongly, because the rows of a weight are not
     all in one tensor; None for nothing. Parameters are those of ``refusal``."""
     features = []
-    if read_section(quantization).ranks:
+    section = read_section(quantization)
+    if section.ranks:
         features.append("low-rank layers")
+    if section.codebooks:
+        features.append("codebook layers")
     groups = (quantization.get("config_groups") or {}).values()
     if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):
         features.append("zero points")
@@ -167,7 +170,8 @@ def quantized_experts(architectures: Iterable[str], targets: Iterable[str]) -> s
 def targets_of(quantization: dict) -> list[str]:
     """Return all targets of a ``quantization_config``."""
     groups = (quantization.get("config_groups") or {}).values()
-    return [target for group in groups for target in group.get("targets") or []]
+    targets = [target for group in groups for target in group.get("targets") or []]
+    return targets + list(read_section(quantization).codebooks)
 
 
 def compiled_matmuls(linears: Mapping[str, Linear], section: Section) -> set[Matmul]:

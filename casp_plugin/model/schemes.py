@@ -13,9 +13,12 @@ from compressed_tensors.quantization import (
 )
 from torch import nn
 
+from casp_plugin.model.codebook_schemes import CodebookScheme
+
 __all__ = [
     "DEFAULT_OBSERVER",
     "FORMAT",
+    "WeightScheme",
     "missing_kernel",
     "quantized_bytes",
     "stored_bytes",
@@ -27,6 +30,9 @@ DEFAULT_OBSERVER = "imatrix_mse"
 
 #: set explicitly: compressed-tensors infers another format for subclasses of Linear (Falcon's)
 FORMAT = CompressionFormat.pack_quantized.value
+
+#: of a weight: integers with scales, or codes of a codebook
+WeightScheme = QuantizationArgs | CodebookScheme
 
 _INT32_BYTES = 4
 _SHAPE_BYTES = 16  # weight_shape: two int64
@@ -52,17 +58,20 @@ def weight_args(
     )
 
 
-def stored_bytes(shape: tuple[int, int], args: QuantizationArgs, dtype: torch.dtype) -> int:
-    """Return the bytes that a weight takes on disk in the ``pack-quantized`` format.
+def stored_bytes(shape: tuple[int, int], args: WeightScheme, dtype: torch.dtype) -> int:
+    """Return the bytes that a weight takes on disk: those of its codebook's tensors, or those of
+    the ``pack-quantized`` format.
 
-    Codes are a dense bit stream per row, ``ceil(in * bits / 32)`` int32; scales are one value
-    of the model's dtype per row and group; zero points (asymmetric only) are packed along the
+    There, codes are a dense bit stream per row, ``ceil(in * bits / 32)`` int32; scales are one
+    value of the model's dtype per row and group; zero points (asymmetric only) are packed along the
     rows; ``weight_shape`` is two int64. Biases are not counted: no choice changes them.
 
     :param shape: (out, in) of the weight
     :param args: its scheme, of group or channel strategy
     :param dtype: data type of the scales, equal to the model's
     """
+    if isinstance(args, CodebookScheme):
+        return args.stored_bytes(shape, dtype)
     rows, columns = shape
     grouped = args.strategy == QuantizationStrategy.GROUP
     groups = columns // args.group_size if grouped else 1
@@ -99,13 +108,15 @@ def _packed_zeros(rows: int, groups: int, bits: int) -> int:
     return math.ceil(rows * bits / 32) * groups * _INT32_BYTES
 
 
-def missing_kernel(args: QuantizationArgs) -> str | None:
+def missing_kernel(args: WeightScheme) -> str | None:
     """Return the extra package that stock vLLM on CUDA needs to run a scheme; None if none.
 
     Marlin runs 4 and 8 bits symmetric and 4 bits asymmetric, in groups of 32, 64, 128 or per
     channel; Humming runs everything else (package ``humming-kernels``). Machete, on
-    Hopper, runs 8 bits asymmetric, too, and is not assumed.
+    Hopper, runs 8 bits asymmetric, too, and is not assumed. Codebooks need this package itself.
     """
+    if isinstance(args, CodebookScheme):
+        return "casp-plugin"
     in_box = (4, 8) if args.symmetric else (4,)
     sizes = (None, -1, 32, 64, 128)
     if args.num_bits in in_box and args.group_size in sizes:

@@ -5,21 +5,38 @@ from llmcompressor.modifiers import ModifierFactory
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
 from casp_plugin.modifiers.bit_allocation import BitAllocationModifier
+from casp_plugin.modifiers.codebook import (
+    AQLMModifier,
+    CodebookModifier,
+    QuIPSharpModifier,
+    TrellisModifier,
+)
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
 from casp_plugin.modifiers.recipe_run import estimate_recipe, plan_recipe
 from casp_plugin.statistics import tracing
 from casp_plugin.system import patches
 
 __all__ = [
+    "AQLMModifier",
     "AutoRoundModifier",
     "BitAllocationModifier",
     "CaspModifier",
+    "CodebookModifier",
     "LowRankQKModifier",
+    "QuIPSharpModifier",
+    "TrellisModifier",
     "estimate_recipe",
     "plan_recipe",
 ]
 
-for _modifier in (LowRankQKModifier, BitAllocationModifier, AutoRoundModifier):
+for _modifier in (
+    LowRankQKModifier,
+    BitAllocationModifier,
+    AutoRoundModifier,
+    TrellisModifier,
+    QuIPSharpModifier,
+    AQLMModifier,
+):
     ModifierFactory.register(_modifier.__name__, _modifier)
 
 patches.apply(tracing.trace)

@@ -6,7 +6,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig
@@ -138,6 +138,9 @@ class CaspModifier(Modifier):
         folder of any modifier is for all of the recipe
     :param cache_limit: size of this folder in GB at most; the longest unused entries go first
     """
+
+    #: whether it encodes weights itself, at widths that are chosen by then
+    quantizes: ClassVar[bool] = False
 
     components: list[str] = Field(default_factory=lambda: [LANGUAGE], min_length=1)
     component_patterns: dict[str, list[str]] = Field(default_factory=dict)

@@ -4,16 +4,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from compressed_tensors.quantization import QuantizationArgs
 from llmcompressor.core import State
-from llmcompressor.modifiers.quantization import QuantizationMixin
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
 from casp_plugin.maths.coupled_knapsack import Coupled
 from casp_plugin.model.low_rank_linear import LowRankLinear
-from casp_plugin.model.schemes import weight_args
+from casp_plugin.model.schemes import WeightScheme, weight_args
 from casp_plugin.model.units import OUTPUT_HEAD, Unit, decoder_layers, find_units, matched_linears
 from casp_plugin.modifiers.allocation_checks import (
     check_components_reached,
@@ -30,9 +28,12 @@ from casp_plugin.modifiers.choice import (
     influence_importances,
     named_importances,
 )
+from casp_plugin.modifiers.codebook import CodebookModifier
 from casp_plugin.modifiers.factoring import install
 from casp_plugin.modifiers.lifecycle import OneshotModifier
 from casp_plugin.modifiers.quantizer import (
+    Quantizer,
+    facts_of,
     find_quantizer,
     give_schemes,
     method_of,
@@ -92,7 +93,7 @@ class BitAllocationModifier(OneshotModifier):
         the candidates can reach. One number for all `components` together, or a mapping from
         component to a budget of its own
     :param component_weights: factors on the importance of whole components, 1 where not given
-    :param candidates: bit widths on offer, 2 to 8
+    :param candidates: bit widths on offer, 2 to 8; 1 to 8 with TrellisModifier
     :param group_size: columns that share a scale, -1 for one scale a row; one number, or a
         mapping from bit width to number
     :param symmetric: symmetric codes without zero points. Below 4 bits they cost far more
@@ -148,9 +149,9 @@ class BitAllocationModifier(OneshotModifier):
     @field_validator("candidates")
     @classmethod
     def _valid_candidates(cls, value: list[int]) -> list[int]:
-        wrong = [bits for bits in value if not 2 <= bits <= 8]
+        wrong = [bits for bits in value if not 1 <= bits <= 8]
         if wrong:
-            raise ValueError(f"candidates must lie in 2..8 bits, got {wrong}")
+            raise ValueError(f"candidates must lie in 1..8 bits, got {wrong}")
         return sorted(set(value))
 
     @field_validator("importance")
@@ -244,7 +245,8 @@ class BitAllocationModifier(OneshotModifier):
             factored = {entry.module for entry in run.plan.low_rank if entry.rank}
             weights = [name for unit in run.plan.units for name in unit.modules]
             dense = [name for name in weights if name.rpartition(".")[0] not in factored]
-            round_unseen(state.model, [n for n in dense if n not in run.context.reached])
+            unseen = [n for n in dense if n not in run.context.reached]
+            round_unseen(state.model, unseen)
         return super().on_finalize(state, **kwargs)
 
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
@@ -318,7 +320,8 @@ class BitAllocationModifier(OneshotModifier):
         choose_candidates(plan, self.solver == "closed_form", self._coupled(model, plan, context))
         if plan.decided and notes is not None:
             self._factor(model, plan, offers, context)
-            give_schemes(self, plan, self._schemes(quantizer), quantizer)
+            if not isinstance(quantizer, CodebookModifier):  # which reads the plan
+                give_schemes(self, plan, self._schemes(quantizer), quantizer)
         point_awq(self, model, context)
 
     def without_data(self) -> "BitAllocationModifier":
@@ -334,7 +337,7 @@ class BitAllocationModifier(OneshotModifier):
         kept = {k: v for k, v in self.settings.items() if k not in chosen_later}
         return {
             "settings": kept | ({"importance": "fisher"} if self._study else {}),
-            "quantizer": [type(quantizer).__name__, observer_of(quantizer)],
+            "quantizer": [type(quantizer).__name__, facts_of(quantizer)],
             "transforms": context.transforms and context.transforms.model_dump(mode="json"),
         }
 
@@ -401,14 +404,32 @@ class BitAllocationModifier(OneshotModifier):
         matched = matched_linears(model, self.targets, self.ignore, field)
         return self.in_components(matched, context)
 
-    def _resolved_rounding(self, quantizer: QuantizationMixin) -> Rounding:
-        """Return the rounding whose errors count."""
+    def _resolved_rounding(self, quantizer: Quantizer) -> Rounding:
+        """Return the rounding whose errors count.
+
+        :raises ValueError: if it is not that of the quantizer
+        """
+        if isinstance(quantizer, CodebookModifier) and self.rounding not in ("auto", "first_order"):
+            raise ValueError(
+                f"BitAllocationModifier.rounding: the errors of {type(quantizer).__name__} are "
+                f"those of its codec: set auto, got {self.rounding}"
+            )
         if self.rounding == "auto":
             return "nearest" if rounds_to_nearest(quantizer) else "first_order"
         return self.rounding
 
-    def _schemes(self, quantizer: QuantizationMixin) -> dict[int, QuantizationArgs]:
-        """Return the weight scheme of every width, with the quantizer's observer."""
+    def _schemes(self, quantizer: Quantizer) -> dict[int, WeightScheme]:
+        """Return the weight scheme of every width, with the quantizer's observer or codec.
+
+        :raises ValueError: if the quantizer has no such width
+        """
+        if isinstance(quantizer, CodebookModifier):
+            return {bits: quantizer.scheme(bits) for bits in self.candidates}
+        if self.candidates[0] < 2:
+            raise ValueError(
+                f"BitAllocationModifier.candidates: {type(quantizer).__name__} has no weights of "
+                f"{self.candidates[0]} bit, the least are 2"
+            )
         observer = observer_of(quantizer)
         return {
             bits: weight_args(bits, self._group_size(bits), self.symmetric, observer)

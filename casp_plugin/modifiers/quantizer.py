@@ -14,12 +14,16 @@ from llmcompressor.modifiers.quantization import QuantizationMixin, Quantization
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch import nn
 
+from casp_plugin.model.codebook_linear import CodebookLinear
 from casp_plugin.model.schemes import DEFAULT_OBSERVER, FORMAT
 from casp_plugin.modifiers.auto_round import AutoRoundModifier
 from casp_plugin.modifiers.base import CaspModifier
+from casp_plugin.modifiers.codebook import CodebookModifier
 from casp_plugin.plan.plan import CompressionPlan
 
 __all__ = [
+    "Quantizer",
+    "facts_of",
     "find_quantizer",
     "give_schemes",
     "method_of",
@@ -30,17 +34,25 @@ __all__ = [
 ]
 
 
-def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> QuantizationMixin:
+#: fields of a codebook modifier that makes a plan of its own
+_OF_ONE_WIDTH = ("bits", "targets", "ignore", "components")
+
+#: a modifier that runs at chosen widths
+Quantizer = QuantizationMixin | CodebookModifier
+
+
+def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> Quantizer:
     """Return the first of some modifiers that quantizes.
 
     :param linears: names of the layers that bits are chosen for
     :raises ValueError: if there is none, or it has settings of its own for these layers
     """
-    quantizer = next((m for m in following if isinstance(m, QuantizationMixin)), None)
+    quantizer = next((m for m in following if isinstance(m, Quantizer)), None)
     if quantizer is None:
         raise ValueError(
             "BitAllocationModifier only chooses bit widths: add a quantizing modifier after it, "
-            "without a config of its own (GPTQModifier, QuantizationModifier or AutoRoundModifier)"
+            "without a config of its own (GPTQModifier, QuantizationModifier, AutoRoundModifier "
+            "or TrellisModifier)"
         )
     name = type(quantizer).__name__
     if isinstance(quantizer, StockAutoRoundModifier) and not tunes_layers(quantizer):
@@ -49,13 +61,16 @@ def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> Quantiz
             "and loses their zero points: use casp_plugin.AutoRoundModifier"
         )
     unset = {"config_groups": None, "scheme": None, "targets": ["Linear"]}
+    if isinstance(quantizer, CodebookModifier):
+        fields = type(quantizer).model_fields
+        unset = {f: fields[f].get_default(call_default_factory=True) for f in _OF_ONE_WIDTH}
     given = [field for field, default in unset.items() if getattr(quantizer, field) != default]
     if given:
         raise ValueError(
             f"{name} after BitAllocationModifier must leave {', '.join(given)} unset: "
             "BitAllocationModifier fills them"
         )
-    for module in linears:
+    for module in linears if isinstance(quantizer, QuantizationMixin) else ():
         if any(match_name(module, pattern) for pattern in quantizer.ignore):
             raise ValueError(
                 f"{name}.ignore excludes {module}, which BitAllocationModifier allocates bits to: "
@@ -64,12 +79,12 @@ def find_quantizer(following: list[Modifier], linears: Iterable[str]) -> Quantiz
     return quantizer
 
 
-def tunes_layers(quantizer: QuantizationMixin) -> bool:
+def tunes_layers(quantizer: Quantizer) -> bool:
     """Tell whether a quantizer tunes decoder layers as a whole, and no layer outside them."""
     return isinstance(quantizer, AutoRoundModifier)
 
 
-def rounds_to_nearest(quantizer: QuantizationMixin) -> bool:
+def rounds_to_nearest(quantizer: Quantizer) -> bool:
     """Tell whether a quantizer rounds every weight by itself."""
     return isinstance(quantizer, QuantizationModifier)
 
@@ -79,8 +94,15 @@ def method_of(following: list[Modifier]) -> str:
     ``awq``, or ``uniform`` for rounding to nearest."""
     if any(isinstance(modifier, AWQModifier) for modifier in following):
         return "awq"
-    quantizer = next(m for m in following if isinstance(m, QuantizationMixin))
+    quantizer = next(m for m in following if isinstance(m, Quantizer))
     return "uniform" if rounds_to_nearest(quantizer) else "gptq"
+
+
+def facts_of(quantizer: Quantizer) -> str | dict:
+    """Return what the prices of widths depend on: the observer, or the settings of a codec."""
+    if isinstance(quantizer, CodebookModifier):
+        return quantizer.settings
+    return observer_of(quantizer)
 
 
 def observer_of(quantizer: QuantizationMixin) -> str:
@@ -98,6 +120,8 @@ def round_unseen(model: nn.Module, names: Iterable[str]) -> None:
     """
     for name in names:
         module = model.get_submodule(name)
+        if isinstance(module, CodebookLinear):
+            continue
         args = module.quantization_scheme.weights
         weight = module.weight.float()
         size = args.group_size if (args.group_size or -1) > 0 else weight.shape[1]

@@ -167,7 +167,8 @@ def _modifiers_of(recipe: str | Recipe | list[Modifier]) -> list[Modifier]:
     modifiers = Recipe.create_instance(recipe).modifiers
     if not casp_modifiers(modifiers):
         raise ValueError(
-            "the recipe holds neither LowRankQKModifier nor BitAllocationModifier: "
+            "the recipe holds neither LowRankQKModifier nor BitAllocationModifier nor a quantizer "
+            "of casp_plugin: "
             f"{[type(modifier).__name__ for modifier in modifiers]}"
         )
     return modifiers
@@ -219,11 +220,15 @@ def _check_order(modifiers: Sequence[Modifier]) -> None:
 
     :raises ValueError: if factors would be made after the bits were chosen, or bits twice
     """
-    names = [type(modifier).__name__ for modifier in casp_modifiers(modifiers)]
-    if "BitAllocationModifier" in names[:-1]:
+    own = casp_modifiers(modifiers)
+    deciding = [modifier for modifier in own if not modifier.quantizes]
+    names = [type(modifier).__name__ for modifier in own]
+    if own[: len(deciding)] != deciding or any(
+        type(modifier).__name__ == "BitAllocationModifier" for modifier in deciding[:-1]
+    ):
         raise ValueError(
             f"the recipe has {', then '.join(names)}: LowRankQKModifier comes first, then one "
-            "BitAllocationModifier"
+            "BitAllocationModifier, then quantizers"
         )
 
 

@@ -146,9 +146,12 @@ def rehearse(
 
 
 def planned_groups(plan: CompressionPlan) -> dict[str, QuantizationScheme]:
-    """Return the schemes of a plan with chosen bits, rounding to nearest, by name of the group."""
+    """Return the schemes of a plan with chosen bits, rounding to nearest, by name of the group;
+    those of codebooks left out."""
     targets, sizes = defaultdict(list), {}
     for unit in plan.units:
+        if unit.choice.codec is not None:
+            continue
         targets[unit.choice.bits] += unit.modules
         sizes[unit.choice.bits] = unit.choice.group_size
     symmetric = bool(targets) and plan.settings["BitAllocationModifier"]["symmetric"]

@@ -44,6 +44,7 @@ class Candidate(_Model):
     :param error: output error summed over the unit's linears, in the unit of the modifier's
         `importance`; None if unknown
     :param needs: package that stock vLLM on CUDA needs for this scheme; None if none
+    :param codec: codec of a codebook quantizer; None for integers with scales
     """
 
     bits: int
@@ -52,6 +53,7 @@ class Candidate(_Model):
     bytes: int
     error: float | None = None
     needs: str | None = None
+    codec: str | None = None
 
 
 class UnitPlan(_Model):
@@ -242,7 +244,10 @@ class CompressionPlan(_Model):
 
     @property
     def budgets(self) -> list[Budget]:
-        """Return the budgets, one per component or one for all units."""
+        """Return the budgets, one per component or one for all units; none where one width was
+        given."""
+        if self.average_bits is None:
+            return []
         if not isinstance(self.average_bits, dict):
             return [Budget(None, self.average_bits, self.units)]
         return [

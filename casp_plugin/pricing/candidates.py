@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
+from casp_plugin.maths.hadamard import rotate_moment
 from casp_plugin.maths.low_rank import losses_by_rank
+from casp_plugin.model.codebook_schemes import CodebookScheme
 from casp_plugin.model.latent import Latent
 from casp_plugin.model.low_rank_linear import LowRankLinear
-from casp_plugin.model.schemes import missing_kernel, stored_bytes
-from casp_plugin.model.transforms import rotate_moment
+from casp_plugin.model.schemes import WeightScheme, missing_kernel, stored_bytes
 from casp_plugin.plan.plan import Candidate, UnitPlan
+from casp_plugin.pricing.codebook_error import CodebookErrors
 from casp_plugin.pricing.rounding_error import Rounding, RoundingErrors, WeightedError
 from casp_plugin.statistics.statistics import Statistics
 
@@ -41,27 +42,28 @@ class Pricing:
     :param rank_multiple: ranks are multiples of this
     """
 
-    schemes: dict[int, QuantizationArgs]
+    schemes: dict[int, WeightScheme]
     statistics: Statistics | None
     fisher: bool
     rounding: Rounding
     input_block: Callable[[str, nn.Linear | LowRankLinear], int]
     rank_multiple: int
-    _errors: RoundingErrors = field(init=False)
+    _errors: RoundingErrors | CodebookErrors = field(init=False)
     _moments: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
     _pending: list[tuple[Candidate, float, list[WeightedError]]] = field(
         default_factory=list, init=False
     )
 
     def __post_init__(self):
-        self._errors = RoundingErrors(self.rounding)
+        coded = any(isinstance(scheme, CodebookScheme) for scheme in self.schemes.values())
+        self._errors = CodebookErrors() if coded else RoundingErrors(self.rounding)
 
     def layers(self, dense: Layers, latent: Latent | None = None) -> UnitPlan:
         """Return layers with all candidates, whose errors :meth:`finish` fills in.
 
         :param dense: one layer, or the layers of a latent, by name
         :param latent: the latent that gives their factors; None for no factors
-        :raises ValueError: if a group size does not divide the columns of a weight
+        :raises ValueError: if a weight cannot have a scheme on offer
         """
         candidates = []
         ranks = self._ranks(latent)
@@ -70,16 +72,17 @@ class Pricing:
         for rank in (None, *ranks):
             layers = dense if rank is None else latent.layers(rank)
             stored = _stored_weights(layers)
-            self._check_groups(stored)
+            self._check_shapes(stored)
             lost = 0.0 if rank is None or losses is None else losses[rank].item()
             rounding = self._rounding(layers) if known else {}
             for bits, args in self.schemes.items():
                 candidate = Candidate(
                     bits=bits,
                     rank=rank,
-                    group_size=args.group_size or -1,
+                    group_size=getattr(args, "group_size", None) or -1,
                     bytes=sum(stored_bytes(w.shape, args, w.dtype) for w in stored.values()),
                     needs=missing_kernel(args),
+                    codec=getattr(args, "codec", None),
                 )
                 candidates.append(candidate)
                 if known:
@@ -157,11 +160,13 @@ class Pricing:
         share = self.statistics.routed.get(name, 1.0)  # squared gradients include it
         return torch.full((layer.out_features,), share / energy if energy > 0 else 0.0)
 
-    def _check_groups(self, stored: dict[str, torch.Tensor]) -> None:
-        """Check that group sizes divide the columns of all weights."""
+    def _check_shapes(self, stored: dict[str, torch.Tensor]) -> None:
+        """Check that all weights can have the schemes on offer."""
         for name, weight in stored.items():
             for bits, args in self.schemes.items():
-                if args.group_size and weight.shape[1] % args.group_size:
+                if isinstance(args, CodebookScheme):
+                    args.check(name, tuple(weight.shape))
+                elif args.group_size and weight.shape[1] % args.group_size:
                     raise ValueError(
                         f"BitAllocationModifier.group_size: {args.group_size} ({bits} bits) does "
                         f"not divide the {weight.shape[1]} columns of {name}; use a divisor, -1 "

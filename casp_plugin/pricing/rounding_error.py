@@ -23,8 +23,8 @@ from torch import nn
 
 from casp_plugin.maths.errors import output_error
 from casp_plugin.maths.gptq_error import ColumnCosts, column_costs
+from casp_plugin.maths.hadamard import rotate
 from casp_plugin.model.low_rank_linear import LowRankLinear
-from casp_plugin.model.transforms import rotate
 from casp_plugin.system.machine import trim_memory
 
 __all__ = ["Rounding", "RoundingErrors", "WeightedError", "rounding_delta"]

@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from casp_plugin.checkpoint.format import SECTION, read_section
 from casp_plugin.checkpoint.vllm_support import refusal
+from casp_plugin.model.codebook_schemes import CodebookScheme
 from casp_plugin.model.transforms import check_transforms, input_block
 from casp_plugin.runtime.kernels import WNA16
 from casp_plugin.runtime.split import Shard, SplitLinearMethod, can_join
@@ -40,6 +41,10 @@ class CaspConfig(CompressedTensorsConfig):
     low_rank: dict[str, int]
     #: owner of the down factor of every layer that shares one, both by their names in vLLM
     latent_of: dict[str, str]
+    #: scheme of every codebook layer, a factor or a dense layer, by the layer's name in vLLM
+    codebooks: dict[str, CodebookScheme]
+    #: methods of codebook layers that are parts of a layer in the making, by name
+    codebook_methods: dict[str, QuantizeMethodBase]
     #: factored layers that no layer of the model has asked for yet
     unclaimed: set[str]
     #: top-level modules that vLLM has built; a vision tower is not where images are switched off
@@ -72,7 +77,8 @@ class CaspConfig(CompressedTensorsConfig):
         instance = super().from_config(config)
         section = read_section(config)
         instance.low_rank, instance.latent_of = section.ranks, section.latent_of
-        instance.unclaimed = set(instance.low_rank)
+        instance.codebooks, instance.codebook_methods = section.codebooks, {}
+        instance.unclaimed = instance._ours()
         instance.built = set()
         instance.warm_up = WarmUp()
         if instance.transform_config is not None:
@@ -83,11 +89,13 @@ class CaspConfig(CompressedTensorsConfig):
         """Rename the layers of the section as vLLM does those of the checkpoint."""
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.low_rank = hf_to_vllm_mapper.apply_dict(self.low_rank)
-        self.unclaimed = set(self.low_rank)
+        self.codebooks = hf_to_vllm_mapper.apply_dict(self.codebooks)
+        self.unclaimed = self._ours()
         owners = hf_to_vllm_mapper.apply_list(list(self.latent_of.values()))
         names = hf_to_vllm_mapper.apply_list(list(self.latent_of))
         self.latent_of = dict(zip(names, owners, strict=True))
-        for by_name in (self.target_scheme_map, self.low_rank, self.latent_of):
+        maps = (self.target_scheme_map, self.low_rank, self.latent_of, self.codebooks)
+        for by_name in maps:
             by_name |= {_in_tower(name): value for name, value in by_name.items()}
         self.latent_of = {
             name: _in_tower(owner) if _in_tower(name) == name else owner
@@ -100,6 +108,8 @@ class CaspConfig(CompressedTensorsConfig):
         :param prefix: name of the layer
         """
         self.built.add(prefix.partition(".")[0])
+        if prefix in self.codebook_methods:
+            return self.codebook_methods[prefix]
         if isinstance(layer, LinearBase):
             shards = self._shards(layer, prefix)
             if self._must_split(layer, prefix, shards):
@@ -111,6 +121,11 @@ class CaspConfig(CompressedTensorsConfig):
         elif isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         return super().get_quant_method(layer, prefix)
+
+    def _ours(self) -> set[str]:
+        """Return the layers of the section, factored ones under their own name."""
+        dense = (name for name in self.codebooks if name.rpartition(".")[0] not in self.low_rank)
+        return {*self.low_rank, *dense}
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """Return vLLM's own method, which runs all experts of a layer at one width.
@@ -142,7 +157,7 @@ class CaspConfig(CompressedTensorsConfig):
         if lost and get_pp_group().world_size == 1:
             architectures = get_current_vllm_config().model_config.architectures
             raise ValueError(
-                f"{architectures} of vLLM cannot run {len(lost)} low-rank layers of this "
+                f"{architectures} of vLLM cannot run {len(lost)} layers of this "
                 f"checkpoint ({', '.join(lost[:4])}): serve the copy that `casp fold` writes"
             )
         mapper = super().get_checkpoint_weight_mapper()
@@ -156,7 +171,7 @@ class CaspConfig(CompressedTensorsConfig):
         parent, _, leaf = prefix.rpartition(".")
         members = self.packed_modules_mapping.get(leaf) or _FUSED.get(leaf, [leaf])
         names = [f"{parent}.{member}" if parent else member for member in members]
-        known = self.low_rank.keys() | self.target_scheme_map.keys()
+        known = self.low_rank.keys() | self.codebooks.keys() | self.target_scheme_map.keys()
         fused = leaf in self.packed_modules_mapping or not known.isdisjoint(names)
         if not fused or prefix in known or len(names) != len(layer.output_partition_sizes):
             names = [prefix]  # a single linear on disk too
@@ -166,7 +181,7 @@ class CaspConfig(CompressedTensorsConfig):
 
     def _must_split(self, layer: LinearBase, prefix: str, shards: list[Shard]) -> bool:
         """Tell whether vLLM's own single matmul cannot run all shards."""
-        if any(shard.rank for shard in shards):
+        if any(shard.rank or shard.name in self.codebooks for shard in shards):
             return True
         columns = layer.input_size
         blocks = (input_block(self.transform_config, s.name, layer, columns) for s in shards)

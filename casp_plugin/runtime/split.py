@@ -19,7 +19,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from casp_plugin.model.transforms import hadamard, input_block, rotate
+from casp_plugin.maths.hadamard import hadamard, rotate
+from casp_plugin.model.transforms import input_block
+from casp_plugin.runtime.codebook import CodebookMethod
 from casp_plugin.runtime.packing import narrow_packed
 
 __all__ = ["Rows", "Shard", "SplitLinearMethod", "can_join", "rows_of_rank"]
@@ -63,6 +65,7 @@ class _SubLinear:
     :param rows: rows that this rank runs
     :param reads: position of the shard whose latent it reads; None for the layer's input
     :param block: size of the Hadamard blocks that rotate its input; 1 for none
+    :param columns: size of its input on all ranks
     """
 
     shard: int
@@ -71,6 +74,7 @@ class _SubLinear:
     rows: Rows
     reads: int | None
     block: int
+    columns: int
 
 
 class SplitLinearMethod(LinearMethodBase):
@@ -125,7 +129,8 @@ class SplitLinearMethod(LinearMethodBase):
             name = ".".join(filter(None, (self.shards[index].name, suffix)))
             columns = input_size_per_partition if reads is None else self.shards[index].rank
             block = input_block(self.config.transform_config, name, layer, columns)
-            return _SubLinear(index, suffix, name, rows, reads, block)
+            whole = input_size if reads is None else self.shards[index].rank
+            return _SubLinear(index, suffix, name, rows, reads, block, whole)
 
         for index, (shard, rows) in enumerate(zip(self.shards, rows_of_shards, strict=True)):
             if shard.rank is None:
@@ -209,6 +214,8 @@ class SplitLinearMethod(LinearMethodBase):
                     continue
                 members = [*group, linear]
                 names = [member.name for member in members]
+                if self.config.codebooks.keys() & names:
+                    continue
                 if can_join(self.config, layer, names, [member.rows.length for member in members]):
                     group.append(linear)
                     break
@@ -224,6 +231,10 @@ class SplitLinearMethod(LinearMethodBase):
         :param columns: input size on all ranks
         """
         rows = [linear.rows.length for linear in group]
+        scheme = self.config.codebooks.get(group[0].name)
+        if scheme is not None:
+            shape = group[0].rows.total, group[0].columns
+            self.plain.codebook_methods[group[0].name] = CodebookMethod(scheme, shape)
         settings = {
             "bias": False,
             "params_dtype": dtype,
@@ -311,6 +322,8 @@ def _rows_of(weight: torch.Tensor, rows: Rows, target: nn.Parameter) -> torch.Te
     dim = getattr(target, "output_dim", None)
     if dim is None or rows.length == rows.total:
         return weight
+    if each := getattr(target, "rows_each", None):
+        return weight.narrow(dim, rows.start // each, rows.length // each)
     if getattr(target, "packed_dim", None) == dim:
         bits = int(32 / target.packed_factor)
         return narrow_packed(weight, bits, rows.start, rows.length, rows.total)

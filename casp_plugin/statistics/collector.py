@@ -13,7 +13,7 @@ from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from torch import nn
 
 from casp_plugin.maths.errors import token_influence
-from casp_plugin.model.transforms import rotate
+from casp_plugin.maths.hadamard import rotate
 from casp_plugin.statistics.hooks import (
     Hooks,
     TokenMean,

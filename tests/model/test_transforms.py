@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from casp_plugin import BitAllocationModifier, LowRankQKModifier, plan_recipe
 from casp_plugin.checkpoint.check import check
 from casp_plugin.checkpoint.fold import fold
+from casp_plugin.maths.hadamard import rotate
 from casp_plugin.model.low_rank_linear import LowRankLinear
-from casp_plugin.model.transforms import input_block, rotate
+from casp_plugin.model.transforms import input_block
 
 
 def quip(**fields):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from casp_plugin.maths.hadamard import rotate, rotate_moment
 from casp_plugin.maths.low_rank import whitened_spectrum
 from casp_plugin.model.latent import Latent
 from casp_plugin.model.schemes import weight_args
-from casp_plugin.model.transforms import rotate, rotate_moment
 from casp_plugin.pricing.candidates import Pricing
 from casp_plugin.pricing.rounding_error import rounding_delta
 from casp_plugin.statistics.statistics import Statistics

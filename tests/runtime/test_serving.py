@@ -40,7 +40,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from casp_plugin import AutoRoundModifier, BitAllocationModifier, LowRankQKModifier
+from casp_plugin import (
+    AQLMModifier,
+    AutoRoundModifier,
+    BitAllocationModifier,
+    LowRankQKModifier,
+    QuIPSharpModifier,
+    TrellisModifier,
+)
 from casp_plugin.bench.runs import Speed
 from casp_plugin.checkpoint.fold import fold
 from casp_plugin.checkpoint.vllm_support import TESTED
@@ -503,6 +510,60 @@ def test_tensor_parallel(vllm_python, batches, tmp_path, kv_heads):
     answers = worker(folder, tensor_parallel_size=2)
     worker.close()
     assert_same(answers, expected(folder))
+
+
+def codebooks(family, folder, batches, *quantizers, factors=True, **sizes):
+    """A model with codebooks at chosen widths, q and k factored."""
+    source = save_tiny_model(folder / "in", family, **{**SIZES, **FAMILIES[family], **sizes})
+    bits = {"average_bits": 3.5, "candidates": [2, 3, 4], "granularity": "matrix"}
+    recipe = [BitAllocationModifier(**bits), *quantizers]
+    if factors:
+        recipe.insert(0, LowRankQKModifier(keep=0.5, rank_multiple=32, ranks=32))
+    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder / "out"))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_trellis(serve, batches, tmp_path, family):
+    folder = codebooks(family, tmp_path, batches, TrellisModifier(state_bits=10))
+    assert_same(serve(folder), expected(folder))
+
+
+@pytest.mark.parametrize("codec", [QuIPSharpModifier, AQLMModifier])
+def test_other_codebooks(serve, batches, tmp_path, codec):
+    folder = codebooks("llama", tmp_path, batches, codec())
+    assert_same(serve(folder), expected(folder))
+
+
+@pytest.mark.parametrize("columns", [4, 16])
+def test_codebooks_in_parallel(vllm_python, batches, tmp_path, columns):
+    """Two processes, which cut between Hadamard blocks and tiles."""
+    trellis = TrellisModifier(state_bits=10, columns=columns, block=32)
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 256}
+    folder = codebooks("llama", tmp_path, batches, trellis, **sizes)
+    worker = Worker(vllm_python, tmp_path / "log", VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    answers = worker(folder, tensor_parallel_size=2)
+    worker.close()
+    assert_same(answers, expected(folder))
+
+
+def test_codebooks_beside_integers(serve, batches, tmp_path):
+    """One quantizer for attention, another one for the rest."""
+    source = save_tiny_model(tmp_path / "in", "llama", **SIZES)
+    recipe = [
+        TrellisModifier(bits=3, state_bits=10, targets="re:.*self_attn.*"),
+        QuantizationModifier(config_groups={"w4": scheme(4, "re:.*mlp.*")}),
+    ]
+    folder = tmp_path / "out"
+    oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder))
+    assert_same(serve(folder), expected(folder))
+
+
+def test_codebooks_in_a_vision_tower(serve, tmp_path):
+    trellis = TrellisModifier(state_bits=10, columns=4)
+    components = compressed_vlms.COMPONENTS["llava"]
+    compressed_vlms.compress(tmp_path, "llava", trellis, components=components)
+    assert_sees(serve, tmp_path / "in", tmp_path / "out", "llava")
 
 
 def test_folded_checkpoint(serve, batches, tmp_path):

@@ -1,0 +1,123 @@
+"""Rounding of a weight block of columns by block of columns, later errors fed back (BlockLDLQ).
+
+With H = L D L^T, L unit lower triangular in blocks and D block-diagonal, the output error of a
+weight error E is ``tr(E H E^T) = sum_b tr((E L)_b D_b (E L)_b^T)``. Blocks are rounded from the
+last to the first, each at a target that holds what the blocks behind it have lost, so that
+``(E L)_b`` is the block's own rounding error and nothing more (QuIP#, arXiv 2402.04396, section
+4.2; GPTQ, arXiv 2210.17323, is the case of single columns).
+
+Shapes: out and in are those of a weight, b columns of a block.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["BlockLDL", "block_ldl", "corrected", "dampened", "round_by_blocks"]
+
+#: columns whose feedback is applied at once, as GPTQ does
+_PANEL = 128
+#: random vectors that estimate a norm
+_PROBES = 32
+
+
+def dampened(moment: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Return a second moment with a share of its mean diagonal added to the diagonal.
+
+    :param moment: H, shape (in, in)
+    :param fraction: share of the mean of the diagonal; channels that are always zero count 1 more
+    """
+    diagonal = moment.diagonal()
+    moment = moment.clone()
+    moment.diagonal().add_(fraction * diagonal.mean() + (diagonal == 0).to(moment.dtype))
+    return moment
+
+
+class BlockLDL:
+    """H = L D L^T in blocks of b columns.
+
+    :ivar lower: L, shape (in, in); its diagonal blocks are identities
+    :ivar blocks: D, shape (in / b, b, b)
+    """
+
+    def __init__(self, lower: torch.Tensor, blocks: torch.Tensor):
+        self.lower = lower
+        self.blocks = blocks
+
+    def spread(self, dampening: float) -> float:
+        """Return the output energy of a row whose blocks are rounded with errors of variance one.
+
+        That is tr(D), and without the dampening d that H contains ``tr(D) - d |L^-1|^2``, as the
+        weight error is the rounding error times L^-1; its norm is estimated by random vectors.
+
+        :param dampening: d
+        """
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(_PROBES, len(self.lower), generator=generator).to(self.lower)
+        lost = torch.linalg.solve_triangular(
+            self.lower, probes, upper=False, left=False, unitriangular=True
+        )
+        trace = self.blocks.diagonal(dim1=1, dim2=2).sum()
+        return (trace - dampening * lost.square().sum() / _PROBES).item()
+
+
+def block_ldl(moment: torch.Tensor, size: int) -> BlockLDL:
+    """Return the block LDL decomposition of a positive definite second moment.
+
+    L = C blockdiag(C_bb)^-1, with C the lower Cholesky factor of H.
+
+    :param moment: H, shape (in, in)
+    :param size: b, which divides the columns
+    :raises torch.linalg.LinAlgError: if H is not positive definite
+    """
+    factor = torch.linalg.cholesky(moment)  # C
+    count = len(moment) // size
+    tall = factor.unflatten(1, (count, size)).transpose(0, 1)  # (blocks, in, b)
+    own = torch.stack([tall[b, b * size : (b + 1) * size] for b in range(count)])  # C_bb
+    lower = torch.linalg.solve_triangular(own, tall, upper=False, left=False)  # X C_bb = tall
+    return BlockLDL(lower.transpose(0, 1).flatten(1), own @ own.mT)
+
+
+def round_by_blocks(
+    weight: torch.Tensor, ldl: BlockLDL, encode: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
+    """Return the rounded weight, block after block from the last to the first.
+
+    :param weight: W, shape (out, in)
+    :param ldl: of the second moment of its input
+    :param encode: returns the rounded values of a target, shape (out, b), given the index of the
+        block
+    :return: shape (out, in)
+    """
+    size, columns = ldl.blocks.shape[1], weight.shape[1]
+    panel = max(_PANEL // size, 1) * size
+    target = weight.clone()  # takes up the feedback of the panels behind
+    rounded = torch.empty_like(weight)
+    error = torch.empty_like(weight)
+    for end in range(columns, 0, -panel):
+        start = max(end - panel, 0)
+        for first in range(end - size, start - 1, -size):
+            own, later = slice(first, first + size), slice(first + size, end)
+            moved = target[:, own] + error[:, later] @ ldl.lower[later, own]
+            rounded[:, own] = encode(moved, first // size)
+            error[:, own] = weight[:, own] - rounded[:, own]
+        if start:  # (out, panel) @ (panel, start)
+            target[:, :start] += error[:, start:end] @ ldl.lower[start:end, :start]
+    return rounded
+
+
+def corrected(
+    weight: torch.Tensor, moment: torch.Tensor, change: torch.Tensor, share: float
+) -> torch.Tensor:
+    """Return the weight that makes up for inputs that earlier layers have changed.
+
+    ``W (I + a C H^-1)``, with C = E[(x_dense - x) x^T], is for a = 1 the least-squares fit of
+    ``W x_dense`` by a function of x; less than that keeps it from fitting the calibration data
+    (as in GPTAQ, arXiv 2504.02692, without its order of columns).
+
+    :param weight: W, shape (out, in)
+    :param moment: H = E[x x^T], positive definite, shape (in, in)
+    :param change: C, shape (in, in)
+    :param share: a
+    """
+    return weight + share * torch.linalg.solve(moment, (weight @ change).mT).mT

@@ -1,0 +1,1 @@
+"""Codecs of the codebook quantizers: how blocks of weights become bits, and come back."""

@@ -1,0 +1,394 @@
+"""Modifiers that store weights as codes of a codebook, layer by layer on the compressed inputs."""
+
+from abc import abstractmethod
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
+from llmcompressor.core import Event, State
+from pydantic import Field, PrivateAttr, ValidationError
+from torch import nn
+from tqdm import tqdm
+
+from casp_plugin.maths.codecs.trellis import TrellisCode
+from casp_plugin.maths.incoherence import Input
+from casp_plugin.model.codebook_linear import CodebookLinear
+from casp_plugin.model.codebook_schemes import (
+    AdditiveScheme,
+    CodebookScheme,
+    LatticeScheme,
+    TrellisScheme,
+)
+from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.model.units import OUTPUT_HEAD, decoder_layers, matched_linears
+from casp_plugin.modifiers.base import Offers, RecipeContext, Targets
+from casp_plugin.modifiers.layer_inputs import InputStatistics, LayerInputs
+from casp_plugin.modifiers.lifecycle import OneshotModifier
+from casp_plugin.plan.plan import Candidate, CompressionPlan, UnitPlan
+from casp_plugin.pricing.candidates import stored_shapes
+from casp_plugin.pricing.other_bytes import other_bytes
+from casp_plugin.statistics.layer_notes import LayerNotes
+from casp_plugin.statistics.statistics import Request, Statistics
+
+__all__ = ["AQLMModifier", "CodebookModifier", "QuIPSharpModifier", "TrellisModifier"]
+
+Scheme = TypeVar("Scheme", bound=CodebookScheme)
+
+#: package that vLLM needs for codebook layers
+PACKAGE = "casp-plugin"
+
+
+class CodebookModifier(OneshotModifier):
+    """A quantizer that stores weights as codes of a codebook.
+
+    After BitAllocationModifier it runs at the chosen widths. Alone it needs ``bits``.
+
+    :param bits: width of all weights, for a recipe without BitAllocationModifier
+    :param targets: layers to quantize, in llm-compressor's matching syntax; after
+        BitAllocationModifier those of its plan
+    :param ignore: layers to leave unquantized although they match; by default the output head
+    :param block: size of the Hadamard blocks at most; smaller powers of two where it does not
+        divide a size. Tensor parallelism cuts between blocks
+    :param dampening_frac: share of the mean diagonal of a second moment that is added to it
+    :param correction: share of the change of a layer's inputs, through the layers compressed
+        before it, that its weights make up for; 0 for none, 1 for least squares
+    :param true_sequential: whether the linears of a decoder layer are compressed one after another,
+        each on what the ones before it have changed, which runs the layer once more for each input
+    """
+
+    quantizes: ClassVar[bool] = True
+
+    bits: int | None = None
+    targets: Targets = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=lambda: [OUTPUT_HEAD])
+    block: int = 128
+    dampening_frac: float = Field(default=0.01, ge=0)
+    correction: float = Field(default=0.5, ge=0, le=1)
+    true_sequential: bool = True
+    requires_calibration_data: bool = Field(default=True, exclude=True)
+
+    _schemes: dict[str, CodebookScheme] = PrivateAttr(default_factory=dict)
+    _seed: int = PrivateAttr(default=0)
+    _inputs: LayerInputs | None = PrivateAttr(default=None)
+    _progress: tqdm | None = PrivateAttr(default=None)
+    _decoded: list[CodebookLinear] = PrivateAttr(default_factory=list)
+
+    @abstractmethod
+    def scheme(self, bits: int) -> CodebookScheme:
+        """Return the scheme of a width.
+
+        :raises ValueError: if the codec has no such width
+        """
+
+    def _valid(self, scheme: type[Scheme], **fields) -> Scheme:
+        """Return a scheme of this modifier.
+
+        :raises ValueError: if a field, the width most likely, is not one that it can have
+        """
+        try:
+            return scheme(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "bits"
+            raise ValueError(
+                f"{type(self).__name__} cannot have {field} {fields.get(field)!r}: {first['msg']}"
+            ) from None
+
+    def request(self, model: nn.Module, context: RecipeContext) -> Request:
+        return Request()
+
+    def note(
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        notes: LayerNotes,
+        offers: Offers,
+        context: RecipeContext,
+    ) -> None:
+        """Need nothing: the modifier before it has priced the widths."""
+
+    def prepare(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        notes: LayerNotes | None,
+        offers: Offers,
+        context: RecipeContext,
+    ) -> None:
+        name = context.name_of(self)
+        if self.bits is not None:
+            plan.units += self._own_units(model, plan, context)
+            plan.other_bytes = other_bytes(
+                model, plan, context.transforms, context.other_quantizers
+            )
+        plan.settings[name] = self.settings
+        if not plan.units:
+            raise ValueError(f"{name}.bits: set it, or put BitAllocationModifier before")
+        if not plan.decided:
+            return
+        codec = self.scheme(plan.units[0].choice.bits).codec
+        units = [unit for unit in plan.units if unit.choice.codec == codec]
+        schemes = {n: self.scheme(unit.choice.bits) for unit in units for n in unit.modules}
+        if notes is None:  # only shapes are wanted
+            for module, scheme in schemes.items():
+                model.set_submodule(
+                    module, CodebookLinear.like(model.get_submodule(module), scheme)
+                )
+        else:
+            self._schemes, self._seed = schemes, plan.seed or 0
+
+    def without_data(self) -> "CodebookModifier":
+        return self.model_copy(deep=True)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
+        """Start to collect the second moments of inputs."""
+        layers = decoder_layers(state.model)
+        # the latent of factors follows from the input of `down`
+        read = [name for name in self._schemes if not _is_up(state.model, name)]
+        changes, in_order = self.correction > 0, self.true_sequential
+        self._inputs = LayerInputs(self, state.model, read, layers, changes, in_order)
+        weights = sum(state.model.get_submodule(n).weight.numel() for n in self._schemes)
+        self._progress = tqdm(desc="Encoding weights", total=weights, unit_scale=True)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs
+    ) -> None:
+        """Encode the layers that were just calibrated."""
+        for module in self._decoded:  # of the layers before
+            module.forget()
+        self._decoded.clear()
+        here = set(modules)
+        names = [n for n in self._schemes if state.model.get_submodule(n) in here]
+        self._encode(state.model, names)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+        """Encode the layers that no token reached, and remove the hooks."""
+        left = [
+            name
+            for name in self._schemes
+            if not isinstance(state.model.get_submodule(name), CodebookLinear)
+        ]
+        self._encode(state.model, left)
+        self.remove_hooks()
+        self._inputs.close()
+        self._progress.close()
+        self._inputs = self._progress = None
+
+    @torch.no_grad()
+    def _encode(self, model: nn.Module, names: list[str]) -> None:
+        """Replace layers by their codes, in the order in which they read.
+
+        :param names: of the layers, whole low-rank layers
+        """
+        ups = [name for name in names if _is_up(model, name)]
+        for known in self._inputs.stages(name for name in names if name not in ups):
+            downs = self._encode_stage(model, known)
+            for name in ups:
+                layer = model.get_submodule(name.rpartition(".")[0])
+                if layer.latent in downs:
+                    self._encode_up(model, name, downs[layer.latent])
+
+    def _encode_stage(
+        self, model: nn.Module, known: dict[str, InputStatistics | None]
+    ) -> dict[nn.Module, "_Down"]:
+        """Replace layers by their codes, and return what their latents' readers need of them.
+
+        :param known: statistics of their inputs by name
+        """
+        groups: dict[tuple, list[str]] = defaultdict(list)  # that read one input, by scheme
+        for name, statistics in known.items():
+            alone = name if statistics is None else id(statistics)
+            groups[alone, self._schemes[name]].append(name)
+        inputs: dict[tuple, Input] = {}
+        downs = {}
+        for (key, scheme), group in groups.items():
+            weights = [model.get_submodule(name).weight.float() for name in group]
+            statistics = known[group[0]]
+            at = key, scheme.tile, scheme.block
+            if at not in inputs:
+                inputs[at] = self._input(scheme, statistics, weights[0])
+            change = None if statistics is None else statistics.mean_change
+            share = self.correction
+            coded = scheme.encode(weights, inputs[at], self._seed, change, share)
+            for name, weight, tensors in zip(group, weights, coded, strict=True):
+                layer = self._install(model, name, tensors)
+                downs[layer] = _Down(inputs[at], weight, change)
+        return downs
+
+    def _encode_up(self, model: nn.Module, name: str, down: "_Down") -> None:
+        """Fit the second factor to what the first one is by now, and encode it.
+
+        ``U' = M H D'^T (D' H D'^T)^-1``, with M the weight that both factors stand for.
+        """
+        layer, scheme = model.get_submodule(name.rpartition(".")[0]), self._schemes[name]
+        whole = layer.up.weight.float() @ down.dense  # (out, in)
+        target = down.input.corrected(whole, down.change, self.correction)
+        coded = layer.latent.weight.float()  # (rank, in)
+        seen = down.input.moment @ coded.T  # (in, rank)
+        latent = coded @ seen  # (rank, rank)
+        input = scheme.input(latent, self._seed, self.dampening_frac)
+        fitted = torch.linalg.solve(input.moment, (target @ seen).T).T  # (out, rank)
+        self._install(model, name, scheme.encode([fitted], input, self._seed)[0])
+
+    def _input(
+        self, scheme: CodebookScheme, known: InputStatistics | None, weight: torch.Tensor
+    ) -> Input:
+        """Return the input of weights; of unit variance where no token reached them."""
+        if known is None:
+            moment = torch.eye(weight.shape[1], device=weight.device)
+        else:
+            moment = known.moment.finish()
+        return scheme.input(moment, self._seed, self.dampening_frac)
+
+    def _install(
+        self, model: nn.Module, name: str, tensors: dict[str, torch.Tensor]
+    ) -> CodebookLinear:
+        """Put a coded layer in the place of a dense one."""
+        linear = model.get_submodule(name)
+        layer = CodebookLinear.like(linear, self._schemes[name])
+        for leaf, value in tensors.items():
+            getattr(layer, leaf).copy_(value)
+        self._decoded.append(layer)
+        if isinstance(linear._parameters, OffloadCache):
+            offload_module(layer, **get_cache_init_kwargs(linear))
+        self._inputs.replace(name, layer)
+        self._progress.update(linear.weight.numel())
+        return layer
+
+    def _own_units(
+        self, model: nn.Module, plan: CompressionPlan, context: RecipeContext
+    ) -> list[UnitPlan]:
+        """Return a unit for every layer, all of one width.
+
+        :raises ValueError: if widths are chosen by BitAllocationModifier already
+        """
+        name = type(self).__name__
+        if plan.units:
+            raise ValueError(
+                f"{name}.bits: BitAllocationModifier chooses the widths: leave bits unset"
+            )
+        matched = self.in_components(
+            matched_linears(model, self.targets, self.ignore, f"{name}.targets"), context
+        )
+        scheme = self.scheme(self.bits)
+        units = []
+        for linear, module in matched.items():
+            shapes = stored_shapes({linear: module})
+            size = 0
+            for stored, shape in shapes.items():
+                scheme.check(stored, shape)
+                size += scheme.stored_bytes(shape, model.get_submodule(stored).weight.dtype)
+            candidate = Candidate(
+                bits=scheme.bits, group_size=-1, bytes=size, codec=scheme.codec, needs=PACKAGE
+            )
+            units.append(
+                UnitPlan(
+                    name=linear,
+                    modules=shapes,
+                    weights=module.in_features * module.out_features,
+                    component=context.component_of(linear),
+                    importance=1.0,
+                    candidates=[candidate],
+                    chosen=0,
+                )
+            )
+        return units
+
+
+@dataclass(frozen=True)
+class _Down:
+    """A layer that was encoded, of which another one may read the latent.
+
+    :param input: of the layer
+    :param dense: its weight before, shape (out, in)
+    :param change: of its input, see ``InputStatistics``
+    """
+
+    input: Input
+    dense: torch.Tensor
+    change: torch.Tensor | None
+
+
+class TrellisModifier(CodebookModifier):
+    """
+    Stores weights as trellis codes (QTIP, arXiv 2406.11235): 1 to 8 bits a weight, rounded by
+    BlockLDLQ on weights that are rotated at random on both sides.
+
+    Sample yaml:
+
+    ```yaml
+    casp_stage:
+      casp_modifiers:
+        BitAllocationModifier:
+          average_bits: 2.25
+          candidates: [2, 3, 4, 5]
+          granularity: matrix
+        TrellisModifier: {}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - take the widths of the plan, or make one of a single width
+    - on_calibration_start
+        - add hooks that collect second moments of inputs
+    - on_sequential_epoch_end
+        - encode weights, and replace their layers
+    - on_calibration_end
+        - remove the hooks
+
+    :param state_bits: L, bits that every weight is read from; each one more doubles the time that
+        encoding takes and gains less than the one before. Decoding takes the same time
+    :param code: function from these bits to a value
+    :param columns: columns of a tile of 256 weights
+    """
+
+    state_bits: int = Field(default=12, ge=10, le=16)
+    code: TrellisCode = "mul1"
+    columns: Literal[4, 8, 16] = 16
+
+    def scheme(self, bits: int) -> TrellisScheme:
+        return self._valid(
+            TrellisScheme,
+            bits=bits,
+            block=self.block,
+            state_bits=self.state_bits,
+            code=self.code,
+            columns=self.columns,
+        )
+
+
+class QuIPSharpModifier(CodebookModifier):
+    """
+    Stores weights as lattice codes (QuIP#, arXiv 2402.04396), without its fine-tuning: 2, 3 or 4
+    bits a weight, rounded by BlockLDLQ on weights that are rotated at random on both sides. Sample
+    and lifecycle are those of TrellisModifier.
+    """
+
+    def scheme(self, bits: int) -> LatticeScheme:
+        return self._valid(LatticeScheme, bits=bits, block=self.block)
+
+
+class AQLMModifier(CodebookModifier):
+    """
+    Stores weights as sums of vectors from codebooks that are learned for each weight (AQLM, arXiv
+    2401.06118): 1 to 4 bits a weight and the codebooks. Sample and lifecycle are those of
+    TrellisModifier; nothing is rotated.
+
+    :param code_bits: bits of a code. 8: one codebook for each bit of a weight, of 4 kB; 16: one
+        codebook for each two bits, of 1 MB, for large models only
+    """
+
+    block: Literal[1] = 1
+    code_bits: Literal[8, 16] = 8
+
+    def scheme(self, bits: int) -> AdditiveScheme:
+        return self._valid(AdditiveScheme, bits=bits, code_bits=self.code_bits)
+
+
+def _is_up(model: nn.Module, name: str) -> bool:
+    """Tell whether a layer is the second factor of a low-rank layer."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "up" and isinstance(model.get_submodule(parent), LowRankLinear)

@@ -1,0 +1,94 @@
+"""Codebook layers in vLLM: decoded when they load, they take the memory of the dense model."""
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.utils import (
+    default_unquantized_gemm,
+    dispatch_cpu_unquantized_gemm,
+)
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from casp_plugin.maths.hadamard import largest_block
+from casp_plugin.model.codebook_schemes import CODES, SCALE, SIGNS, CodebookScheme
+
+__all__ = ["CodebookMethod"]
+
+#: dimension of a tensor that runs over the input
+_INPUT_DIM = {CODES: 1, SIGNS: 0}
+
+# part of the vllm logger tree, so that its settings apply
+logger = init_logger("vllm.casp_plugin")
+
+
+class CodebookMethod(LinearMethodBase):
+    """Runs a linear whose weight is stored as codes of a codebook.
+
+    :param scheme: how the weight is stored
+    :param shape: (out, in) of the whole weight, on all ranks
+    """
+
+    def __init__(self, scheme: CodebookScheme, shape: tuple[int, int]):
+        self.scheme = scheme
+        self.shape = shape
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader,
+        **extra_weight_attrs,
+    ) -> None:
+        """Put the tensors of a scheme into a layer.
+
+        :raises ValueError: if tensor parallelism cuts a Hadamard block
+        """
+        part = sum(output_partition_sizes), input_size_per_partition
+        for name, size, whole in zip(("rows", "columns"), part, self.shape, strict=True):
+            block = max(largest_block(whole, self.scheme.block), *self.scheme.tile)
+            if size != whole and size % block:
+                raise ValueError(
+                    f"{layer.prefix}: {size} of its {whole} {name} cannot run on one rank, whose "
+                    f"share must be a multiple of {block}: use fewer tensor-parallel ranks"
+                )
+        layer.codebook_dtype = params_dtype
+        layout = self.scheme.layout(part, params_dtype)
+        layer.codebook_tensors = list(layout)
+        for name, (size, dtype) in layout.items():
+            parameter = torch.nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+            layer.register_parameter(name, parameter)
+            dims = {}
+            if name in _INPUT_DIM:
+                dims["input_dim"] = _INPUT_DIM[name]
+            if name in (CODES, SCALE):
+                # rows of the weight that one row of the tensor stands for
+                dims |= {"output_dim": 0, "rows_each": part[0] // size[0]}
+            set_weight_attrs(parameter, {"weight_loader": weight_loader, **dims})
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Decode the weight."""
+        tensors = {name: getattr(layer, name) for name in layer.codebook_tensors}
+        weight = self.scheme.decode(tensors).to(layer.codebook_dtype)
+        for name in tensors:
+            delattr(layer, name)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if current_platform.is_cpu():
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+        logger.info_once("codebook layers are decoded, and take the memory of %s", weight.dtype)
+
+    def apply(
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the outputs of the layer, (tokens, rows of this rank).
+
+        :param x: inputs, (tokens, columns of this rank)
+        :param bias: bias of the layer, (rows of this rank,)
+        """
+        if current_platform.is_cpu():
+            return layer.cpu_linear(x, layer.weight, bias)
+        return default_unquantized_gemm(layer, x, layer.weight, bias)

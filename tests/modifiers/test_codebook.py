@@ -1,0 +1,198 @@
+"""Codebook modifiers from recipe to reloaded checkpoint."""
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from casp_plugin import (
+    AQLMModifier,
+    BitAllocationModifier,
+    CodebookLinear,
+    LowRankQKModifier,
+    QuIPSharpModifier,
+    TrellisModifier,
+    plan_recipe,
+)
+from casp_plugin.checkpoint.check import check
+from casp_plugin.checkpoint.fold import fold
+from casp_plugin.checkpoint.sizes import size_breakdown
+from casp_plugin.plan.plan import CompressionPlan
+
+
+def trellis(**fields):
+    return TrellisModifier(state_bits=10, **fields)  # the smallest, to be quick
+
+
+def chosen(**fields):
+    fields = {"average_bits": 3.5, "candidates": [2, 3, 4], "granularity": "matrix"} | fields
+    return BitAllocationModifier(**fields)
+
+
+def factors(keep=0.5):
+    return LowRankQKModifier(keep=keep, rank_multiple=16)
+
+
+SCALAR = {
+    "w4": {
+        "targets": ["re:.*mlp.*"],
+        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    }
+}
+RECIPES = {
+    "one width": lambda: [trellis(bits=3)],
+    "chosen widths": lambda: [chosen(), trellis()],
+    "chosen ranks": lambda: [factors("auto"), chosen(), trellis()],
+    "factors": lambda: [factors(), chosen(), trellis(columns=4)],
+    "lattice": lambda: [factors(), chosen(), QuIPSharpModifier()],
+    "learned": lambda: [factors(), chosen(average_bits=12), AQLMModifier()],
+    "one width, learned": lambda: [AQLMModifier(bits=2)],
+    "beside integers": lambda: [
+        trellis(bits=3, targets="re:.*self_attn.*"),
+        QuantizationModifier(config_groups=SCALAR),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ids(batches):
+    return next(iter(batches))["input_ids"]
+
+
+def compress(model, recipe, batches, out):
+    oneshot(model=model, dataset=batches, recipe=recipe, output_dir=str(out))
+    return out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_checkpoint_says_what_the_run_said(name, load_tiny, batches, ids, tmp_path):
+    model, out = load_tiny(), tmp_path / "out"
+    compress(model, RECIPES[name](), batches, out)
+    findings = check(out)
+    assert [finding for finding in findings if finding.passed is False] == []
+    assert any(finding.what == "codebook layers" for finding in findings)
+    again = AutoModelForCausalLM.from_pretrained(out)
+    coded = [module for module in again.modules() if isinstance(module, CodebookLinear)]
+    assert len(coded) == sum(isinstance(module, CodebookLinear) for module in model.modules())
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["one width", "factors", "learned"])
+def test_saved_again_it_is_the_same(name, load_tiny, batches, ids, tmp_path):
+    out = compress(load_tiny(), RECIPES[name](), batches, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(out)
+    again(ids)  # decodes
+    again.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_decoded_at_load(load_tiny, batches, ids, tmp_path):
+    """`dequantize=True` as with integers; the codes stay for saving."""
+    out = compress(load_tiny(), RECIPES["one width"](), batches, tmp_path / "out")
+    lazy = AutoModelForCausalLM.from_pretrained(out)
+    config = CompressedTensorsConfig(dequantize=True)
+    eager = AutoModelForCausalLM.from_pretrained(out, quantization_config=config)
+    layer = "model.layers.0.mlp.up_proj"
+    assert lazy.get_submodule(layer)._decoded is None
+    assert eager.get_submodule(layer)._decoded is not None
+    assert torch.equal(lazy(ids).logits, eager(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["factors", "learned", "beside integers"])
+def test_folded_copy_needs_no_plugin(name, load_tiny, batches, ids, tmp_path):
+    out = compress(load_tiny(), RECIPES[name](), batches, tmp_path / "out")
+    fold(out, tmp_path / "folded")
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    assert not any(isinstance(module, CodebookLinear) for module in folded.modules())
+    again = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(folded(ids).logits, again(ids).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_widths_of_the_plan_are_those_of_the_layers(load_tiny, batches, tmp_path):
+    model = load_tiny()
+    out = compress(model, RECIPES["chosen widths"](), batches, tmp_path / "out")
+    plan = CompressionPlan.load(out)
+    assert len({unit.choice.bits for unit in plan.units}) > 1
+    for unit in plan.units:
+        assert unit.choice.codec == "trellis"
+        for name in unit.modules:
+            assert model.get_submodule(name).scheme.bits == unit.choice.bits
+    kinds = size_breakdown(out)["language"]
+    assert kinds["codes"] + kinds["scales"] == plan.unit_bytes
+
+
+def test_prices_are_near_what_encoding_leaves(load_tiny, batches, tmp_path):
+    """The predicted output error of every layer against its own, in one uniform recipe."""
+    model, dense = load_tiny(), load_tiny()
+    settings = {"importance": "uniform", "average_bits": 3.6, "candidates": [3]}
+    compress(model, [chosen(**settings), trellis(correction=0)], batches, tmp_path / "out")
+    ratios = []
+    for unit in model.casp_plan.units:
+        [name] = unit.modules
+        if ".0." not in name:
+            continue  # reads what the first layer has changed
+        inputs = []
+        hook = dense.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2))
+        )
+        for batch in batches:
+            dense(batch["input_ids"])
+        hook.remove()
+        x = torch.cat(inputs)
+        weight = dense.get_submodule(name).weight
+        lost = (x @ (model.get_submodule(name).weight - weight).T).square().sum()
+        lost = (lost / (x @ weight.T).square().sum()).item()
+        ratios.append(unit.choice.error / lost)
+    assert len(ratios) == 7
+    assert all(0.7 < ratio < 1.6 for ratio in ratios), ratios
+
+
+def test_factors_of_the_second_layer_make_up_for_the_first(load_tiny, batches, ids, tmp_path):
+    """With the correction the model is nearer to the dense one on its calibration data."""
+    dense, errors = load_tiny(), []
+    for share in (0.0, 0.5):
+        model = load_tiny()
+        compress(model, [trellis(bits=2, correction=share)], batches, tmp_path / f"{share}")
+        error = sum(
+            (model(b["input_ids"]).logits - dense(b["input_ids"]).logits).square().sum().item()
+            for b in batches
+        )
+        errors.append(error)
+    assert errors[1] < errors[0]
+
+
+def test_same_seed_same_bytes(load_tiny, batches, tmp_path):
+    for name in ("a", "b"):
+        compress(load_tiny(), RECIPES["factors"](), batches, tmp_path / name)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+REFUSED = {
+    "bits must": ([trellis()], "bits: set it, or put BitAllocationModifier before"),
+    "bits twice": ([chosen(), trellis(bits=2)], "must leave bits.* unset"),
+    "width": ([QuIPSharpModifier(bits=5)], "QuIPSharpModifier cannot have bits 5"),
+    "no such width": (
+        [chosen(candidates=[2, 6]), QuIPSharpModifier()],
+        "QuIPSharpModifier cannot have bits 6",
+    ),
+    "rounding": ([chosen(rounding="gptq"), trellis()], "BitAllocationModifier.rounding"),
+    "order": ([trellis(bits=2), factors()], "then quantizers"),
+    "1 bit of integers": (
+        [chosen(candidates=[1, 2]), GPTQModifier()],
+        "GPTQModifier has no weights of 1 bit",
+    ),
+    "tiles": ([trellis(bits=2, columns=4, targets="re:.*k_proj$")], "does not divide into tiles"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_runs(name, load_tiny):
+    recipe, why = REFUSED[name]
+    with pytest.raises(ValueError, match=why):
+        plan_recipe(load_tiny().to("meta"), recipe)
