@@ -73,6 +73,12 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
         if transform_config:
             self.transform_config = TransformConfig.model_validate(transform_config)
 
+    def post_init(self) -> None:
+        """Leave ``dequantize`` as it was asked for where all that is compressed are codebooks, which
+        transformers takes for a dense model."""
+        if self.quantization_config is not None or not (self.casp or {}).get("codebooks"):
+            super().post_init()
+
     def to_dict(self) -> dict:
         """Return the config as it is saved."""
         transforms, self.transform_config = self.transform_config, None
@@ -153,7 +159,7 @@ class CaspHfQuantizer(CompressedTensorsHfQuantizer):
             ]
         super()._process_model_after_weight_loading(model, **kwargs)
         rotate_inputs(model, self.transforms)
-        if self.quantization_config.dequantize:
+        if getattr(self.quantization_config, "dequantize", False):
             for module in model.modules():
                 if isinstance(module, CodebookLinear):
                     module.weight  # noqa: B018, decodes it

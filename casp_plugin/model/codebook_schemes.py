@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator,
 
 from casp_plugin.maths.codecs.additive import AdditiveCodec, additive_distortion, learn
 from casp_plugin.maths.codecs.lattice import LatticeCodec
-from casp_plugin.maths.codecs.trellis import TrellisCode, TrellisCodec
+from casp_plugin.maths.codecs.trellis import TILE, TrellisCode, TrellisCodec
 from casp_plugin.maths.incoherence import Input, code_weights, decoded_weight, random_signs
 
 __all__ = [
@@ -112,6 +112,13 @@ class CodebookScheme(BaseModel):
         signs = random_signs(count, seed) if self.block > 1 else torch.ones(count)
         return Input(moment, signs.to(moment), self.block, self.tile[1], damping)
 
+    def fitting(self, shape: tuple[int, int]) -> "CodebookScheme":
+        """Return the scheme, or one of the same bits whose tiles divide a weight, if there is one.
+
+        :param shape: (out, in)
+        """
+        return self
+
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Check that a weight can be coded.
 
@@ -127,8 +134,8 @@ class CodebookScheme(BaseModel):
             )
 
     def stored_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Return the bytes of all tensors of a layer."""
-        layout = self.layout(shape, dtype).values()
+        """Return the bytes of all tensors of a layer, by the scheme that fits its shape."""
+        layout = self.fitting(shape).layout(shape, dtype).values()
         return sum(prod(size) * kind.itemsize for size, kind in layout)
 
 
@@ -191,14 +198,22 @@ class TrellisScheme(_RotatedScheme):
     :param bits: K, bits of a weight
     :param state_bits: L, bits that a weight is read from
     :param code: function from these bits to a value
-    :param columns: columns of a tile of 256 weights
+    :param columns: columns of a tile of 256 weights; fewer round better, since a tile makes up for
+        nothing inside
     """
 
     codec: Literal["trellis"] = "trellis"
     bits: int = Field(ge=1, le=8)
     state_bits: int = Field(default=12, ge=10, le=16)
     code: TrellisCode = "mul1"
-    columns: Literal[4, 8, 16] = 16
+    columns: Literal[4, 8, 16] = 4
+
+    def fitting(self, shape: tuple[int, int]) -> "TrellisScheme":
+        for columns in (4, 8, 16):
+            fits = shape[0] % (TILE // columns) == 0 == shape[1] % columns
+            if fits and columns >= self.columns:
+                return self.model_copy(update={"columns": columns})
+        return self.model_copy(update={"columns": 16})
 
     def coder(self) -> TrellisCodec:
         return TrellisCodec(self.bits, self.state_bits, self.code, self.columns)

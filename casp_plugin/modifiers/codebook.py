@@ -130,7 +130,11 @@ class CodebookModifier(OneshotModifier):
             return
         codec = self.scheme(plan.units[0].choice.bits).codec
         units = [unit for unit in plan.units if unit.choice.codec == codec]
-        schemes = {n: self.scheme(unit.choice.bits) for unit in units for n in unit.modules}
+        schemes = {
+            module: self.scheme(unit.choice.bits).fitting(shape)
+            for unit in units
+            for module, shape in unit.modules.items()
+        }
         if notes is None:  # only shapes are wanted
             for module, scheme in schemes.items():
                 model.set_submodule(
@@ -204,7 +208,7 @@ class CodebookModifier(OneshotModifier):
         inputs: dict[tuple, Input] = {}
         downs = {}
         for (key, scheme), group in groups.items():
-            weights = [model.get_submodule(name).weight.float() for name in group]
+            weights = [model.get_submodule(name).weight.detach().float() for name in group]
             statistics = known[group[0]]
             at = key, scheme.tile, scheme.block
             if at not in inputs:
@@ -239,7 +243,7 @@ class CodebookModifier(OneshotModifier):
         if known is None:
             moment = torch.eye(weight.shape[1], device=weight.device)
         else:
-            moment = known.moment.finish()
+            moment = known.mean_moment
         return scheme.input(moment, self._seed, self.dampening_frac)
 
     def _install(
@@ -278,7 +282,7 @@ class CodebookModifier(OneshotModifier):
             shapes = stored_shapes({linear: module})
             size = 0
             for stored, shape in shapes.items():
-                scheme.check(stored, shape)
+                scheme.fitting(shape).check(stored, shape)
                 size += scheme.stored_bytes(shape, model.get_submodule(stored).weight.dtype)
             candidate = Candidate(
                 bits=scheme.bits, group_size=-1, bytes=size, codec=scheme.codec, needs=PACKAGE
@@ -342,12 +346,13 @@ class TrellisModifier(CodebookModifier):
     :param state_bits: L, bits that every weight is read from; each one more doubles the time that
         encoding takes and gains less than the one before. Decoding takes the same time
     :param code: function from these bits to a value
-    :param columns: columns of a tile of 256 weights
+    :param columns: columns of a tile of 256 weights, more where its rows do not divide the outputs;
+        fewer round better
     """
 
     state_bits: int = Field(default=12, ge=10, le=16)
     code: TrellisCode = "mul1"
-    columns: Literal[4, 8, 16] = 16
+    columns: Literal[4, 8, 16] = 4
 
     def scheme(self, bits: int) -> TrellisScheme:
         return self._valid(

@@ -11,7 +11,7 @@ Shapes: B sequences of a batch, T tokens of a sequence, C channels.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,15 +23,6 @@ from torch import nn
 from casp_plugin.statistics.hooks import TokenMean, add_ranks
 
 __all__ = ["InputStatistics", "LayerInputs"]
-
-
-TOKEN_WEIGHTS = None
-
-
-def _weights(owner, batch=None):
-    if TOKEN_WEIGHTS is None:
-        return None
-    return TOKEN_WEIGHTS(owner, active_session().state.current_batch_idx if batch is None else batch)
 
 
 class InputStatistics:
@@ -46,30 +37,31 @@ class InputStatistics:
         self.moment = TokenMean()
         self.change = TokenMean()
 
-    def add(self, x: torch.Tensor, weights=None) -> torch.Tensor:
+    def add(self, x: torch.Tensor) -> torch.Tensor:
         """Count an input of the compressed model, and return it as rows, shape (B * T, C).
 
         :param x: shape (..., C)
         """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        if weights is not None:
-            rows = rows * weights.sqrt()[:, None]
-        self.moment.add_products(rows, len(rows) if weights is None else weights.sum().item())
+        self.moment.add_products(rows, len(rows))
         return rows
 
-    def add_change(self, rows: torch.Tensor, dense: torch.Tensor, weights=None) -> None:
+    def add_change(self, rows: torch.Tensor, dense: torch.Tensor) -> None:
         """Count the dense model's input for the same tokens.
 
         :param rows: of :meth:`add`
         :param dense: shape (..., C)
         """
         wanted = dense.detach().reshape(-1, dense.shape[-1]).float()
-        if weights is not None:
-            wanted = wanted * weights.sqrt()[:, None]
         if self.change.total is None:
             self.change.total = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.change.total.addmm_((wanted - rows).T, rows)
-        self.change.tokens += len(rows) if weights is None else weights.sum().item()
+        self.change.tokens += len(rows)
+
+    @cached_property
+    def mean_moment(self) -> torch.Tensor:
+        """Return the mean of the moment, once all is counted."""
+        return self.moment.finish()
 
     @property
     def mean_change(self) -> torch.Tensor | None:
@@ -184,7 +176,7 @@ class LayerInputs:
         x = args[0]
         if self._runs_dense:
             if self._rows.get(name):  # only owners are there
-                self._inputs[name].add_change(self._rows[name].pop(0), x, _weights(name))
+                self._inputs[name].add_change(self._rows[name].pop(0), x)
             return
         if name not in self._owner:
             shared = self._latest is not None and self._latest[1] is x
@@ -197,7 +189,7 @@ class LayerInputs:
             first = next(n for n in self._owner if self._layer_of[n] == layer)
             if self._owner[first] != name:
                 return  # measured when its turn comes
-        rows = self._inputs.setdefault(name, InputStatistics()).add(x, _weights(name))
+        rows = self._inputs.setdefault(name, InputStatistics()).add(x)
         if self._changes and layer is not None:
             self._rows.setdefault(name, []).append(rows)
 
@@ -257,14 +249,13 @@ class LayerInputs:
                 x = self._captured(linear, module, call["args"], call["kwargs"])
                 if x is None:
                     continue
-                weights = _weights(linear, batch)
-                rows = statistics.add(x, weights)
+                rows = statistics.add(x)
                 if "dense" in call:
                     dense = call["dense"].to(x.device)
                     with self._dense_modules():
                         wanted = self._captured(linear, module, call["args"], call["kwargs"], dense)
                     if wanted is not None:
-                        statistics.add_change(rows, wanted, weights)
+                        statistics.add_change(rows, wanted)
         return statistics
 
     def _captured(

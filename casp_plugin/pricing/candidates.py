@@ -165,7 +165,7 @@ class Pricing:
         for name, weight in stored.items():
             for bits, args in self.schemes.items():
                 if isinstance(args, CodebookScheme):
-                    args.check(name, tuple(weight.shape))
+                    args.fitting(tuple(weight.shape)).check(name, tuple(weight.shape))
                 elif args.group_size and weight.shape[1] % args.group_size:
                     raise ValueError(
                         f"BitAllocationModifier.group_size: {args.group_size} ({bits} bits) does "

@@ -83,6 +83,7 @@ class CodebookErrors:
     ) -> float:
         """Return the error for a distortion of one."""
         weight = linear.weight.float()
+        scheme = scheme.fitting(tuple(weight.shape))
         block = largest_block(len(weight), scheme.block)
         variances = block_scales(weight, block).square()  # (out,)
         key = id(moment), scheme.block, scheme.tile

@@ -46,9 +46,9 @@ RECIPES = {
     "one width": lambda: [trellis(bits=3)],
     "chosen widths": lambda: [chosen(), trellis()],
     "chosen ranks": lambda: [factors("auto"), chosen(), trellis()],
-    "factors": lambda: [factors(), chosen(), trellis(columns=4)],
+    "factors": lambda: [factors(), chosen(), trellis()],
     "lattice": lambda: [factors(), chosen(), QuIPSharpModifier()],
-    "learned": lambda: [factors(), chosen(average_bits=12), AQLMModifier()],
+    "learned": lambda: [factors(), chosen(average_bits=45), AQLMModifier()],
     "one width, learned": lambda: [AQLMModifier(bits=2)],
     "beside integers": lambda: [
         trellis(bits=3, targets="re:.*self_attn.*"),
@@ -129,7 +129,7 @@ def test_widths_of_the_plan_are_those_of_the_layers(load_tiny, batches, tmp_path
 def test_prices_are_near_what_encoding_leaves(load_tiny, batches, tmp_path):
     """The predicted output error of every layer against its own, in one uniform recipe."""
     model, dense = load_tiny(), load_tiny()
-    settings = {"importance": "uniform", "average_bits": 3.6, "candidates": [3]}
+    settings = {"importance": "uniform", "average_bits": 3.9, "candidates": [3, 4]}
     compress(model, [chosen(**settings), trellis(correction=0)], batches, tmp_path / "out")
     ratios = []
     for unit in model.casp_plan.units:
@@ -166,6 +166,14 @@ def test_factors_of_the_second_layer_make_up_for_the_first(load_tiny, batches, i
     assert errors[1] < errors[0]
 
 
+def test_tiles_are_as_narrow_as_rows_allow(load_tiny, batches, tmp_path):
+    model = load_tiny()
+    compress(model, [trellis(bits=2)], batches, tmp_path / "out")
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.scheme.tile == (64, 4)
+    assert attention.k_proj.scheme.tile == (32, 8)
+
+
 def test_same_seed_same_bytes(load_tiny, batches, tmp_path):
     for name in ("a", "b"):
         compress(load_tiny(), RECIPES["factors"](), batches, tmp_path / name)
@@ -187,7 +195,10 @@ REFUSED = {
         [chosen(candidates=[1, 2]), GPTQModifier()],
         "GPTQModifier has no weights of 1 bit",
     ),
-    "tiles": ([trellis(bits=2, columns=4, targets="re:.*k_proj$")], "does not divide into tiles"),
+    "tiles": (
+        [LowRankQKModifier(keep=0.1, rank_multiple=8), chosen(), trellis()],
+        "does not divide into tiles of 16 x 16",
+    ),
 }
 
 

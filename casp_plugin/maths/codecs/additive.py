@@ -111,6 +111,7 @@ def learn(
     :param codec: the codebooks
     :param seed: of the vectors that the codebooks start from
     """
+    weight = weight.detach()
     tiny = torch.finfo(weight.dtype).tiny
     scale = weight.square().mean(1).sqrt().clamp_min(tiny)  # (out,)
     tables = _residual_kmeans((weight / scale[:, None]).reshape(-1, _SIZE), codec, seed)

@@ -23,7 +23,7 @@ _SHIFT = 0.25
 _CHUNK = 4096
 #: numbers by which targets of variance one are multiplied for the first code, and the remainder for
 #: the second; they have the least error for Gaussian numbers
-_GAIN = {2: (0.98, None), 3: (1.02, 2.1), 4: (0.98, 3.6)}
+_GAIN = {2: (1.03, None), 3: (0.97, 2.05), 4: (0.92, 3.6)}
 
 
 @dataclass(frozen=True)
