@@ -74,8 +74,8 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
             self.transform_config = TransformConfig.model_validate(transform_config)
 
     def post_init(self) -> None:
-        """Leave ``dequantize`` as it was asked for where all that is compressed are codebooks, which
-        transformers takes for a dense model."""
+        """Leave ``dequantize`` as it was asked for where all that is compressed are codebooks: to
+        transformers that is a dense model."""
         if self.quantization_config is not None or not (self.casp or {}).get("codebooks"):
             super().post_init()
 

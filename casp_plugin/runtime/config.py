@@ -1,5 +1,6 @@
 """vLLM's compressed-tensors config, for checkpoints with a ``casp`` section."""
 
+import re
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from casp_plugin.checkpoint.format import SECTION, read_section
+from casp_plugin.checkpoint.format import SECTION, Section, read_section
 from casp_plugin.checkpoint.vllm_support import refusal
 from casp_plugin.model.codebook_schemes import CodebookScheme
 from casp_plugin.model.transforms import check_transforms, input_block
@@ -45,9 +46,11 @@ class CaspConfig(CompressedTensorsConfig):
     codebooks: dict[str, CodebookScheme]
     #: methods of codebook layers that are parts of a layer in the making, by name
     codebook_methods: dict[str, QuantizeMethodBase]
-    #: factored layers that no layer of the model has asked for yet
-    unclaimed: set[str]
-    #: top-level modules that vLLM has built; a vision tower is not where images are switched off
+    #: layers of the section, by their names in vLLM, and those that the model has asked for
+    required: set[str]
+    claimed: set[str]
+    #: numbered layers that vLLM has built, and top-level modules: of a vision tower not all that a
+    #: checkpoint has, and none where images are switched off
     built: set[str]
     #: compiles the kernels of the model's layers
     warm_up: WarmUp
@@ -78,7 +81,7 @@ class CaspConfig(CompressedTensorsConfig):
         section = read_section(config)
         instance.low_rank, instance.latent_of = section.ranks, section.latent_of
         instance.codebooks, instance.codebook_methods = section.codebooks, {}
-        instance.unclaimed = instance._ours()
+        instance.required, instance.claimed = _layers_of(section), set()
         instance.built = set()
         instance.warm_up = WarmUp()
         if instance.transform_config is not None:
@@ -90,7 +93,7 @@ class CaspConfig(CompressedTensorsConfig):
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.low_rank = hf_to_vllm_mapper.apply_dict(self.low_rank)
         self.codebooks = hf_to_vllm_mapper.apply_dict(self.codebooks)
-        self.unclaimed = self._ours()
+        self.required = set(hf_to_vllm_mapper.apply_list(sorted(self.required)))
         owners = hf_to_vllm_mapper.apply_list(list(self.latent_of.values()))
         names = hf_to_vllm_mapper.apply_list(list(self.latent_of))
         self.latent_of = dict(zip(names, owners, strict=True))
@@ -107,25 +110,17 @@ class CaspConfig(CompressedTensorsConfig):
 
         :param prefix: name of the layer
         """
-        self.built.add(prefix.partition(".")[0])
+        self.built.add(_place(prefix))
         if prefix in self.codebook_methods:
             return self.codebook_methods[prefix]
         if isinstance(layer, LinearBase):
             shards = self._shards(layer, prefix)
             if self._must_split(layer, prefix, shards):
-                claimed = {shard.name for shard in shards}
-                self.unclaimed = {
-                    name for name in self.unclaimed if not {name, _in_tower(name)} & claimed
-                }
+                self.claimed |= {shard.name for shard in shards}
                 return SplitLinearMethod(self, shards)
         elif isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         return super().get_quant_method(layer, prefix)
-
-    def _ours(self) -> set[str]:
-        """Return the layers of the section, factored ones under their own name."""
-        dense = (name for name in self.codebooks if name.rpartition(".")[0] not in self.low_rank)
-        return {*self.low_rank, *dense}
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """Return vLLM's own method, which runs all experts of a layer at one width.
@@ -153,7 +148,12 @@ class CaspConfig(CompressedTensorsConfig):
 
         :raises ValueError: if factored layers of the checkpoint are in no layer of the model
         """
-        lost = sorted(name for name in self.unclaimed if name.partition(".")[0] in self.built)
+        lost = sorted(
+            name
+            for name in self.required
+            if {_place(name), _place(_in_tower(name))} & self.built
+            and not {name, _in_tower(name)} & self.claimed
+        )
         if lost and get_pp_group().world_size == 1:
             architectures = get_current_vllm_config().model_config.architectures
             raise ValueError(
@@ -207,6 +207,18 @@ class CaspConfig(CompressedTensorsConfig):
             layer_name=scheme.layer_name,
             warm_up=self.warm_up,
         )
+
+
+def _layers_of(section: Section) -> set[str]:
+    """Return the layers of a section, factored ones under their own name."""
+    dense = (name for name in section.codebooks if name.rpartition(".")[0] not in section.ranks)
+    return {*section.ranks, *dense}
+
+
+def _place(name: str) -> str:
+    """Return the numbered layer that a module lies in, the top-level module where it is in none."""
+    inside = re.match(r"(.*\.\d+)\.", name)
+    return inside[1] if inside else name.partition(".")[0]
 
 
 def _in_tower(name: str) -> str:

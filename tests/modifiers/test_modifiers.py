@@ -318,8 +318,8 @@ BAD_FIELDS = [
     (BitAllocationModifier, {"average_bits": -1}, "average_bits"),
     (
         BitAllocationModifier,
-        {"average_bits": 3, "candidates": [1, 2]},
-        "candidates must lie in 2..8",
+        {"average_bits": 3, "candidates": [0, 2]},
+        "candidates must lie in 1..8",
     ),
     (BitAllocationModifier, {"average_bits": 3, "candidates": []}, "candidates"),
     (BitAllocationModifier, {"average_bits": 3, "group_size": 0}, "group_size must be positive"),

@@ -512,13 +512,12 @@ def test_tensor_parallel(vllm_python, batches, tmp_path, kv_heads):
     assert_same(answers, expected(folder))
 
 
-def codebooks(family, folder, batches, *quantizers, factors=True, **sizes):
+def codebooks(family, folder, batches, *quantizers, average_bits=3.5, **sizes):
     """A model with codebooks at chosen widths, q and k factored."""
     source = save_tiny_model(folder / "in", family, **{**SIZES, **FAMILIES[family], **sizes})
-    bits = {"average_bits": 3.5, "candidates": [2, 3, 4], "granularity": "matrix"}
-    recipe = [BitAllocationModifier(**bits), *quantizers]
-    if factors:
-        recipe.insert(0, LowRankQKModifier(keep=0.5, rank_multiple=32, ranks=32))
+    bits = {"average_bits": average_bits, "candidates": [2, 3, 4], "granularity": "matrix"}
+    low_rank = LowRankQKModifier(keep=0.5, rank_multiple=32, ranks=32)
+    recipe = [low_rank, BitAllocationModifier(**bits), *quantizers]
     oneshot(model=source, recipe=recipe, dataset=batches, output_dir=str(folder / "out"))
     return folder / "out"
 
@@ -529,9 +528,9 @@ def test_trellis(serve, batches, tmp_path, family):
     assert_same(serve(folder), expected(folder))
 
 
-@pytest.mark.parametrize("codec", [QuIPSharpModifier, AQLMModifier])
-def test_other_codebooks(serve, batches, tmp_path, codec):
-    folder = codebooks("llama", tmp_path, batches, codec())
+@pytest.mark.parametrize(("codec", "bits"), [(QuIPSharpModifier, 3.5), (AQLMModifier, 18)])
+def test_other_codebooks(serve, batches, tmp_path, codec, bits):
+    folder = codebooks("llama", tmp_path, batches, codec(), average_bits=bits)
     assert_same(serve(folder), expected(folder))
 
 
