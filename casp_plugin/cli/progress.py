@@ -39,6 +39,7 @@ _STAGES = {
     "Choosing": "choosing",
     "Calibrating": "quantizing layers",
     "Propagating": "quantizing layers",
+    "Encoding weights": "encoding weights",
     "Writing model shards": "saving",
     "Evaluating": "scoring texts",
     "Answering": "scoring answers",
@@ -46,6 +47,8 @@ _STAGES = {
     "Forests": "analysing",
     "Rounds": "measuring speed",
 }
+#: seconds after which a bar tells the time left
+_LONG = 20
 #: description of a bar for one layer after the other, "(3/31): Measuring"
 _LAYER = re.compile(r"\((\d+/\d+)\): (.+)")
 
@@ -73,7 +76,7 @@ class _Line:
     def show(self, bar) -> None:
         """Tell the stage of a tqdm bar, unless it lies inside an open bar of another stage."""
         description = bar.desc.removesuffix(": ")
-        step = f"{bar.n / bar.total:.0%}" if bar.total else ""
+        step = f"{bar.n / bar.total:.0%}{_left(bar)}" if bar.total else ""
         if layer := _LAYER.fullmatch(description):
             step, description = layer.groups()
         stage = "downloading" if bar.unit == "B" else _STAGES.get(description)
@@ -86,6 +89,14 @@ class _Line:
     def close(self) -> None:
         if self._status is not None:
             self._status.stop()
+
+
+def _left(bar) -> str:
+    """Return the time that a bar will take until its end; nothing for short ones."""
+    elapsed = bar.format_dict["elapsed"]
+    if elapsed < _LONG or not bar.n:
+        return ""
+    return f", {bar.format_interval(elapsed * (bar.total - bar.n) / bar.n)} left"
 
 
 _line: _Line | None = None

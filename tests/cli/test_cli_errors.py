@@ -37,7 +37,7 @@ GOOD = "casp_stage:\n  casp_modifiers:\n    GPTQModifier: {}\n"
         (GOOD.replace("{}", "[]"), "GPTQModifier holds [], not a table of its fields"),
         (
             GOOD.replace("GPTQ", "GTPQ"),
-            "there is no modifier 'GTPQModifier'; there are AWQModifier",
+            "there is no modifier 'GTPQModifier'; there are AQLMModifier",
         ),
         (
             GOOD.replace("{}", "{dampening: 1}"),

@@ -137,3 +137,13 @@ def test_a_process_shows_neither_bars_nor_info(tiny_llama, files):
         *("choosing", "quantizing layers", "saving", "checking"),
     ]
     assert [line for line in lines if line in stages] == stages
+
+
+def test_long_bars_tell_the_time_left(monkeypatch):
+    bar = tqdm(total=100, desc="Encoding weights", file=io.StringIO())
+    bar.update(25)
+    monkeypatch.setattr(bar, "_time", lambda: bar.start_t + 60)
+    assert progress._left(bar) == ", 03:00 left"
+    monkeypatch.setattr(bar, "_time", lambda: bar.start_t + 5)
+    assert progress._left(bar) == ""
+    bar.close()
