@@ -135,6 +135,13 @@ class CodebookModifier(OneshotModifier):
             for unit in units
             for module, shape in unit.modules.items()
         }
+        experts = [module for module in schemes if ".experts." in module]
+        if experts:
+            chooser = name if self.bits is not None else "BitAllocationModifier"
+            raise ValueError(
+                f"{name}: {experts[0]} is an expert, which codebooks cannot store yet: put "
+                f"'re:.*experts.*' into {chooser}.ignore"
+            )
         if notes is None:  # only shapes are wanted
             for module, scheme in schemes.items():
                 model.set_submodule(

@@ -6,6 +6,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
+from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from casp_plugin import (
@@ -179,6 +180,14 @@ def test_same_seed_same_bytes(load_tiny, batches, tmp_path):
         compress(load_tiny(), RECIPES["factors"](), batches, tmp_path / name)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_experts_are_refused(tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path, "qwen3_moe", **sizes))
+    with pytest.raises(ValueError, match=r"is an expert, .* into TrellisModifier.ignore"):
+        plan_recipe(model.to("meta"), [trellis(bits=2)])
+    plan_recipe(model, [trellis(bits=2, ignore=["re:.*experts.*", "lm_head"])])
 
 
 REFUSED = {
