@@ -5,9 +5,10 @@ on small tensors. That tells hours from minutes, and whether the memory is enoug
 ``benchmarks/growth.py`` compares the estimate with real runs.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from timeit import timeit
 
@@ -27,8 +28,9 @@ from casp_plugin.statistics.statistics import Request
 
 __all__ = ["Data", "Estimate", "Work", "disk_of", "estimate", "memory_of", "speed_of", "work_of"]
 
-#: time of a pass in units of its matrix products, for norms, softmax and attention
-BESIDE = 2.5
+#: multiplications that take as long as everything else about an output of a linear layer: norms,
+#: softmax, attention
+BESIDE = 1800
 #: memory in units of the tensors, for libraries and for pages between blocks
 SLACK = 1.1
 
@@ -118,7 +120,7 @@ def speed_of(dtype: torch.dtype) -> Work:
     search = seconds(lambda: rounding_delta(weight, args, energies))
     gptq = seconds(lambda: rounding_delta(weight[:, :64], args, moment[:64, :64]))
     return Work(
-        passes=8 * size**3 / seconds(lambda: tall @ tall.T) / BESIDE,
+        passes=8 * size**3 / seconds(lambda: tall @ tall.T),
         products=8 * size**3 / seconds(lambda: wide @ wide.T),
         precise=8 * size**3 / seconds(lambda: precise @ precise.T),
         eigenvalues=size**3 / seconds(lambda: torch.linalg.eigh(moment)),
@@ -169,10 +171,14 @@ def estimate(
     :param by_gptq: whether every candidate is rounded by GPTQ
     """
     speed = speed_of(next(model.parameters()).dtype)
+    work = work_of(model, request, units, data, by_gptq)
+    shapes = [linear.weight.shape for _, linear in named_linears(model)]
+    outputs, weights = sum(rows for rows, _ in shapes), sum(map(math.prod, shapes))
+    passes = work.passes * (1 + BESIDE * outputs / max(weights, 1))
     return Estimate(
         resident + memory_of(model, request, data),
         disk_of(model, request),
-        work_of(model, request, units, data, by_gptq).seconds(speed),
+        replace(work, passes=passes).seconds(speed),
     )
 
 
