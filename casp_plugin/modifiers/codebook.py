@@ -118,18 +118,19 @@ class CodebookModifier(OneshotModifier):
         context: RecipeContext,
     ) -> None:
         name = context.name_of(self)
-        if self.bits is not None:
-            plan.units += self._own_units(model, plan, context)
-            plan.other_bytes = other_bytes(
-                model, plan, context.transforms, context.other_quantizers
-            )
+        if context.transforms is not None:
+            raise ValueError(f"{name} rotates weights by itself: leave QuIPModifier out")
         plan.settings[name] = self.settings
-        if not plan.units:
+        if self.bits is not None:
+            units = self._own_units(model, plan, context)
+            plan.units += units
+            plan.other_bytes = other_bytes(model, plan, None, context.other_quantizers)
+        elif not plan.units:
             raise ValueError(f"{name}.bits: set it, or put BitAllocationModifier before")
-        if not plan.decided:
+        elif not plan.decided:
             return
-        codec = self.scheme(plan.units[0].choice.bits).codec
-        units = [unit for unit in plan.units if unit.choice.codec == codec]
+        else:
+            units = plan.units
         schemes = {
             module: self.scheme(unit.choice.bits).fitting(shape)
             for unit in units
@@ -273,13 +274,10 @@ class CodebookModifier(OneshotModifier):
     ) -> list[UnitPlan]:
         """Return a unit for every layer, all of one width.
 
-        :raises ValueError: if widths are chosen by BitAllocationModifier already
+        :raises ValueError: if a layer has a width already
         """
         name = type(self).__name__
-        if plan.units:
-            raise ValueError(
-                f"{name}.bits: BitAllocationModifier chooses the widths: leave bits unset"
-            )
+        taken = {module for unit in plan.units for module in unit.modules}
         matched = self.in_components(
             matched_linears(model, self.targets, self.ignore, f"{name}.targets"), context
         )
@@ -287,6 +285,10 @@ class CodebookModifier(OneshotModifier):
         units = []
         for linear, module in matched.items():
             shapes = stored_shapes({linear: module})
+            if twice := taken & shapes.keys():
+                raise ValueError(
+                    f"{name}.targets: another modifier before it codes {min(twice)} already"
+                )
             size = 0
             for stored, shape in shapes.items():
                 scheme.fitting(shape).check(stored, shape)

@@ -5,6 +5,7 @@ import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import QuIPModifier
 from safetensors.torch import load_file
 from support.tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -33,6 +34,10 @@ def chosen(**fields):
     return BitAllocationModifier(**fields)
 
 
+def quip():
+    return QuIPModifier(transform_type="hadamard", transform_block_size=16, ignore=["lm_head"])
+
+
 def factors(keep=0.5):
     return LowRankQKModifier(keep=keep, rank_multiple=16)
 
@@ -51,6 +56,10 @@ RECIPES = {
     "lattice": lambda: [factors(), chosen(), QuIPSharpModifier()],
     "learned": lambda: [factors(), chosen(average_bits=45), AQLMModifier()],
     "one width, learned": lambda: [AQLMModifier(bits=2)],
+    "two codebooks": lambda: [
+        trellis(bits=3, targets="re:.*self_attn.*"),
+        QuIPSharpModifier(bits=2, targets="re:.*mlp.*"),
+    ],
     "beside integers": lambda: [
         trellis(bits=3, targets="re:.*self_attn.*"),
         QuantizationModifier(config_groups=SCALAR),
@@ -204,6 +213,11 @@ REFUSED = {
         [chosen(candidates=[1, 2]), GPTQModifier()],
         "GPTQModifier has no weights of 1 bit",
     ),
+    "twice": (
+        [trellis(bits=2), QuIPSharpModifier(bits=2, targets="re:.*mlp.*")],
+        "QuIPSharpModifier.targets: ",
+    ),
+    "rotated twice": ([quip(), chosen(), trellis()], "leave QuIPModifier out"),
     "tiles": (
         [LowRankQKModifier(keep=0.1, rank_multiple=8), chosen(), trellis()],
         "does not divide into tiles of 16 x 16",
