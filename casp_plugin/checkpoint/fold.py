@@ -208,7 +208,11 @@ class _Schemes:
             prefix = f"{module}.weight_"
             names = [name for name in tensors if name.startswith(prefix)]
             stored = {name.removeprefix(f"{module}."): tensors[name] for name in names}
-            return self._codebooks[module].decode(stored).to(stored[SCALE].dtype)
+            scheme = self._codebooks[module]
+            missing = scheme.layout(scheme.tile, torch.float32).keys() - stored.keys()
+            if missing:
+                raise ValueError(f"the checkpoint lacks {module}.{min(missing)}")
+            return scheme.decode(stored).to(stored[SCALE].dtype)
         if f"{module}.weight_packed" not in tensors:
             return tensors[f"{module}.weight"]
         scheme = self.scheme(module)

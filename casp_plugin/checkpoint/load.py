@@ -76,7 +76,8 @@ class CompressedTensorsConfig(_CompressedTensorsConfig):
     def post_init(self) -> None:
         """Leave ``dequantize`` as it was asked for where all that is compressed are codebooks: to
         transformers that is a dense model."""
-        if self.quantization_config is not None or not (self.casp or {}).get("codebooks"):
+        coded = isinstance(self.casp, dict) and self.casp.get("codebooks")
+        if self.quantization_config is not None or not coded:
             super().post_init()
 
     def to_dict(self) -> dict:

@@ -25,6 +25,7 @@ TENSOR_KINDS = (
 _QUANTIZED = {
     "weight_packed": "codes",
     "weight_codes": "codes",
+    "weight_codebooks": "codes",
     "weight_signs": "scales",
     "weight_scale": "scales",
     "weight_zero_point": "zero points",

@@ -1,6 +1,7 @@
 """The module that replaces a linear layer whose weight is stored as codes of a codebook."""
 
 import torch
+from compressed_tensors.offload import OffloadCache
 from torch import nn
 from torch.nn import functional
 
@@ -16,7 +17,7 @@ class CodebookLinear(nn.Module):
 
     :param scheme: how the weight is stored
     :param shape: (out, in) of the weight
-    :param dtype: data type of the decoded weight
+    :param dtype: data type of the scales, and of the decoded weight
     :param bias: bias of the layer, shape (out,); None without one
     :param device: where to create the tensors
     """
@@ -32,12 +33,12 @@ class CodebookLinear(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.out_features, self.in_features = shape
-        self.dtype = dtype
         for name, (size, kind) in scheme.layout(shape, dtype).items():
             tensor = torch.empty(size, dtype=kind, device=device)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", bias)
         self._decoded: torch.Tensor | None = None  # no buffer: it is neither saved nor offloaded
+        self._keeps = True
 
     @classmethod
     def like(cls, linear: nn.Linear, scheme: CodebookScheme) -> "CodebookLinear":
@@ -49,20 +50,30 @@ class CodebookLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Return the weight, shape (out, in); decoded when it is first read."""
-        device = getattr(self, SCALE).device
-        if self._decoded is None or self._decoded.device != device:
-            self._decoded = self.decode()
-        return self._decoded
+        like = getattr(self, SCALE)
+        known = self._decoded
+        if known is not None and (known.device, known.dtype) == (like.device, like.dtype):
+            return known
+        weight = self.decode()
+        if self._keeps:
+            self._decoded = weight
+        return weight
 
     def decode(self) -> torch.Tensor:
-        """Return the weight, shape (out, in), without keeping it."""
+        """Return the weight, shape (out, in), in the dtype of its scales, without keeping it."""
         shape = self.out_features, self.in_features
-        tensors = {name: getattr(self, name) for name in self.scheme.layout(shape, self.dtype)}
-        return self.scheme.decode(tensors).to(self.dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            names = self.scheme.layout(shape, torch.float32)
+            tensors = {name: getattr(self, name) for name in names}
+            return self.scheme.decode(tensors).to(tensors[SCALE].dtype)
 
     def forget(self) -> None:
-        """Let go of the decoded weight, until it is needed again."""
+        """Let go of the decoded weight, until it is needed again; and for good where the codes are
+        not on the device that runs them, as those of a model that is larger than it."""
         self._decoded = None
+        cache = self._parameters
+        if isinstance(cache, OffloadCache):
+            self._keeps = str(cache.onload_device) == str(cache.offload_device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)

@@ -313,7 +313,7 @@ def read_scheme(fields: dict[str, Any]) -> CodebookScheme:
 
     :raises pydantic.ValidationError: if there is no such scheme
     """
-    return _SCHEMES.validate_python(fields)
+    return _SCHEMES.validate_python(fields, strict=True)
 
 
 def pack_signs(signs: torch.Tensor) -> torch.Tensor:

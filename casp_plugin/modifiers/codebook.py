@@ -59,12 +59,14 @@ class CodebookModifier(OneshotModifier):
     """
 
     quantizes: ClassVar[bool] = True
+    #: name of the codec of its schemes
+    codec: ClassVar[str]
 
     bits: int | None = None
     targets: Targets = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=lambda: [OUTPUT_HEAD])
     block: int = 128
-    dampening_frac: float = Field(default=0.01, ge=0)
+    dampening_frac: float = Field(default=0.01, gt=0)
     correction: float = Field(default=0.5, ge=0, le=1)
     true_sequential: bool = True
     requires_calibration_data: bool = Field(default=True, exclude=True)
@@ -130,7 +132,9 @@ class CodebookModifier(OneshotModifier):
         elif not plan.decided:
             return
         else:
-            units = plan.units
+            units = [unit for unit in plan.units if self._is_left(model, unit)]
+            if not units:
+                raise ValueError(f"{name}.bits: set it, for another quantizer runs at the plan's")
         schemes = {
             module: self.scheme(unit.choice.bits).fitting(shape)
             for unit in units
@@ -143,6 +147,13 @@ class CodebookModifier(OneshotModifier):
                 f"{name}: {experts[0]} is an expert, which codebooks cannot store yet: put "
                 f"'re:.*experts.*' into {chooser}.ignore"
             )
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        shared = {f"{module}.weight" for module in schemes} & {*tied, *tied.values()}
+        if shared:
+            raise ValueError(
+                f"{name}: {min(shared)} is tied to another weight, which codebooks cannot store: "
+                "put its layer into ignore"
+            )
         if notes is None:  # only shapes are wanted
             for module, scheme in schemes.items():
                 model.set_submodule(
@@ -150,6 +161,12 @@ class CodebookModifier(OneshotModifier):
                 )
         else:
             self._schemes, self._seed = schemes, plan.seed or 0
+
+    def _is_left(self, model: nn.Module, unit: UnitPlan) -> bool:
+        """Tell whether a unit is of this modifier's codec, and no other one has taken it."""
+        first = model.get_submodule(next(iter(unit.modules)))
+        of_codec = unit.choice.codec == self.codec
+        return of_codec and not isinstance(first, CodebookLinear)
 
     def without_data(self) -> "CodebookModifier":
         return self.model_copy(deep=True)
@@ -183,6 +200,9 @@ class CodebookModifier(OneshotModifier):
             if not isinstance(state.model.get_submodule(name), CodebookLinear)
         ]
         self._encode(state.model, left)
+        for module in self._decoded:
+            module.forget()
+        self._decoded.clear()
         self.remove_hooks()
         self._inputs.close()
         self._progress.close()
@@ -359,6 +379,8 @@ class TrellisModifier(CodebookModifier):
         fewer round better
     """
 
+    codec: ClassVar[str] = "trellis"
+
     state_bits: int = Field(default=12, ge=10, le=16)
     code: TrellisCode = "mul1"
     columns: Literal[4, 8, 16] = 4
@@ -381,6 +403,8 @@ class QuIPSharpModifier(CodebookModifier):
     and lifecycle are those of TrellisModifier.
     """
 
+    codec: ClassVar[str] = "e8p"
+
     def scheme(self, bits: int) -> LatticeScheme:
         return self._valid(LatticeScheme, bits=bits, block=self.block)
 
@@ -388,12 +412,14 @@ class QuIPSharpModifier(CodebookModifier):
 class AQLMModifier(CodebookModifier):
     """
     Stores weights as sums of vectors from codebooks that are learned for each weight (AQLM, arXiv
-    2401.06118): 1 to 4 bits a weight and the codebooks. Sample and lifecycle are those of
+    2401.06118): 1 to 8 bits a weight and the codebooks. Sample and lifecycle are those of
     TrellisModifier; nothing is rotated.
 
     :param code_bits: bits of a code. 8: one codebook for each bit of a weight, of 4 kB; 16: one
         codebook for each two bits, of 1 MB, for large models only
     """
+
+    codec: ClassVar[str] = "aqlm"
 
     block: Literal[1] = 1
     code_bits: Literal[8, 16] = 8

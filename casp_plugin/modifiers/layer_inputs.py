@@ -106,10 +106,13 @@ class LayerInputs:
         self._outputs: dict[str, dict[int, torch.Tensor]] = {}  # of dense layers, by batch
         self._passed_on: dict[str, torch.Tensor] = {}  # first output of compressed layers
         self._dense: dict[str, nn.Module] = {}  # modules that were replaced in the layer in hand
+        self._entered: set[str] = set()  # layers that run as modules
         self._handles = []
+        self._own = set()  # hooks that stay on in runs on the dense model's input
         for name in linears:
             module = model.get_submodule(name)
-            modifier.register_hook(module, partial(self._see, name), "forward_pre")
+            see = partial(self._see, name)
+            self._own.add(modifier.register_hook(module, see, "forward_pre"))
         previous = dict(zip(layers[1:], layers[:-1], strict=True))
         for name in layers if changes or in_order else ():
             before = previous.get(name)
@@ -117,6 +120,7 @@ class LayerInputs:
                 before = None  # the first layer of a stack of its own
             layer = model.get_submodule(name)
             note_call = partial(self._note_call, name, before)
+            modifier.register_hook(layer, partial(self._enter, name), "forward_pre")
             modifier.register_hook(layer, note_call, "forward", with_kwargs=True)
             # this one stays on while compressed layers pass on their output
             note_passed_on = partial(self._note_passed_on, name)
@@ -185,13 +189,16 @@ class LayerInputs:
             return
         self._latest = name, x
         layer = self._layer_of[name]
-        if self._in_order and layer is not None:
+        if self._in_order and layer in self._entered:
             first = next(n for n in self._owner if self._layer_of[n] == layer)
             if self._owner[first] != name:
                 return  # measured when its turn comes
         rows = self._inputs.setdefault(name, InputStatistics()).add(x)
-        if self._changes and layer is not None:
+        if self._changes and layer in self._entered:
             self._rows.setdefault(name, []).append(rows)
+
+    def _enter(self, name: str, layer: nn.Module, args: tuple) -> None:
+        self._entered.add(name)
 
     def _note_call(
         self,
@@ -210,12 +217,14 @@ class LayerInputs:
         dense = self._dense_input(before, batch, x) if self._changes else None
         call = {"args": args, "kwargs": kwargs}
         if dense is not None:
-            call["dense"] = dense
             self._runs_dense = True
             try:
-                output = _run(layer, args, kwargs, dense.to(x.device))
+                with HooksMixin.disable_hooks(keep=self._own):
+                    output = _run(layer, args, kwargs, dense.to(x.device))
             finally:
                 self._runs_dense = False
+        if self._changes and x is not None:
+            call["dense"] = x if dense is None else dense  # only the layer itself will change
         if self._changes:
             self._outputs.setdefault(name, {})[batch] = _hidden(output).to("cpu")
         if self._in_order:
@@ -235,6 +244,8 @@ class LayerInputs:
 
     def _note_passed_on(self, name: str, layer: nn.Module, args: tuple, output: Any) -> None:
         """Keep the first output of a layer once it is compressed, until the next one reads it."""
+        if self._runs_dense:
+            return
         if HooksMixin._HOOKS_DISABLED and name in self._outputs and name not in self._passed_on:
             self._passed_on[name] = _hidden(output).detach().to("cpu", copy=True)
 

@@ -15,6 +15,8 @@ from casp_plugin.model.codebook_schemes import CODES, SCALE, SIGNS, CodebookSche
 
 __all__ = ["CodebookMethod"]
 
+#: signs of inputs in a word
+_WORD = 32
 #: dimension of a tensor that runs over the input
 _INPUT_DIM = {CODES: 1, SIGNS: 0}
 
@@ -49,8 +51,11 @@ class CodebookMethod(LinearMethodBase):
         :raises ValueError: if tensor parallelism cuts a Hadamard block
         """
         part = sum(output_partition_sizes), input_size_per_partition
-        for name, size, whole in zip(("rows", "columns"), part, self.shape, strict=True):
-            block = max(largest_block(whole, self.scheme.block), *self.scheme.tile)
+        words = _WORD if SIGNS in self.scheme.layout(part, params_dtype) else 1
+        for name, size, whole, tile, word in zip(
+            ("rows", "columns"), part, self.shape, self.scheme.tile, (1, words), strict=True
+        ):
+            block = max(largest_block(whole, self.scheme.block), tile, word)
             if size != whole and size % block:
                 raise ValueError(
                     f"{layer.prefix}: {size} of its {whole} {name} cannot run on one rank, whose "

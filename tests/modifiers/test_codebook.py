@@ -162,7 +162,29 @@ def test_prices_are_near_what_encoding_leaves(load_tiny, batches, tmp_path):
     assert all(0.7 < ratio < 1.6 for ratio in ratios), ratios
 
 
-def test_factors_of_the_second_layer_make_up_for_the_first(load_tiny, batches, ids, tmp_path):
+@pytest.mark.parametrize("targets", [["LlamaAttention", "LlamaMLP"], ["Linear"]])
+def test_layers_may_be_traced_in_part(targets, load_tiny, batches, ids, tmp_path):
+    """Where decoder layers do not run as modules, their linears are compressed all the same."""
+    model = load_tiny()
+    options = {"sequential_targets": targets, "output_dir": str(tmp_path / "out")}
+    oneshot(model=model, dataset=batches, recipe=[trellis(bits=4)], **options)
+    coded = [module for module in model.modules() if isinstance(module, CodebookLinear)]
+    assert len(coded) == 14
+    dense = load_tiny()(ids).logits
+    assert (model(ids).logits - dense).square().mean() < 0.05 * dense.square().mean()
+
+
+def test_decoded_weights_follow_a_cast(load_tiny, batches, ids, tmp_path):
+    out = compress(load_tiny(), RECIPES["one width"](), batches, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.inference_mode():
+        before = model(ids).logits
+    assert not model.model.layers[0].mlp.up_proj.weight.is_inference()
+    after = model.to(torch.float64)(ids).logits
+    torch.testing.assert_close(after.float(), before.clone(), atol=1e-4, rtol=1e-3)
+
+
+def test_layers_make_up_for_those_before(load_tiny, batches, ids, tmp_path):
     """With the correction the model is nearer to the dense one on its calibration data."""
     dense, errors = load_tiny(), []
     for share in (0.0, 0.5):
@@ -218,6 +240,11 @@ REFUSED = {
         "QuIPSharpModifier.targets: ",
     ),
     "rotated twice": ([quip(), chosen(), trellis()], "leave QuIPModifier out"),
+    "another quantizer": (
+        [chosen(group_size=16), GPTQModifier(), trellis()],
+        "bits: set it, for another quantizer runs at the plan's",
+    ),
+    "tied head": ([trellis(bits=2, ignore=[])], "is tied to another weight"),
     "tiles": (
         [LowRankQKModifier(keep=0.1, rank_multiple=8), chosen(), trellis()],
         "does not divide into tiles of 16 x 16",
@@ -229,4 +256,4 @@ REFUSED = {
 def test_refused_before_anything_runs(name, load_tiny):
     recipe, why = REFUSED[name]
     with pytest.raises(ValueError, match=why):
-        plan_recipe(load_tiny().to("meta"), recipe)
+        plan_recipe(load_tiny(), recipe)

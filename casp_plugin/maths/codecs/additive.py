@@ -20,8 +20,10 @@ from casp_plugin.maths.block_ldl import BlockLDL, round_by_blocks
 __all__ = ["AdditiveCodec", "AdditiveWeight", "additive_distortion", "learn"]
 
 _SIZE = 8
-#: vectors that k-means looks at, and its rounds
-_KMEANS_VECTORS, _KMEANS_ROUNDS = 1 << 15, 12
+#: vectors that k-means looks at, at least and for each entry, and its rounds
+_KMEANS_VECTORS, _KMEANS_EACH, _KMEANS_ROUNDS = 1 << 15, 16, 12
+#: numbers of a table of distances that a search makes at once
+_SEARCHED = 1 << 25
 #: random vectors that measure the distortion
 _PROBES = 1 << 15
 #: turns of search and descent, and steps of a descent
@@ -54,6 +56,11 @@ class AdditiveCodec:
         :param metric: D of the block, shape (8, 8): the distance is e D e^T
         :return: codes, int64, shape (N, M), and sums, shape (N, 8)
         """
+        size = max(1, _SEARCHED // (self.beam << self.code_bits))
+        if len(target) > size:
+            parts = [self.search(part, tables, metric) for part in target.split(size)]
+            codes, sums = zip(*parts, strict=True)
+            return torch.cat(codes), torch.cat(sums)
         root = torch.linalg.cholesky(metric)  # D = R R^T
         points, turned = target @ root, tables @ root
         rest = points[:, None]  # what is left of a vector, by beam: (N, beam, 8)
@@ -131,7 +138,8 @@ def learn(
 @cache
 def additive_distortion(codec: AdditiveCodec) -> float:
     """Return the mean squared error of coding Gaussian numbers of variance one."""
-    numbers = torch.randn(_PROBES, _SIZE, generator=torch.Generator().manual_seed(0))
+    probes = max(_PROBES, _KMEANS_EACH << codec.code_bits)
+    numbers = torch.randn(probes, _SIZE, generator=torch.Generator().manual_seed(0))
     tables = _residual_kmeans(numbers, codec, 0)
     fresh = torch.randn(2048, _SIZE, generator=torch.Generator().manual_seed(1))
     _, values = codec.search(fresh, tables, torch.eye(_SIZE))
@@ -183,8 +191,9 @@ def _residual_kmeans(vectors: torch.Tensor, codec: AdditiveCodec, seed: int) -> 
     """Return codebooks, each of the remainders that the ones before it leave, shape (M, E, 8)."""
     generator = torch.Generator().manual_seed(seed)
     rest = vectors
-    if len(vectors) > _KMEANS_VECTORS:
-        picked = torch.randperm(len(vectors), generator=generator)[:_KMEANS_VECTORS]
+    most = max(_KMEANS_VECTORS, _KMEANS_EACH << codec.code_bits)
+    if len(vectors) > most:
+        picked = torch.randperm(len(vectors), generator=generator)[:most]
         rest = vectors[picked.to(vectors.device)]
     tables = []
     for _ in range(codec.codebooks):

@@ -97,7 +97,7 @@ def absolute_values() -> torch.Tensor:
                 for place in three:
                     vector[place] = 1.5
                 vectors.append(vector)
-    return torch.tensor(vectors[:256])
+    return torch.tensor(vectors[:256], device="cpu")
 
 
 @cache
@@ -115,7 +115,7 @@ def short_vectors() -> torch.Tensor:
     vectors += [list(vector) for vector in halves]
     for place, sign in product(range(_SIZE), (2.0, -2.0)):
         vectors.append([sign if other == place else 0.0 for other in range(_SIZE)])
-    return torch.tensor(vectors[:256])
+    return torch.tensor(vectors[:256], device="cpu")
 
 
 def decode_e8p(codes: torch.Tensor) -> torch.Tensor:

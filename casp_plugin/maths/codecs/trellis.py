@@ -97,7 +97,7 @@ def state_values(code: TrellisCode, state_bits: int) -> torch.Tensor:
     :param state_bits: L
     :return: shape (2^L,), float32
     """
-    x = torch.arange(1 << state_bits, dtype=torch.int64)
+    x = torch.arange(1 << state_bits, dtype=torch.int64, device="cpu")
     if code == "mul1":
         scrambled = 0x83DCD12D * x & 0xFFFFFFFF
         total = sum(scrambled >> shift & 0xFF for shift in (0, 8, 16, 24))
