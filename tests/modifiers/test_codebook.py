@@ -241,7 +241,7 @@ REFUSED = {
     ),
     "rotated twice": ([quip(), chosen(), trellis()], "leave QuIPModifier out"),
     "another quantizer": (
-        [chosen(group_size=16), GPTQModifier(), trellis()],
+        [chosen(group_size=16, average_bits=5), GPTQModifier(), trellis()],
         "bits: set it, for another quantizer runs at the plan's",
     ),
     "tied head": ([trellis(bits=2, ignore=[])], "is tied to another weight"),

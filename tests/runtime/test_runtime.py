@@ -742,7 +742,7 @@ def test_all_models_that_reorder_rows_are_known():
 
 @pytest.mark.parametrize(
     ("section", "message"),
-    [("oops", "malformed"), ({"format": 3, "low_rank": {}}, "upgrade casp-plugin")],
+    [("oops", "malformed"), ({"format": 9, "low_rank": {}}, "upgrade casp-plugin")],
 )
 def test_malformed_section(section, message):
     with pytest.raises(ValueError, match=message):
@@ -756,7 +756,7 @@ def test_layers_that_no_model_layer_takes(monkeypatch):
     current = SimpleNamespace(model_config=SimpleNamespace(architectures=["SomeForCausalLM"]))
     layer = qkv(checkpoint)
     monkeypatch.setattr(config, "get_current_vllm_config", lambda: current)
-    with pytest.raises(ValueError, match=r"SomeForCausalLM.* 1 low-rank layers .*\(attn.z_proj\)"):
+    with pytest.raises(ValueError, match=r"SomeForCausalLM.* 1 layers .*\(attn.z_proj\)"):
         checkpoint.load(layer, "qkv_proj")
 
 
