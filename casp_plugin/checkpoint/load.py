@@ -293,13 +293,14 @@ def _stand_in_for_weights(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             vars(module)["bias"] = module.up.bias
-        if isinstance(module, torch.nn.Linear | LowRankLinear):
+        if isinstance(module, torch.nn.Linear | LowRankLinear | CodebookLinear):
             shape = module.out_features, module.in_features
         elif isinstance(module, torch.nn.Embedding):
             shape = module.num_embeddings, module.embedding_dim
         else:
             continue
-        if not hasattr(module, "weight"):
+        # what a model writes into a decoded weight would stay there
+        if isinstance(module, CodebookLinear) or not hasattr(module, "weight"):
             stand_in = torch.empty(shape, device="meta")
             stand_in._is_hf_initialized = True
             vars(module)["weight"] = stand_in
@@ -314,7 +315,9 @@ def _coded(model: torch.nn.Module) -> set[str]:
 def drop_stand_ins(model: torch.nn.Module) -> None:
     """Remove the empty weights and biases that stood in while a compressed model was built."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | LowRankLinear):
+        if isinstance(
+            module, torch.nn.Linear | torch.nn.Embedding | LowRankLinear | CodebookLinear
+        ):
             vars(module).pop("weight", None)
         if isinstance(module, LowRankLinear):
             vars(module).pop("bias", None)

@@ -47,9 +47,14 @@ class CodebookLinear(nn.Module):
         module = cls(scheme, tuple(weight.shape), weight.dtype, linear.bias, weight.device)
         return module.train(linear.training)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """Return the weight, shape (out, in); decoded when it is first read."""
+    def __getattr__(self, name: str):
+        """Return ``weight``, shape (out, in), decoded when it is first read.
+
+        It is no property, so that loading can put a stand-in in its place.
+        """
+        return self._weight() if name == "weight" else super().__getattr__(name)
+
+    def _weight(self) -> torch.Tensor:
         like = getattr(self, SCALE)
         known = self._decoded
         if known is not None and (known.device, known.dtype) == (like.device, like.dtype):
