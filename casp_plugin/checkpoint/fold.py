@@ -97,8 +97,7 @@ def fold(source: Path | str, target: Path | str, trust_remote_code: bool = False
         )
     tensors = _Tensors(source, trust_remote_code)
     schemes = _Schemes(quantization, section)
-    folded = section.ranks.keys() | _whole_layers(section)
-    dense = sorted(folded | _cannot_fuse(folded, tensors, schemes))
+    dense = sorted(section.layers | _cannot_fuse(section.layers, tensors, schemes))
     if not dense:
         raise ValueError(
             f"{source} holds no low-rank layers, no codebooks and no unequal schemes in fused "
@@ -135,12 +134,6 @@ def _copied(source: Path) -> set[str]:
     if not (source / PLAN_NAME).exists():
         return set()
     return {tensor.name for tensor in CompressionPlan.load(source).copied}
-
-
-def _whole_layers(section: Section) -> set[str]:
-    """Return the codebook layers that are no factors."""
-    names = section.codebooks
-    return {name for name in names if name.rpartition(".")[0] not in section.ranks}
 
 
 def _cannot_fuse(folded: Set[str], tensors: Mapping, schemes: "_Schemes") -> set[str]:

@@ -71,6 +71,12 @@ class Section:
     latent_of: dict[str, str] = field(default_factory=dict)
     codebooks: dict[str, CodebookScheme] = field(default_factory=dict)
 
+    @property
+    def layers(self) -> set[str]:
+        """Return all layers of the section, factored ones under their own name."""
+        whole = (name for name in self.codebooks if name.rpartition(".")[0] not in self.ranks)
+        return {*self.ranks, *whole}
+
 
 def casp_section(model: nn.Module) -> dict:
     """Return the section for a model: ranks of factored layers, owners of shared latents, and

@@ -14,6 +14,7 @@ from casp_plugin.maths.codecs.additive import AdditiveCodec, additive_distortion
 from casp_plugin.maths.codecs.lattice import LatticeCodec
 from casp_plugin.maths.codecs.trellis import TILE, TrellisCode, TrellisCodec
 from casp_plugin.maths.incoherence import Input, code_weights, decoded_weight, random_signs
+from casp_plugin.maths.packing import pack, unpack
 
 __all__ = [
     "SCALE",
@@ -322,12 +323,9 @@ def pack_signs(signs: torch.Tensor) -> torch.Tensor:
     :param signs: shape (count,)
     :return: int32, shape (ceil(count / 32),)
     """
-    bits = torch.nn.functional.pad((signs < 0).long(), (0, -len(signs) % _WORD))
-    words = (bits.unflatten(0, (-1, _WORD)) << torch.arange(_WORD, device=signs.device)).sum(1)
-    return (words - (words >> 31 << 32)).int()
+    return pack((signs < 0).to(torch.uint8), 1)
 
 
 def unpack_signs(words: torch.Tensor, count: int) -> torch.Tensor:
     """Return the signs of :func:`pack_signs`, shape (count,), float32."""
-    bits = words[:, None] >> torch.arange(_WORD, device=words.device) & 1
-    return 1.0 - 2.0 * bits.flatten()[:count].float()
+    return 1.0 - 2.0 * unpack(words, 1, count).float()

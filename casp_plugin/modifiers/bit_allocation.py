@@ -245,8 +245,7 @@ class BitAllocationModifier(OneshotModifier):
             factored = {entry.module for entry in run.plan.low_rank if entry.rank}
             weights = [name for unit in run.plan.units for name in unit.modules]
             dense = [name for name in weights if name.rpartition(".")[0] not in factored]
-            unseen = [n for n in dense if n not in run.context.reached]
-            round_unseen(state.model, unseen)
+            round_unseen(state.model, [n for n in dense if n not in run.context.reached])
         return super().on_finalize(state, **kwargs)
 
     def request(self, model: nn.Module, context: RecipeContext) -> Request:

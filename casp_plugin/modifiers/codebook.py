@@ -22,6 +22,7 @@ from casp_plugin.model.codebook_schemes import (
     TrellisScheme,
 )
 from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.model.units import OUTPUT_HEAD, decoder_layers, matched_linears
 from casp_plugin.modifiers.base import Offers, RecipeContext, Targets
 from casp_plugin.modifiers.layer_inputs import InputStatistics, LayerInputs
@@ -35,9 +36,6 @@ from casp_plugin.statistics.statistics import Request, Statistics
 __all__ = ["AQLMModifier", "CodebookModifier", "QuIPSharpModifier", "TrellisModifier"]
 
 Scheme = TypeVar("Scheme", bound=CodebookScheme)
-
-#: package that vLLM needs for codebook layers
-PACKAGE = "casp-plugin"
 
 
 class CodebookModifier(OneshotModifier):
@@ -314,7 +312,11 @@ class CodebookModifier(OneshotModifier):
                 scheme.fitting(shape).check(stored, shape)
                 size += scheme.stored_bytes(shape, model.get_submodule(stored).weight.dtype)
             candidate = Candidate(
-                bits=scheme.bits, group_size=-1, bytes=size, codec=scheme.codec, needs=PACKAGE
+                bits=scheme.bits,
+                group_size=-1,
+                bytes=size,
+                codec=scheme.codec,
+                needs=missing_kernel(scheme),
             )
             units.append(
                 UnitPlan(

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from casp_plugin.checkpoint.format import SECTION, Section, read_section
+from casp_plugin.checkpoint.format import SECTION, read_section
 from casp_plugin.checkpoint.vllm_support import refusal
 from casp_plugin.model.codebook_schemes import CodebookScheme
 from casp_plugin.model.transforms import check_transforms, input_block
@@ -81,7 +81,7 @@ class CaspConfig(CompressedTensorsConfig):
         section = read_section(config)
         instance.low_rank, instance.latent_of = section.ranks, section.latent_of
         instance.codebooks, instance.codebook_methods = section.codebooks, {}
-        instance.required, instance.claimed = _layers_of(section), set()
+        instance.required, instance.claimed = section.layers, set()
         instance.built = set()
         instance.warm_up = WarmUp()
         if instance.transform_config is not None:
@@ -207,12 +207,6 @@ class CaspConfig(CompressedTensorsConfig):
             layer_name=scheme.layer_name,
             warm_up=self.warm_up,
         )
-
-
-def _layers_of(section: Section) -> set[str]:
-    """Return the layers of a section, factored ones under their own name."""
-    dense = (name for name in section.codebooks if name.rpartition(".")[0] not in section.ranks)
-    return {*section.ranks, *dense}
 
 
 def _place(name: str) -> str:

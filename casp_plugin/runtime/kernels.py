@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 from vllm.utils.import_utils import has_humming
 
-from casp_plugin.runtime.packing import dequantize, pack, unpack
+from casp_plugin.maths.packing import dequantize, pack, unpack
 from casp_plugin.runtime.warm_up import WarmUp
 
 __all__ = ["WNA16", "CPULinearKernel"]

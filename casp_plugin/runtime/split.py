@@ -20,9 +20,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from casp_plugin.maths.hadamard import hadamard, rotate
+from casp_plugin.maths.packing import narrow_packed
 from casp_plugin.model.transforms import input_block
 from casp_plugin.runtime.codebook import CodebookMethod
-from casp_plugin.runtime.packing import narrow_packed
 
 __all__ = ["Rows", "Shard", "SplitLinearMethod", "can_join", "rows_of_rank"]
 

@@ -48,11 +48,11 @@ from vllm.platforms.interface import DeviceCapability
 from casp_plugin.checkpoint.format import Section
 from casp_plugin.checkpoint.load import CaspHfQuantizer, CompressedTensorsConfig
 from casp_plugin.checkpoint.vllm_support import Linear, Matmul, compiled_matmuls, refusal
+from casp_plugin.maths.packing import dequantize, pack
 from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.runtime import config, kernels, warm_up
 from casp_plugin.runtime.config import CaspConfig
 from casp_plugin.runtime.kernels import WNA16, CPULinearKernel
-from casp_plugin.runtime.packing import dequantize, pack
 from casp_plugin.runtime.split import SplitLinearMethod
 from casp_plugin.runtime.vllm import register
 from casp_plugin.runtime.warm_up import WarmUp

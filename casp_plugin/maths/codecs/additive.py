@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from casp_plugin.maths.block_ldl import BlockLDL, round_by_blocks
+from casp_plugin.maths.codecs.lattice import nearest_vector
 
 __all__ = ["AdditiveCodec", "AdditiveWeight", "additive_distortion", "learn"]
 
@@ -200,15 +201,10 @@ def _residual_kmeans(vectors: torch.Tensor, codec: AdditiveCodec, seed: int) -> 
         start = torch.randint(len(rest), (1 << codec.code_bits,), generator=generator)
         table = rest[start.to(rest.device)].clone()
         for _ in range(_KMEANS_ROUNDS):
-            nearest = _nearest(rest, table)
+            nearest = nearest_vector(rest, table)
             sums = torch.zeros_like(table).index_add_(0, nearest, rest)
             counts = torch.bincount(nearest, minlength=len(table)).to(table)[:, None]
             table = torch.where(counts > 0, sums / counts.clamp_min(1), table)
         tables.append(table)
-        rest = rest - table[_nearest(rest, table)]
+        rest = rest - table[nearest_vector(rest, table)]
     return torch.stack(tables)
-
-
-def _nearest(points: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    norms = table.square().sum(1)
-    return torch.cat([(norms - 2 * p @ table.T).argmin(1) for p in points.split(4096)])

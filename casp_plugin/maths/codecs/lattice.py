@@ -15,7 +15,14 @@ from itertools import combinations, product
 
 import torch
 
-__all__ = ["LatticeCodec", "absolute_values", "decode_e8p", "nearest_e8p", "short_vectors"]
+__all__ = [
+    "LatticeCodec",
+    "absolute_values",
+    "decode_e8p",
+    "nearest_e8p",
+    "nearest_vector",
+    "short_vectors",
+]
 
 _SIZE = 8
 _SHIFT = 0.25
@@ -56,7 +63,7 @@ class LatticeCodec:
         if inner is not None:
             rest = (target * gain - values) * inner
             if self.bits == 3:
-                second = _nearest(rest, short_vectors().to(rest))
+                second = nearest_vector(rest, short_vectors().to(rest))
                 codes.append(second)
                 values = values + short_vectors().to(rest)[second] / inner
             else:
@@ -177,9 +184,10 @@ def _nearest_e8p(points: torch.Tensor) -> torch.Tensor:
     return best[1]
 
 
-def _nearest(points: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def nearest_vector(points: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return the indices of the nearest vectors of a table, shape (N,)."""
-    return (table.square().sum(1) - 2 * points @ table.T).argmin(1)
+    norms = table.square().sum(1)
+    return torch.cat([(norms - 2 * part @ table.T).argmin(1) for part in points.split(_CHUNK)])
 
 
 @cache

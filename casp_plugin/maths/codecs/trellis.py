@@ -17,12 +17,11 @@ import torch
 
 from casp_plugin.maths.codecs.viterbi import encode_tiles
 
-__all__ = ["CODES", "TILE", "TrellisCode", "TrellisCodec", "state_values"]
+__all__ = ["TILE", "TrellisCode", "TrellisCodec", "state_values"]
 
 #: weights of a tile
 TILE = 256
 TrellisCode = Literal["mul1", "3inst"]
-CODES: tuple[TrellisCode, ...] = ("mul1", "3inst")
 
 _WORD = 32
 #: tiles of random numbers that measure the distortion

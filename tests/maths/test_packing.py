@@ -7,7 +7,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casp_plugin.runtime.packing import dequantize, narrow_packed, pack, unpack
+from casp_plugin.maths.packing import dequantize, narrow_packed, pack, unpack
 
 BITS = range(2, 9)
 
