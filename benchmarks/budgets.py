@@ -2,8 +2,9 @@
 
     python benchmarks/budgets.py MODEL recipes/smollm2/uniform.yaml 2.56 uniform_2.56.yaml
 
-A budget is named after the bits that one width and group size take. A stock recipe gets the two, a
-recipe with a ``BitAllocationModifier`` gets their bytes, to spend as it likes.
+A budget is named after the bits that one scheme takes everywhere. A recipe of one width gets its
+width, and its group size, where the scheme is of its kind. A recipe with a
+``BitAllocationModifier`` gets its bytes, to spend as it likes.
 """
 
 import re
@@ -15,13 +16,24 @@ import yaml
 from torch import nn
 
 from casp_plugin.maths.average_bits import average_bits
+from casp_plugin.model.codebook_schemes import AdditiveScheme, CodebookScheme, TrellisScheme
 from casp_plugin.model.components import LANGUAGE, component_of
 from casp_plugin.model.load import bare_model, read_model_config
 from casp_plugin.model.low_rank_linear import named_linears
-from casp_plugin.model.schemes import stored_bytes, weight_args
+from casp_plugin.model.schemes import WeightScheme, stored_bytes, weight_args
 
-#: width and group size by average bits, scales and zero points counted
-ONE_WIDTH = {2.28: (2, 64), 2.56: (2, 32), 3.30: (3, 64)}
+#: schemes by their average bits on SmolLM2, all counted; QuIP#'s take the bytes of trellis codes
+ONE_WIDTH: dict[float, WeightScheme] = {
+    2.02: TrellisScheme(bits=2),
+    2.15: AdditiveScheme(bits=2),
+    2.28: weight_args(2, 64),
+    2.56: weight_args(2, 32),
+    3.02: TrellisScheme(bits=3),
+    3.22: AdditiveScheme(bits=3),
+    3.30: weight_args(3, 64),
+}
+#: codec of the quantizers of one width
+_CODECS = {"TrellisModifier": "trellis", "QuIPSharpModifier": "trellis", "AQLMModifier": "aqlm"}
 _SUFFIX = re.compile(r"_(\d+\.\d+)$")
 
 
@@ -36,36 +48,61 @@ def at_budgets(
     """Yield name and text of every recipe at every budget, budget by budget.
 
     Without budgets recipes are taken as they are. A recipe like ``mix_2.56.yaml`` is made for one
-    budget: it is taken there only, as it is.
+    budget: it is taken there only, as it is. A recipe of one width is left out where the budget is
+    none of its widths.
     """
     for budget in budgets or [None]:
         for recipe in recipes:
             made_for = _SUFFIX.search(recipe.stem)
             if budget is None or (made_for and float(made_for[1]) == budget):
                 yield recipe.stem, recipe.read_text()
-            elif not made_for:
+            elif not made_for and _kind(_modifiers(recipe.read_text())[1]) in (
+                None,
+                _codec(ONE_WIDTH[budget]),
+            ):
                 yield f"{recipe.stem}_{budget:.2f}", at_budget(recipe, budget, model)
 
 
 def at_budget(recipe: Path, budget: float, model: str) -> str:
     """Return the text of a recipe at a budget.
 
-    :raises ValueError: if no width and group size are known to take so many bits
+    :raises ValueError: if no scheme, or none of the recipe's kind, is known to take so many bits
     """
     if budget not in ONE_WIDTH:
         raise ValueError(
             f"--average-bits {budget}: one width takes {', '.join(map(str, ONE_WIDTH))}"
         )
-    bits, group_size = ONE_WIDTH[budget]
-    stages = yaml.safe_load(recipe.read_text())
-    [[modifiers]] = [groups.values() for groups in stages.values()]
+    scheme = ONE_WIDTH[budget]
+    stages, modifiers = _modifiers(recipe.read_text())
+    if _kind(modifiers) not in (None, _codec(scheme)):
+        raise ValueError(f"{recipe}: no width of its quantizer takes {budget} bits")
     for name, fields in modifiers.items():
         if name == "BitAllocationModifier":
             components = fields.get("components", [LANGUAGE])
-            fields["average_bits"] = _equal_bits(components, bits, group_size, model)
-        for scheme in fields.get("config_groups", {}).values():
-            scheme["weights"] |= {"num_bits": bits, "group_size": group_size}
+            fields["average_bits"] = _equal_bits(components, scheme, model)
+        if "bits" in fields:
+            fields["bits"] = scheme.bits
+        for group in fields.get("config_groups", {}).values():
+            group["weights"] |= {"num_bits": scheme.num_bits, "group_size": scheme.group_size}
     return yaml.safe_dump(stages, sort_keys=False)
+
+
+def _modifiers(recipe: str) -> tuple[dict, dict]:
+    """Return the stages of a recipe, and the modifiers of its only one, which belong to them."""
+    stages = yaml.safe_load(recipe)
+    [[modifiers]] = [groups.values() for groups in stages.values()]
+    return stages, modifiers
+
+
+def _codec(scheme: WeightScheme) -> str:
+    return scheme.codec if isinstance(scheme, CodebookScheme) else "scalar"
+
+
+def _kind(modifiers: dict) -> str | None:
+    """Return the codec of a recipe of one width; None of one that chooses widths."""
+    if "BitAllocationModifier" in modifiers:
+        return None
+    return next((codec for name, codec in _CODECS.items() if name in modifiers), "scalar")
 
 
 def linear_weights(
@@ -79,12 +116,11 @@ def linear_weights(
     ]
 
 
-def _equal_bits(components: Sequence[str], bits: int, group_size: int, model: str) -> float:
-    """Return the average bits over components at which they take the bytes of one width.
+def _equal_bits(components: Sequence[str], scheme: WeightScheme, model: str) -> float:
+    """Return the average bits over components at which they take the bytes of one scheme.
 
-    One width is that of the language model's linears; those of other components count 16 bits.
+    The scheme is that of the language model's linears; those of other components count 16 bits.
     """
-    scheme = weight_args(bits, group_size)
     weights = linear_weights(bare_model(read_model_config(model)), components)
     stored = sum(
         stored_bytes(tuple(w.shape), scheme, w.dtype) if component == LANGUAGE else w.nbytes

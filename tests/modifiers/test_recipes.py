@@ -1,4 +1,4 @@
-"""Every recipe that ships runs, saves and reloads: GPTQ, RTN, AWQ and AutoRound."""
+"""Every recipe that ships runs, saves and reloads, whatever its quantizer."""
 
 import re
 from importlib import import_module
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from casp_plugin import plan_recipe
 from casp_plugin.checkpoint.check import check
+from casp_plugin.model.codebook_linear import CodebookLinear
 from casp_plugin.model.load import bare_model, read_model_config
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,9 @@ BUDGETS = {
     "paper_casp": (3,),
 }
 AT_BUDGETS = [(path, bits) for path in OF_TEXT for bits in (None, *BUDGETS.get(path.stem, ()))]
+SCALAR = ["2.28", "2.56", "3.30"]
+# budgets that recipes of one width have
+ONE_WIDTH = {"trellis": ["2.02", "3.02"], "quip": ["2.02", "3.02"], "aqlm": ["2.15", "3.22"]}
 BENCHMARKS = sorted((RECIPES / "smollm2").glob("*.yaml"))
 
 
@@ -63,11 +67,12 @@ def test_recipe(at_budget, wide_llama, batches, tmp_path):
         "average_bits"
     ]
     assert plan.reached_bits <= budget
-    used = {
-        module.quantization_scheme.weights.num_bits
-        for name, module in model.named_modules()
-        if getattr(module, "quantization_scheme", None)
-    }
+    used = set()
+    for module in model.modules():
+        if isinstance(module, CodebookLinear):
+            used.add(module.scheme.bits)
+        elif getattr(module, "quantization_scheme", None):
+            used.add(module.quantization_scheme.weights.num_bits)
     assert used == {unit.choice.bits for unit in plan.units}
     assert all(finding.passed is not False for finding in check(tmp_path / "out"))
     ids = torch.randint(3, 96, (1, 16))
@@ -94,18 +99,21 @@ def test_recipe_of_the_benchmarks(path, smollm2, monkeypatch):
     """Every budget of the benchmarks can be filled in, and reached on SmolLM2-135M."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     at_budgets = import_module("budgets").at_budgets
-    filled = dict(at_budgets([path], [2.28, 2.56, 3.30], smollm2))
+    filled = dict(at_budgets([path], [2.02, 2.15, 2.28, 2.56, 3.02, 3.22, 3.30], smollm2))
     if path.stem == "mix_2.56":
         assert filled == {"mix_2.56": path.read_text()}
         return
-    assert list(filled) == [f"{path.stem}_{bits}" for bits in ("2.28", "2.56", "3.30")]
-    # the recipe as it is
-    assert yaml.safe_load(filled[f"{path.stem}_2.28"]) == yaml.safe_load(path.read_text())
-    assert all(Recipe.create_instance(text).modifiers for text in filled.values())
+    budgets = ONE_WIDTH.get(path.stem.split("_")[0], SCALAR)
     if "BitAllocationModifier" in path.read_text():
+        budgets = sorted([*SCALAR, "2.02", "2.15", "3.02", "3.22"])
         [budget] = plan_recipe(bare_model(read_model_config(smollm2)), str(path)).budgets
         least, most = budget.reachable_bits
         assert all(least <= budget_bits <= most for budget_bits in (2.281503, 2.562753, 3.297128))
+    assert list(filled) == [f"{path.stem}_{bits}" for bits in budgets]
+    # the recipe as it is
+    shipped = "2.28" if "2.28" in budgets else budgets[0]
+    assert yaml.safe_load(filled[f"{path.stem}_{shipped}"]) == yaml.safe_load(path.read_text())
+    assert all(Recipe.create_instance(text).modifiers for text in filled.values())
 
 
 def test_budgets_are_the_bytes_of_one_width(smollm2, monkeypatch):
@@ -120,3 +128,13 @@ def test_budgets_are_the_bytes_of_one_width(smollm2, monkeypatch):
         bits = modifiers["BitAllocationModifier"]["average_bits"]
         found[budget] = (weights["num_bits"], weights["group_size"], bits)
     assert found == {2.28: (2, 64, 2.281503), 2.56: (2, 32, 2.562753), 3.30: (3, 64, 3.297128)}
+    for budget, name in ((2.02, "trellis"), (3.02, "quip"), (2.15, "aqlm"), (3.22, "aqlm")):
+        alone, chosen = (RECIPES / "smollm2" / f"{file}.yaml" for file in (name, "casp_trellis"))
+        model = bare_model(read_model_config(smollm2))
+        plan = plan_recipe(model, at_budget(alone, budget, smollm2))
+        [modifiers] = yaml.safe_load(at_budget(chosen, budget, smollm2))["casp_stage"].values()
+        bits = modifiers["BitAllocationModifier"]["average_bits"]
+        assert round(bits, 2) == budget
+        assert 0 <= plan.reached_bits - bits < 1e-6
+    with pytest.raises(ValueError, match=r"trellis.yaml: no width of its quantizer takes 2.28"):
+        at_budget(RECIPES / "smollm2" / "trellis.yaml", 2.28, smollm2)
