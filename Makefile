@@ -84,6 +84,7 @@ $(VLLM)/.ready: pyproject.toml
 test-vllm: $(BIN)/.ready $(VLLM)/.ready $(DEMO)/SmolLM2-135M-Instruct/config.json $(SMALL_VLM)
 	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/runtime/test_runtime.py \
 	  tests/runtime/test_warm_up.py
+	TRITON_INTERPRET=1 $(VLLM_ENV) $(VLLM)/bin/python -m pytest -q -m vllm tests/runtime/test_codebook_kernels.py
 	CASP_VLLM_PYTHON=$(abspath $(VLLM))/bin/python CASP_SMOLLM2=$(DEMO)/SmolLM2-135M-Instruct \
 	  $(if $(SMALL_VLM),CASP_SMALL_VLM=$(DEMO)/small-vlm CASP_SMALL_VLM_DATA=$(VLM_PARTS)/data/calib.parquet) \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm -n 2 tests/runtime/test_serving.py tests/test_examples.py

@@ -117,8 +117,9 @@ def whitened_spectrum(
 ) -> Spectrum:
     """Return the spectrum of a weight under an input and an output metric.
 
-    Products and Cholesky factors are in float64, eigenvectors in the precision of the weight, at
-    least float32: of the energy, factors from float32 lose 1e-6 more than those from float64.
+    Cholesky factors are taken in float64; products and eigenvectors are in the precision of the
+    weight, at least float32. Of the energy, factors from float32 lose 1e-6 more than those from
+    float64.
 
     :param weight: W, shape (out, in); several matrices may be stacked along out
     :param second_moment: H = E[x x^T], shape (in, in); None for the plain SVD (H = I)
@@ -129,8 +130,7 @@ def whitened_spectrum(
     :raises ValueError: if a shape does not fit, or a value is not finite
     """
     weight = weight.detach()
-    precision = torch.promote_types(weight.dtype, torch.float32)
-    weight = weight.double()  # (out, in)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # (out, in)
     if not torch.isfinite(weight).all():
         raise ValueError("weight holds NaN or infinite values")
     rows, columns = weight.shape
@@ -142,23 +142,20 @@ def whitened_spectrum(
         _fits("output metric", output_metric, rows, "rows")
         metric = damped(output_metric, dampening_frac, "output metric")
     solve = _by_inputs if columns <= rows else _by_outputs
-    energies, up, down = solve(weight, moment, metric, precision)
-    # kept in the weight's own precision, at least float32: a model has many spectra
-    return Spectrum(energies, up.to(precision), down.to(precision))
+    return Spectrum(*solve(weight, moment, metric))
 
 
 def _by_inputs(
     weight: torch.Tensor,
     moment: torch.Tensor | None,
     metric: list[torch.Tensor] | None,
-    precision: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return energies and balanced factors by the eigenvectors Q of M^T M, shape (in, in)."""
-    root = None if moment is None else _root(moment)  # R
+    root = None if moment is None else _root(moment).to(weight)  # R
     gram = weight.T @ _by_block(metric, weight)  # W^T G W: (in, out) @ (out, in)
     if root is not None:
         gram = root.T @ gram @ root
-    energies, vectors = _eigenvectors(gram, precision)
+    energies, vectors = _eigenvectors(gram)
     up, down = weight, vectors.T
     if root is not None:
         up = weight @ root  # (out, in) @ (in, in)
@@ -171,14 +168,14 @@ def _by_outputs(
     weight: torch.Tensor,
     moment: torch.Tensor | None,
     metric: list[torch.Tensor] | None,
-    precision: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return energies and balanced factors by the eigenvectors P of M M^T, shape (out, out)."""
-    roots = metric and [_root(block) for block in metric]  # L, block by block
+    roots = metric and [_root(block).to(weight) for block in metric]  # L, block by block
     transposed = roots and [root.T for root in roots]
-    gram = weight @ (weight if moment is None else weight @ moment).T  # W H W^T, (out, out)
+    seen = weight if moment is None else weight @ moment.to(weight)  # W H
+    gram = weight @ seen.T  # (out, out)
     gram = _by_block(transposed, _by_block(transposed, gram).T)
-    energies, vectors = _eigenvectors(gram, precision)
+    energies, vectors = _eigenvectors(gram)
     down = vectors.T @ _by_block(transposed, weight)  # (out, out) @ (out, in)
     up = vectors
     if roots:
@@ -194,7 +191,7 @@ def _by_block(blocks: Sequence[torch.Tensor] | None, matrix: torch.Tensor) -> to
     if blocks is None:
         return matrix
     parts = matrix.split([len(block) for block in blocks])
-    return torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)])
+    return torch.cat([block.to(part) @ part for block, part in zip(blocks, parts, strict=True)])
 
 
 def _root(metric: torch.Tensor) -> torch.Tensor:
@@ -209,15 +206,11 @@ def _root(metric: torch.Tensor) -> torch.Tensor:
     return root
 
 
-def _eigenvectors(gram: torch.Tensor, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return eigenvalues of a symmetric matrix, descending, and eigenvectors in columns.
-
-    :param gram: positive semidefinite
-    :param precision: of the solver; the eigenvalues are Rayleigh quotients in the matrix's own
-    """
-    vectors = torch.linalg.eigh(gram.to(precision)).eigenvectors.flip(1)
-    vectors = _signed(vectors).to(gram)
-    return ((gram @ vectors) * vectors).sum(0).clamp_min(0), vectors
+def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues of a positive semidefinite matrix, descending, and eigenvectors in
+    columns."""
+    energies, vectors = torch.linalg.eigh(gram)
+    return energies.flip(0).clamp_min(0), _signed(vectors.flip(1))
 
 
 def _balance(energies: torch.Tensor) -> torch.Tensor:

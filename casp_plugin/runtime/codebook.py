@@ -1,4 +1,5 @@
-"""Codebook layers in vLLM: decoded when they load, they take the memory of the dense model."""
+"""Codebook layers in vLLM: by Triton kernels on CUDA, elsewhere decoded when they load, which takes
+the memory of the dense model."""
 
 import torch
 from vllm.logger import init_logger
@@ -11,7 +12,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from casp_plugin.maths.hadamard import largest_block
-from casp_plugin.model.codebook_schemes import CODES, SCALE, SIGNS, CodebookScheme
+from casp_plugin.model.codebook_schemes import CODES, SCALE, SIGNS, TABLES, CodebookScheme
 
 __all__ = ["CodebookMethod"]
 
@@ -76,7 +77,10 @@ class CodebookMethod(LinearMethodBase):
             set_weight_attrs(parameter, {"weight_loader": weight_loader, **dims})
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Decode the weight."""
+        """Decode the weight, where no kernel reads its codes."""
+        layer.codebook_runs = self._runs(layer)
+        if layer.codebook_runs:
+            return
         tensors = {name: getattr(layer, name) for name in layer.codebook_tensors}
         weight = self.scheme.decode(tensors).to(layer.codebook_dtype)
         for name in tensors:
@@ -86,6 +90,18 @@ class CodebookMethod(LinearMethodBase):
             dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
         logger.info_once("codebook layers are decoded, and take the memory of %s", weight.dtype)
 
+    def _runs(self, layer: LinearBase) -> bool:
+        """Tell whether kernels run the layer, and why not."""
+        if not current_platform.is_cuda():
+            return False
+        from casp_plugin.runtime.codebook_kernels import kernel_fault  # takes Triton
+
+        codes = getattr(layer, CODES)
+        fault = kernel_fault(self.scheme, layer.codebook_dtype, codes.device)
+        if fault is not None:
+            logger.warning_once("no kernels for %s: %s", self.scheme.name, fault)
+        return fault is None
+
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -94,6 +110,12 @@ class CodebookMethod(LinearMethodBase):
         :param x: inputs, (tokens, columns of this rank)
         :param bias: bias of the layer, (rows of this rank,)
         """
+        if layer.codebook_runs:
+            from casp_plugin.runtime.codebook_kernels import codebook_linear
+
+            names = (CODES, SCALE, SIGNS, TABLES)
+            tensors = [getattr(layer, name, None) for name in names]
+            return codebook_linear(x, *tensors, bias, self.scheme.model_dump_json())
         if current_platform.is_cpu():
             return layer.cpu_linear(x, layer.weight, bias)
         return default_unquantized_gemm(layer, x, layer.weight, bias)

@@ -46,6 +46,11 @@ class LatticeCodec:
     rows = 1
 
     @property
+    def gains(self) -> tuple[float, float | None]:
+        """Return the numbers that targets, and what the first code leaves, are multiplied by."""
+        return _GAIN[self.bits]
+
+    @property
     def distortion(self) -> float:
         """Return the mean squared error of coding Gaussian numbers of variance one."""
         return _distortion(self.bits)
@@ -56,7 +61,7 @@ class LatticeCodec:
         :param target: numbers of variance one or so, shape (N, 8)
         :return: codes, uint8, shape (N, bits), and values, shape (N, 8)
         """
-        gain, inner = _GAIN[self.bits]
+        gain, inner = self.gains
         first = nearest_e8p(target * gain)
         codes = [first & 255, first >> 8]
         values = decode_e8p(first)
@@ -78,7 +83,7 @@ class LatticeCodec:
         :param codes: uint8, shape (out, in / 8, bits)
         :return: float32, shape (out, in)
         """
-        gain, inner = _GAIN[self.bits]
+        gain, inner = self.gains
         parts = codes.long().unbind(-1)
         values = decode_e8p(parts[0] | parts[1] << 8)
         if self.bits == 3:

@@ -9,6 +9,8 @@ it, and a second path starts and ends there.
 Shapes: T tiles of N numbers, S = 2^L states.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 __all__ = ["encode_tiles", "viterbi"]
@@ -22,7 +24,8 @@ def encode_tiles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the circular path of every tile that is nearest to its numbers.
 
-    On a CPU all cores of torch's thread pool take part.
+    On a CPU all cores of torch's thread pool take part; on a CUDA device it is a Triton kernel,
+    where states have 2 K bits or more.
 
     :param tiles: numbers, shape (T, N), float32
     :param values: values of the states, shape (S,), float32
@@ -32,9 +35,14 @@ def encode_tiles(
     """
     state_bits = len(values).bit_length() - 1
     around = min(-(-_AROUND_SEAM * state_bits // bits), tiles.shape[1] // 2)
-    if tiles.device.type != "cpu":
-        return _on_device(tiles.float(), values.to(tiles.device), bits, around)
-    return _on_cpu(tiles.float().contiguous(), values, bits, around)
+    tiles, values = tiles.float().contiguous(), values.to(tiles.device)
+    if tiles.device.type == "cpu":
+        return _on_cpu(tiles, values, bits, around)
+    if tiles.device.type == "cuda" and 2 * bits <= state_bits and find_spec("triton"):
+        from casp_plugin.maths.codecs.viterbi_triton import encode  # not on every machine
+
+        return encode(tiles, values, bits, around)
+    return _by_torch(tiles, values, bits, around)
 
 
 def _on_cpu(
@@ -49,7 +57,7 @@ def _on_cpu(
     return torch.from_numpy(symbols), torch.from_numpy(nearest)
 
 
-def _on_device(
+def _by_torch(
     tiles: torch.Tensor, values: torch.Tensor, bits: int, around: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     seam = torch.cat([tiles[:, -around:], tiles[:, :around]], 1)

@@ -89,7 +89,7 @@ def test_cpu_and_device_paths_are_one(bits):
     tiles, values = torch.randn(3, TILE, generator=generator), state_values("mul1", 10)
     symbols, nearest = encode_tiles(tiles, values, bits)
     around = min(-(-50 // bits), TILE // 2)
-    other_symbols, other = viterbi_module._on_device(tiles, values, bits, around)
+    other_symbols, other = viterbi_module._by_torch(tiles, values, bits, around)
     assert torch.equal(symbols, other_symbols)
     assert torch.equal(nearest, other)
 
