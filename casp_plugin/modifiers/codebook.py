@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
 from llmcompressor.core import Event, State
+from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationError
 from torch import nn
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.model.units import OUTPUT_HEAD, decoder_layers, matched_linears
 from casp_plugin.modifiers.base import Offers, RecipeContext, Targets
+from casp_plugin.modifiers.code_cache import CodeCache
 from casp_plugin.modifiers.layer_inputs import InputStatistics, LayerInputs
 from casp_plugin.modifiers.lifecycle import OneshotModifier
 from casp_plugin.plan.plan import Candidate, CompressionPlan, UnitPlan
@@ -73,6 +75,7 @@ class CodebookModifier(OneshotModifier):
     _seed: int = PrivateAttr(default=0)
     _inputs: LayerInputs | None = PrivateAttr(default=None)
     _progress: tqdm | None = PrivateAttr(default=None)
+    _cache: CodeCache | None = PrivateAttr(default=None)
     _decoded: list[CodebookLinear] = PrivateAttr(default_factory=list)
 
     @abstractmethod
@@ -176,6 +179,7 @@ class CodebookModifier(OneshotModifier):
         read = [name for name in self._schemes if not _is_up(state.model, name)]
         changes, in_order = self.correction > 0, self.true_sequential
         self._inputs = LayerInputs(self, state.model, read, layers, changes, in_order)
+        self._cache = CodeCache(self.cache_dir) if self.cache_dir and self._schemes else None
         weights = sum(state.model.get_submodule(n).weight.numel() for n in self._schemes)
         self._progress = tqdm(desc="Encoding weights", total=weights, unit_scale=True)
 
@@ -204,7 +208,9 @@ class CodebookModifier(OneshotModifier):
         self.remove_hooks()
         self._inputs.close()
         self._progress.close()
-        self._inputs = self._progress = None
+        if self._cache is not None and self._cache.found:
+            logger.info(f"{self._cache.found} weights were encoded before, by a run that ended")
+        self._inputs = self._progress = self._cache = None
 
     @torch.no_grad()
     def _encode(self, model: nn.Module, names: list[str]) -> None:
@@ -240,8 +246,7 @@ class CodebookModifier(OneshotModifier):
             if at not in inputs:
                 inputs[at] = self._input(scheme, statistics, weights[0])
             change = None if statistics is None else statistics.mean_change
-            share = self.correction
-            coded = scheme.encode(weights, inputs[at], self._seed, change, share)
+            coded = self._encoded(scheme, weights, inputs[at], change)
             for name, weight, tensors in zip(group, weights, coded, strict=True):
                 layer = self._install(model, name, tensors)
                 downs[layer] = _Down(inputs[at], weight, change)
@@ -260,7 +265,31 @@ class CodebookModifier(OneshotModifier):
         latent = coded @ seen  # (rank, rank)
         input = scheme.input(latent, self._seed, self.dampening_frac)
         fitted = torch.linalg.solve(input.moment, (target @ seen).T).T  # (out, rank)
-        self._install(model, name, scheme.encode([fitted], input, self._seed)[0])
+        self._install(model, name, self._encoded(scheme, [fitted], input)[0])
+
+    def _encoded(
+        self,
+        scheme: CodebookScheme,
+        weights: list[torch.Tensor],
+        input: Input,
+        change: torch.Tensor | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return the tensors of layers that read one input, from a run before if it had the same.
+
+        :param weights: shape (out, in) each, float32
+        :param change: of the input, see ``InputStatistics``
+        """
+        cache = self._cache
+        if cache is not None:
+            settings = self._seed, self.correction
+            key = cache.key(scheme, settings, [input.moment, change, *weights])
+            known = cache.read(key)
+            if known is not None:
+                return known
+        coded = scheme.encode(weights, input, self._seed, change, self.correction)
+        if cache is not None:
+            cache.keep(key, coded)
+        return coded
 
     def _input(
         self, scheme: CodebookScheme, known: InputStatistics | None, weight: torch.Tensor

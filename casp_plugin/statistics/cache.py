@@ -35,12 +35,14 @@ from casp_plugin.system.distributed import (
 from casp_plugin.system.files import whole_file, write_whole
 from casp_plugin.system.messages import size_text
 
-__all__ = ["StatisticsCache"]
+__all__ = ["CODES_NAME", "StatisticsCache", "code_digest", "content_digest"]
 
 _TENSORS = [field.name for field in fields(Statistics) if "torch.Tensor" in str(field.type)]
 _SPECTRUM = [field.name for field in fields(Spectrum)]
 _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
+#: folder of the codes of all models, beside those of statistics
+CODES_NAME = "codes"
 #: rooms whose code makes statistics and notes: those of other code are not read
 _ROOMS = ("maths", "model", "pricing", "statistics")
 
@@ -84,7 +86,7 @@ class StatisticsCache:
         requested = {field.name: getattr(request, field.name) for field in fields(Request)}
         requested = {n: sorted(v) if isinstance(v, frozenset) else v for n, v in requested.items()}
         contents = {
-            "code": _code_digest(),
+            "code": code_digest(),
             "config": _json_digest(model.config.to_json_string(use_diff=False)),
             "weights": _model_digest(model),
             "data": _json_digest("".join(gathered(_data_digest(dataloader)))),
@@ -105,14 +107,19 @@ class StatisticsCache:
         barrier()
 
     def limit(self, most: int) -> None:
-        """Delete the folders used longest ago, never this one, until the root fits.
+        """Delete the folders used longest ago, never this one, until the root fits; codes count as
+        one folder.
 
         :param most: largest size of the whole root, in bytes
         """
         if not is_source_process():
             return
         os.utime(self.folder)
-        folders = [path for path in self.folder.parent.iterdir() if (path / FACTS_NAME).exists()]
+        folders = [
+            path
+            for path in self.folder.parent.iterdir()
+            if path.name == CODES_NAME or (path / FACTS_NAME).exists()
+        ]
         sizes = {path: _bytes_of(path) for path in folders}
         for path in sorted(folders, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) > most and path != self.folder:
@@ -247,7 +254,7 @@ def _read_pair(path: Path) -> tuple[dict, dict[str, torch.Tensor]] | None:
 
 
 @cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """Return a digest of the code that makes statistics and notes."""
     package = Path(casp_plugin.__file__).parent
     files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))
@@ -277,12 +284,17 @@ def _json_digest(facts: dict | str) -> str:
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _model_digest(model: nn.Module) -> str:
-    """Return a digest that changes with any weight of a model."""
-    digest = blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
+def content_digest(facts: list[str], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return 16 hexadecimal digits that change with any fact and any value of any tensor."""
+    digest = blake2b(json.dumps(facts).encode(), digest_size=8)
+    for name, tensor in tensors:
         _add_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _model_digest(model: nn.Module) -> str:
+    """Return a digest that changes with any weight of a model."""
+    return content_digest([], model.state_dict().items())
 
 
 def _data_digest(dataloader: Iterable[dict]) -> str:

@@ -23,7 +23,11 @@ from casp_plugin import (
 from casp_plugin.checkpoint.check import check
 from casp_plugin.checkpoint.fold import fold
 from casp_plugin.checkpoint.sizes import size_breakdown
+from casp_plugin.model.codebook_schemes import AdditiveScheme, TrellisScheme
 from casp_plugin.plan.plan import CompressionPlan
+from casp_plugin.statistics.cache import CODES_NAME
+
+MODEL = "model.safetensors"
 
 
 def trellis(**fields):
@@ -212,6 +216,45 @@ def test_same_seed_same_bytes(load_tiny, batches, tmp_path):
         compress(load_tiny(), RECIPES["factors"](), batches, tmp_path / name)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["chosen ranks", "one width, learned"])
+def test_a_run_that_died_goes_on(name, load_tiny, batches, tmp_path, monkeypatch):
+    """Layers that were encoded before are not encoded again, and nothing else changes."""
+    encoded = []
+
+    def counting(method):
+        def encode(*args, **kwargs):
+            if len(encoded) == stop:
+                raise KeyboardInterrupt
+            encoded.append(1)
+            return method(*args, **kwargs)
+
+        return encode
+
+    for scheme in (AdditiveScheme, TrellisScheme):
+        monkeypatch.setattr(scheme, "encode", counting(scheme.encode))
+
+    def run(out, cache):
+        recipe = RECIPES[name]()
+        for modifier in recipe:
+            modifier.cache_dir = cache and str(tmp_path / cache)
+        return load_file(compress(load_tiny(), recipe, batches, tmp_path / out) / MODEL)
+
+    stop = None
+    whole, count = run("whole", None), len(encoded)
+    stop = count + 3
+    with pytest.raises(KeyboardInterrupt):
+        run("died", "cache")
+    (first, *_) = sorted((tmp_path / "cache" / CODES_NAME).iterdir())
+    first.write_bytes(b"no tensors")  # is made anew
+    stop = None
+    again = run("again", "cache")
+    assert len(encoded) == 2 * count + 1
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    run("once more", "cache")
+    assert len(encoded) == 2 * count + 1
 
 
 def test_experts_are_refused(tmp_path):

@@ -251,6 +251,6 @@ def test_notes_of_other_code_are_not_read(tmp_path, load_tiny, batches, measured
     del measured[:]
     plan_recipe(load_tiny(), recipe(tmp_path, 5.0), batches)
     assert not measured
-    monkeypatch.setattr("casp_plugin.statistics.cache._code_digest", lambda: "other")
+    monkeypatch.setattr("casp_plugin.statistics.cache.code_digest", lambda: "other")
     plan_recipe(load_tiny(), recipe(tmp_path, 5.0), batches)
     assert measured

@@ -1,0 +1,72 @@
+"""Codes of weights on disk, for a run that is started again."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from casp_plugin.model.codebook_schemes import CodebookScheme, Tensors
+from casp_plugin.statistics.cache import CODES_NAME, code_digest, content_digest
+from casp_plugin.system.distributed import is_source_process
+from casp_plugin.system.files import whole_file
+
+__all__ = ["CodeCache"]
+
+
+class CodeCache:
+    """Codes, found again by a digest of all that they are made from.
+
+    Nothing can be stale: other weights, inputs or settings have another digest.
+
+    :param root: folder of the caches of any number of models
+    """
+
+    def __init__(self, root: Path | str):
+        self._folder = Path(root) / CODES_NAME
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.found = 0
+
+    def key(
+        self, scheme: CodebookScheme, settings: Iterable, tensors: Iterable[torch.Tensor | None]
+    ) -> Path:
+        """Return the file of codes.
+
+        :param settings: all numbers that encoding depends on
+        :param tensors: weights and statistics of their inputs
+        """
+        named = ((str(place), tensor) for place, tensor in enumerate(tensors) if tensor is not None)
+        digest = content_digest(
+            [code_digest(), scheme.model_dump_json(), *map(str, settings)], named
+        )
+        return self._folder / f"{digest}.safetensors"
+
+    def read(self, key: Path) -> list[Tensors] | None:
+        """Return the tensors of layers; None where they are not there, or cannot be read."""
+        if not key.exists():
+            return None
+        try:
+            stored = load_file(key)
+        except (OSError, SafetensorError) as error:
+            logger.warning(f"{key} cannot be read, its weights are encoded again: {error}")
+            return None
+        layers: dict[int, Tensors] = {}
+        for name, tensor in stored.items():
+            number, _, leaf = name.partition(".")
+            layers.setdefault(int(number), {})[leaf] = tensor
+        self.found += len(layers)
+        return [layers[number] for number in range(len(layers))]
+
+    def keep(self, key: Path, layers: list[Tensors]) -> None:
+        """Write the tensors of layers, whole or not at all."""
+        if not is_source_process():
+            return
+        stored = {
+            f"{number}.{leaf}": tensor.to("cpu", copy=True).contiguous()  # layers share signs
+            for number, tensors in enumerate(layers)
+            for leaf, tensor in tensors.items()
+        }
+        with whole_file(key) as partial:
+            save_file(stored, partial)
