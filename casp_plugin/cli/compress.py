@@ -201,21 +201,79 @@ def _check(checkpoint: Path, reload: bool, trust_remote_code: bool) -> None:
 def fold(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT2")],
+    calibration: PlanCalibrationOptions,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Round what becomes dense to this width by GPTQ, which takes --dataset.",
+            min=2,
+            max=8,
+        ),
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale at --bits.")] = 128,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a copy without factors, for transformers and vLLM without this package.
+    """Write a copy without factors and codebooks, for transformers and vLLM without this package.
 
-    Layers that stock vLLM cannot fuse become dense, so the copy is larger. Its bits need kernels
-    all the same: stock vLLM on CPU has one for 4 bits only.
+    Layers that stock vLLM cannot fuse become dense, so the copy is larger; --bits rounds them. Its
+    bits need kernels all the same: stock vLLM on CPU has one for 4 bits only.
     """
     from casp_plugin.checkpoint.fold import fold as fold_checkpoint
     from casp_plugin.model.load import bytes_on_disk
 
-    dense = fold_checkpoint(checkpoint, output, trust_remote_code)
+    if (bits is None) != (calibration.dataset is None):
+        raise ValueError("--bits and --dataset go together: GPTQ rounds on calibration data")
+    if bits is None:
+        dense = fold_checkpoint(checkpoint, output, trust_remote_code)
+        became = "dense"
+    else:
+        check_output(output)
+        with tempfile.TemporaryDirectory(prefix="casp-", dir=output.parent) as folder:
+            whole = Path(folder) / "dense"
+            dense = fold_checkpoint(checkpoint, whole, trust_remote_code)
+            _round(whole, dense, bits, group_size, output, calibration, trust_remote_code)
+        became = f"of {bits} bits"
     before, after = map(bytes_on_disk, (checkpoint, output))
     console.print(
-        f"Wrote {output}: {len(dense)} layers are dense now, {before:,} -> {after:,} bytes"
+        f"Wrote {output}: {len(dense)} layers are {became} now, {before:,} -> {after:,} bytes"
     )
+
+
+def _round(
+    model: Path,
+    layers: list[str],
+    bits: int,
+    group_size: int,
+    output: Path,
+    calibration: CalibrationOptions,
+    trust_remote_code: bool,
+) -> None:
+    """Round layers of a model to one width by GPTQ.
+
+    :raises ValueError: if other layers are quantized, or groups do not fit
+    """
+    from compressed_tensors.quantization import QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.recipe import Recipe
+
+    from casp_plugin.data.data_source import load_processor
+    from casp_plugin.model.load import bare_source_model
+    from casp_plugin.model.schemes import weight_args
+    from casp_plugin.modifiers.compression import compress
+
+    bare = bare_source_model(str(model), trust_remote_code)
+    for name in layers:
+        columns = bare.get_submodule(name).in_features
+        if group_size < 1 or columns % group_size:
+            raise ValueError(
+                f"--group-size {group_size} does not divide the {columns} columns of {name}"
+            )
+    scheme = QuantizationScheme(targets=layers, weights=weight_args(bits, group_size))
+    recipe = Recipe.from_modifiers(
+        [GPTQModifier(targets=layers, ignore=[], config_groups={"group_0": scheme})]
+    )
+    batches = calibration.batches(bare.config, load_processor(str(model), trust_remote_code))
+    compress(str(model), recipe, batches, output, calibration.seed, None, trust_remote_code)
 
 
 def check_output(output: Path) -> None:

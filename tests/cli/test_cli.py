@@ -1,10 +1,13 @@
 """The command line as a user types it."""
 
+import json
 import os
 import shutil
 
 import pytest
+import torch
 from support.command_line import RECIPE, casp, error_of, run_arguments
+from transformers import AutoModelForCausalLM
 
 from casp_plugin import CompressionPlan
 from casp_plugin.data.sources import load_text
@@ -88,6 +91,38 @@ def test_run_check_fold(tiny_llama, files):
     assert casp("fold", files / "out", files / "folded").exit_code == 0
     assert casp("check", files / "folded").exit_code == 0
     assert not [path for path in files.iterdir() if path.name.startswith(".")]
+
+
+def test_fold_to_one_width(tiny_llama, files, capsys, monkeypatch):
+    """Codebooks become integers that stock transformers and vLLM read."""
+    (files / "recipe.yaml").write_text(
+        "{casp_stage: {casp_modifiers: {TrellisModifier: {bits: 3, state_bits: 10}}}}"
+    )
+    assert casp(*run_arguments(tiny_llama, files)).exit_code == 0
+    data = ("--dataset", files / "data.jsonl", "--max-length", 32)
+    fold = ("fold", files / "out", files / "folded")
+    wrong = {
+        (*data, "--bits", 4): "--group-size 128 does not divide the 64 columns of model.layers.0",
+        ("--bits", 4): "--bits and --dataset go together",
+        data: "--bits and --dataset go together",
+    }
+    for arguments, message in wrong.items():
+        assert message in error_of(capsys, monkeypatch, *fold, *arguments)
+        assert not (files / "folded").exists()
+    result = casp(*fold, *data, "--bits", 4, "--group-size", 32)
+    assert result.exit_code == 0, result.output
+    assert "14 layers are of 4 bits now" in " ".join(result.output.split())
+    assert casp("check", files / "folded").exit_code == 0
+    config = json.loads((files / "folded" / "config.json").read_text())["quantization_config"]
+    assert "casp" not in config
+    [group] = config["config_groups"].values()
+    assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (4, 32)
+    models = [AutoModelForCausalLM.from_pretrained(files / name) for name in ("out", "folded")]
+    ids = torch.randint(3, 96, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, rounded = (model(ids).logits for model in models)
+    assert (rounded - whole).norm() < 0.3 * whole.norm()
+    assert not [path for path in files.iterdir() if path.name.startswith((".", "casp-"))]
 
 
 def test_check_fails_on_a_broken_checkpoint(compressed_llama, tmp_path):
