@@ -17,7 +17,15 @@ from casp_plugin.maths.codecs.lattice import LatticeCodec
 from casp_plugin.maths.codecs.trellis import TrellisCodec
 from casp_plugin.maths.hadamard import largest_block, rotate, rotate_moment
 
-__all__ = ["CodedWeight", "Input", "block_scales", "code_weights", "decoded_weight", "random_signs"]
+__all__ = [
+    "CodedWeight",
+    "Input",
+    "block_scales",
+    "code_weights",
+    "coding_noise",
+    "decoded_weight",
+    "random_signs",
+]
 
 
 #: targets vary more than weights, by what blocks of columns feed back; 1.03 to 1.06 leave the least
@@ -154,6 +162,25 @@ def code_weights(
         fit = torch.where(fit.isfinite(), fit, 0)
         coded.append(CodedWeight(own.contiguous(), fit * row_scale * sign))
     return coded
+
+
+def coding_noise(weight: torch.Tensor, input: Input, most: int, seed: int) -> torch.Tensor:
+    """Return an error like that of coding a weight by a code of distortion one, shape (out, in).
+
+    Gaussian noise stands for what the code does: BlockLDLQ leaves it times L^-1.
+
+    :param weight: shape (out, in)
+    :param input: what it reads
+    :param most: size of the Hadamard blocks of outputs at most
+    :param seed: of the noise
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(weight.shape, generator=generator).to(weight)
+    noise *= block_scales(weight, largest_block(len(weight), most))[:, None]
+    error = torch.linalg.solve_triangular(
+        input.ldl.lower, noise, upper=False, left=False, unitriangular=True
+    )
+    return rotate(error, input.block) * input.signs
 
 
 def decoded_weight(
