@@ -6,14 +6,25 @@ last to the first, each at a target that holds what the blocks behind it have lo
 ``(E L)_b`` is the block's own rounding error and nothing more (QuIP#, arXiv 2402.04396, section
 4.2; GPTQ, arXiv 2210.17323, is the case of single columns).
 
-Shapes: out and in are those of a weight, b columns of a block.
+With a metric G = M B M^T of the outputs as well, the loss ``tr(G E H E^T)`` is the sum over tiles
+of rows and columns of the same in ``M^T E L`` (YAQA, arXiv 2505.22988, section 4): a tile is
+rounded at a target that holds what the tiles below it, behind it, and both have lost.
+
+Shapes: out and in are those of a weight, a rows and b columns of a block.
 """
 
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["BlockLDL", "block_ldl", "corrected", "dampened", "round_by_blocks"]
+__all__ = [
+    "BlockLDL",
+    "block_ldl",
+    "corrected",
+    "dampened",
+    "round_by_blocks",
+    "round_by_tiles",
+]
 
 #: columns whose feedback is applied at once, as GPTQ does
 _PANEL = 128
@@ -104,6 +115,56 @@ def round_by_blocks(
         if start:  # (out, panel) @ (panel, start)
             target[:, :start] += error[:, start:end] @ ldl.lower[start:end, :start]
     return rounded
+
+
+def round_by_tiles(
+    weight: torch.Tensor,
+    rows: list[BlockLDL],
+    columns: BlockLDL,
+    encode: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return the rounded weight, tile after tile from the last row and column to the first.
+
+    Tiles on a diagonal from below left to above right wait for none of each other, and are rounded
+    together.
+
+    :param weight: W, shape (out, in), of several weights one below the other
+    :param rows: of the metric of every weight's outputs, in blocks of a
+    :param columns: of the second moment of their input
+    :param encode: returns the rounded values of targets, shape (n, a, b), given the indices of
+        their tiles among rows and among columns, shape (n,)
+    :return: shape (out, in)
+    """
+    height, width = rows[0].blocks.shape[1], columns.blocks.shape[1]
+    below = torch.block_diag(*(own.lower for own in rows)).T  # M^T, (out, out)
+    tall, wide = len(weight) // height, weight.shape[1] // width
+    # by tile, without the identities of the diagonal
+    below = below.unflatten(0, (tall, height)).contiguous()  # (rows, a, out)
+    behind = columns.lower.unflatten(1, (wide, width)).transpose(0, 1).contiguous()  # (., in, b)
+    for tile in range(tall):
+        below[tile, :, tile * height : (tile + 1) * height] = 0
+    for tile in range(wide):
+        behind[tile, tile * width : (tile + 1) * width] = 0
+    target = weight.view(tall, height, wide, width)
+    rounded = torch.empty_like(target)
+    error = torch.zeros_like(target)  # E
+    carried = weight.new_zeros(wide, tall, height, width)  # E L
+    # tiles of a weight that come before one in its column
+    before = [torch.arange(len(own.blocks) - 1, -1, -1, device=weight.device) for own in rows]
+    before = torch.cat(before)
+    for wave in range(int(before.max()) + wide):
+        place = wave - before
+        row = ((place >= 0) & (place < wide)).nonzero()[:, 0]
+        column = wide - 1 - place[row]
+        # (n, a, in) @ (n, in, b), (n, a, out) @ (n, out, b)
+        lost = torch.bmm(error[row].flatten(2), behind[column])
+        moved = target[row, :, column] + lost + below[row] @ carried[column].flatten(1, 2)
+        values = encode(moved, row, column)
+        rounded[row, :, column] = values
+        own = target[row, :, column] - values
+        error[row, :, column] = own
+        carried[column, row] = own + lost
+    return rounded.flatten(2).flatten(0, 1)
 
 
 def corrected(

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from casp_plugin.maths.block_ldl import BlockLDL, block_ldl, corrected, dampened, round_by_blocks
+from casp_plugin.maths.block_ldl import (
+    BlockLDL,
+    block_ldl,
+    corrected,
+    dampened,
+    round_by_blocks,
+    round_by_tiles,
+)
 from casp_plugin.maths.codecs.lattice import LatticeCodec
 from casp_plugin.maths.codecs.trellis import TrellisCodec
 from casp_plugin.maths.hadamard import largest_block, rotate, rotate_moment
@@ -31,6 +38,8 @@ __all__ = [
 #: targets vary more than weights, by what blocks of columns feed back; 1.03 to 1.06 leave the least
 #: error on SmolLM2
 _FEEDBACK = 1.04
+#: rows of a tile at least where outputs have a metric
+_TILE_ROWS = 16
 
 
 def random_signs(count: int, seed: int) -> torch.Tensor:
@@ -108,10 +117,12 @@ def code_weights(
     seed: int,
     change: torch.Tensor | None = None,
     share: float = 0.0,
+    metrics: list[torch.Tensor] | None = None,
 ) -> list[CodedWeight]:
     """Return the codes of weights that read one input, by BlockLDLQ on both-sided rotations.
 
-    Afterwards every row is scaled by least squares in the metric of the input.
+    Afterwards rows are scaled by least squares in the metrics of input and outputs; scales, being
+    few, make up for all of the change.
 
     :param weights: W, shape (out, in) each, float32
     :param input: what they read
@@ -120,32 +131,34 @@ def code_weights(
     :param seed: of the signs of outputs
     :param change: C = E[(x_dense - x) x^T], shape (in, in), see ``block_ldl.corrected``
     :param share: of the change that targets make up for
+    :param metrics: G of the outputs of every weight, positive definite, shape (out, out); None for
+        identities
     """
-    targets, rotated, signs, blocks = [], [], [], []
+    rotated, signs, blocks = [], [], []
     for weight in weights:
         target = input.corrected(weight, change, share)
         out = len(weight)
         blocks.append(largest_block(out, most))
         signs.append(random_signs(out, seed + out).to(weight))
         turned = rotate((input.rotate(target) * signs[-1][:, None]).T, blocks[-1]).T
-        targets.append(target)
         rotated.append(turned)
     heights = [len(weight) for weight in weights]
     scales = [
         _FEEDBACK * block_scales(own, block) for own, block in zip(rotated, blocks, strict=True)
     ]
     scale = torch.cat(scales)[:, None].clamp_min(torch.finfo(torch.float32).tiny)
-    bands = {}
-
-    def encode(target: torch.Tensor, index: int) -> torch.Tensor:
-        bands[index], values = codec.encode(target / scale)
-        return values * scale
-
-    rounded = round_by_blocks(torch.cat(rotated), input.ldl, encode) / scale
-    codes = torch.stack([bands[index] for index in range(len(bands))], 1)
+    outputs = None
+    if metrics is not None:
+        height = max(codec.rows, min(largest_block(height, _TILE_ROWS) for height in heights))
+        outputs = [
+            block_ldl(rotate_moment(metric * sign * sign[:, None], block), height)
+            for metric, sign, block in zip(metrics, signs, blocks, strict=True)
+        ]
+    rounded, codes = _rounded(torch.cat(rotated) / scale, scale, input.ldl, outputs, codec)
     coded = []
+    seen = input.moment if change is None else input.moment + change  # E[x_dense x^T]
     parts = zip(
-        targets,
+        weights,
         rounded.split(heights),
         codes.split([height // codec.rows for height in heights]),
         scales,
@@ -153,15 +166,73 @@ def code_weights(
         blocks,
         strict=True,
     )
-    for target, values, own, row_scale, sign, block in parts:
+    for weight, values, own, row_scale, sign, block in parts:
         # in the basis of the weight, with the scale of its block and its signs
         plain = rotate((values * row_scale[:, None]).T, block).T * sign[:, None]
         plain = rotate(plain, input.block) * input.signs
-        seen = plain @ input.moment
-        fit = (target * seen).sum(1) / (plain * seen).sum(1)  # (out,)
+        wanted, found = weight @ seen, plain @ input.moment
+        if metrics is None:
+            fit = (wanted * plain).sum(1) / (found * plain).sum(1)  # (out,)
+        else:
+            fit = _scales(wanted, found, plain, metrics[len(coded)])
         fit = torch.where(fit.isfinite(), fit, 0)
         coded.append(CodedWeight(own.contiguous(), fit * row_scale * sign))
     return coded
+
+
+def _rounded(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    columns: BlockLDL,
+    rows: list[BlockLDL] | None,
+    codec: TrellisCodec | LatticeCodec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values and the codes of a weight, both with rows of variance one.
+
+    :param weight: shape (out, in)
+    :param scale: what rows were divided by, shape (out, 1), as errors count before that
+    :param rows: of the metrics of outputs; None for identities
+    """
+    if rows is None:
+        bands = {}
+
+        def encode_band(target: torch.Tensor, index: int) -> torch.Tensor:
+            bands[index], values = codec.encode(target)
+            return values
+
+        rounded = round_by_blocks(weight, columns, encode_band)
+        return rounded, torch.stack([bands[index] for index in range(len(bands))], 1)
+    height = rows[0].blocks.shape[1]
+    by_tile = scale.unflatten(0, (-1, height))  # (rows, a, 1)
+    parts = height // codec.rows  # of a tile, each with a code of its own
+    codes = []
+
+    def encode(target: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        own, values = codec.encode((target / by_tile[row]).flatten(0, 1))
+        codes.append((row, column, own.unflatten(0, (-1, parts))))
+        return values.view_as(target) * by_tile[row]
+
+    rounded = round_by_tiles(weight * scale, rows, columns, encode) / scale
+    row, column, own = (torch.cat(values) for values in zip(*codes, strict=True))
+    shape = len(by_tile), len(columns.blocks), *own.shape[1:]
+    placed = own.new_empty(shape).index_put_((row, column), own)  # (., ., parts, ...)
+    return rounded, placed.transpose(1, 2).flatten(0, 1)
+
+
+def _scales(
+    wanted: torch.Tensor, found: torch.Tensor, values: torch.Tensor, metric: torch.Tensor
+) -> torch.Tensor:
+    """Return the scales f of rows that leave the least E[e^T G e], e = W x_dense - diag(f) V x.
+
+    :param wanted: W E[x_dense x^T], shape (out, in)
+    :param found: V E[x x^T]
+    :param values: V
+    :param metric: G, shape (out, out)
+    """
+    system = metric * (found @ values.T)
+    regular = system.diagonal().mean() * 1e-6 + (system.diagonal() == 0)
+    right = (metric * (values @ wanted.T)).sum(1)
+    return torch.linalg.solve(system + regular.diag_embed(), right)
 
 
 def coding_noise(weight: torch.Tensor, input: Input, most: int, seed: int) -> torch.Tensor:

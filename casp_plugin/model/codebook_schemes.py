@@ -85,6 +85,7 @@ class CodebookScheme(BaseModel):
         seed: int,
         change: torch.Tensor | None = None,
         share: float = 0.0,
+        metrics: list[torch.Tensor] | None = None,
     ) -> list[Tensors]:
         """Return the tensors of layers that read one input.
 
@@ -93,6 +94,8 @@ class CodebookScheme(BaseModel):
         :param seed: of all that is random
         :param change: C = E[(x_dense - x) x^T], shape (in, in); None for none
         :param share: of the change that the weights make up for
+        :param metrics: of the outputs of every layer, positive definite, shape (out, out) each;
+            None for identities
         """
 
     @abstractmethod
@@ -182,8 +185,9 @@ class _RotatedScheme(CodebookScheme):
         seed: int,
         change: torch.Tensor | None = None,
         share: float = 0.0,
+        metrics: list[torch.Tensor] | None = None,
     ) -> list[Tensors]:
-        coded = code_weights(weights, input, self.coder(), self.block, seed, change, share)
+        coded = code_weights(weights, input, self.coder(), self.block, seed, change, share, metrics)
         signs = pack_signs(input.signs)
         return [{CODES: own.codes, SCALE: own.scale, SIGNS: signs} for own in coded]
 
@@ -288,7 +292,10 @@ class AdditiveScheme(CodebookScheme):
         seed: int,
         change: torch.Tensor | None = None,
         share: float = 0.0,
+        metrics: list[torch.Tensor] | None = None,
     ) -> list[Tensors]:
+        if metrics is not None:
+            raise ValueError("learned codebooks have no metric of outputs")
         made = []
         for weight in weights:
             target = input.corrected(weight, change, share)

@@ -155,6 +155,10 @@ class CaspModifier(Modifier):
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
         """Return the statistics of the dense model that this modifier needs."""
 
+    def chosen_linears(self, model: nn.Module, context: RecipeContext) -> Iterable[str]:
+        """Return the names of the linears whose widths this modifier chooses."""
+        return ()
+
     def check_reached(self, model: nn.Module, context: RecipeContext) -> None:
         """Refuse data whose first batch does not reach the layers that this modifier must see.
 

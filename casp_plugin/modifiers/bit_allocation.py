@@ -1,5 +1,6 @@
 """BitAllocationModifier: each unit gets the bit width that its importance earns."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -265,6 +266,9 @@ class BitAllocationModifier(OneshotModifier):
             gradients=linears if fisher else none,
             routed=linears if exact else none,
         )
+
+    def chosen_linears(self, model: nn.Module, context: RecipeContext) -> Iterable[str]:
+        return self._matched(model, context)
 
     def check_reached(self, model: nn.Module, context: RecipeContext) -> None:
         linears = self._matched(model, context)

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from torch import nn
 from tqdm import tqdm
 
+from casp_plugin.maths.block_ldl import dampened
 from casp_plugin.maths.codecs.trellis import TrellisCode
 from casp_plugin.maths.incoherence import Input
 from casp_plugin.model.codebook_linear import CodebookLinear
@@ -25,7 +26,7 @@ from casp_plugin.model.codebook_schemes import (
 from casp_plugin.model.low_rank_linear import LowRankLinear
 from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.model.units import OUTPUT_HEAD, decoder_layers, matched_linears
-from casp_plugin.modifiers.base import Offers, RecipeContext, Targets
+from casp_plugin.modifiers.base import Offers, RecipeContext, Targets, casp_modifiers
 from casp_plugin.modifiers.code_cache import CodeCache
 from casp_plugin.modifiers.layer_inputs import InputStatistics, LayerInputs
 from casp_plugin.modifiers.lifecycle import OneshotModifier
@@ -52,6 +53,10 @@ class CodebookModifier(OneshotModifier):
     :param block: size of the Hadamard blocks at most; smaller powers of two where it does not
         divide a size. Tensor parallelism cuts between blocks
     :param dampening_frac: share of the mean diagonal of a second moment that is added to it
+    :param output_metric: what an error at the outputs of a layer costs: by the second moment of the
+        loss's gradient there (``fisher``), so that outputs make up for each other, or the same for
+        all (``identity``)
+    :param output_dampening_frac: share of the mean diagonal of that moment that is added to it
     :param correction: share of the change of a layer's inputs, through the layers compressed
         before it, that its weights make up for; 0 for none, 1 for least squares
     :param true_sequential: whether the linears of a decoder layer are compressed one after another,
@@ -67,12 +72,15 @@ class CodebookModifier(OneshotModifier):
     ignore: list[str] = Field(default_factory=lambda: [OUTPUT_HEAD])
     block: int = 128
     dampening_frac: float = Field(default=0.01, gt=0)
+    output_metric: Literal["fisher", "identity"] = "fisher"
+    output_dampening_frac: float = Field(default=1.0, gt=0)
     correction: float = Field(default=0.5, ge=0, le=1)
     true_sequential: bool = True
     requires_calibration_data: bool = Field(default=True, exclude=True)
 
     _schemes: dict[str, CodebookScheme] = PrivateAttr(default_factory=dict)
     _seed: int = PrivateAttr(default=0)
+    _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _inputs: LayerInputs | None = PrivateAttr(default=None)
     _progress: tqdm | None = PrivateAttr(default=None)
     _cache: CodeCache | None = PrivateAttr(default=None)
@@ -100,7 +108,13 @@ class CodebookModifier(OneshotModifier):
             ) from None
 
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
-        return Request()
+        if self.output_metric == "identity":
+            return Request()
+        if self.bits is not None:
+            return Request(gradient_moments=frozenset(self._own_linears(model, context)))
+        choosers = casp_modifiers(context.modifiers)
+        chosen = (modifier.chosen_linears(model, context) for modifier in choosers)
+        return Request(gradient_moments=frozenset().union(*chosen))
 
     def note(
         self,
@@ -162,6 +176,8 @@ class CodebookModifier(OneshotModifier):
                 )
         else:
             self._schemes, self._seed = schemes, plan.seed or 0
+            if self.output_metric == "fisher":
+                self._metrics = notes.statistics.gradient_moments
 
     def _is_left(self, model: nn.Module, unit: UnitPlan) -> bool:
         """Tell whether a unit is of this modifier's codec, and no other one has taken it."""
@@ -211,6 +227,7 @@ class CodebookModifier(OneshotModifier):
         if self._cache is not None and self._cache.found:
             logger.info(f"{self._cache.found} weights were encoded before, by a run that ended")
         self._inputs = self._progress = self._cache = None
+        self._metrics = {}
 
     @torch.no_grad()
     def _encode(self, model: nn.Module, names: list[str]) -> None:
@@ -246,7 +263,7 @@ class CodebookModifier(OneshotModifier):
             if at not in inputs:
                 inputs[at] = self._input(scheme, statistics, weights[0])
             change = None if statistics is None else statistics.mean_change
-            coded = self._encoded(scheme, weights, inputs[at], change)
+            coded = self._encoded(model, group, weights, inputs[at], change)
             for name, weight, tensors in zip(group, weights, coded, strict=True):
                 layer = self._install(model, name, tensors)
                 downs[layer] = _Down(inputs[at], weight, change)
@@ -265,31 +282,68 @@ class CodebookModifier(OneshotModifier):
         latent = coded @ seen  # (rank, rank)
         input = scheme.input(latent, self._seed, self.dampening_frac)
         fitted = torch.linalg.solve(input.moment, (target @ seen).T).T  # (out, rank)
-        self._install(model, name, self._encoded(scheme, [fitted], input)[0])
+        self._install(model, name, self._encoded(model, [name], [fitted], input)[0])
 
     def _encoded(
         self,
-        scheme: CodebookScheme,
+        model: nn.Module,
+        names: list[str],
         weights: list[torch.Tensor],
         input: Input,
         change: torch.Tensor | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """Return the tensors of layers that read one input, from a run before if it had the same.
 
+        :param names: of the layers, all of one scheme
         :param weights: shape (out, in) each, float32
         :param change: of the input, see ``InputStatistics``
         """
-        cache = self._cache
+        cache, scheme = self._cache, self._schemes[names[0]]
+        metrics = self._output_metrics(model, names, weights)
         if cache is not None:
             settings = self._seed, self.correction
-            key = cache.key(scheme, settings, [input.moment, change, *weights])
+            key = cache.key(scheme, settings, [input.moment, change, *weights, *(metrics or ())])
             known = cache.read(key)
             if known is not None:
                 return known
-        coded = scheme.encode(weights, input, self._seed, change, self.correction)
+        coded = scheme.encode(weights, input, self._seed, change, self.correction, metrics)
         if cache is not None:
             cache.keep(key, coded)
         return coded
+
+    def _output_metrics(
+        self, model: nn.Module, names: list[str], weights: list[torch.Tensor]
+    ) -> list[torch.Tensor] | None:
+        """Return the metrics of the outputs of layers, shape (out, out) each; None for identities.
+
+        :param weights: of the layers
+        """
+        if not self._metrics:
+            return None
+        metrics = []
+        for name, weight in zip(names, weights, strict=True):
+            metric = self._output_metric(model, name)
+            if metric is None:  # the loss does not depend on it
+                metric = torch.eye(len(weight))
+            metrics.append(dampened(metric.to(weight), self.output_dampening_frac))
+        return metrics
+
+    def _output_metric(self, model: nn.Module, name: str) -> torch.Tensor | None:
+        """Return E[g g^T] of the outputs of a layer, or of a factor."""
+        parent, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(parent)
+        if not isinstance(layer, LowRankLinear):
+            return self._metrics.get(name)
+        if leaf == "up":
+            return self._metrics.get(parent)
+        through = None
+        for reader_name, reader in model.named_modules():
+            reads = isinstance(reader, LowRankLinear) and reader.latent is layer.latent
+            if reads and reader_name in self._metrics:
+                up = reader.up.weight.float()  # (out, rank)
+                own = up.T @ self._metrics[reader_name].to(up) @ up
+                through = own if through is None else through + own
+        return through
 
     def _input(
         self, scheme: CodebookScheme, known: InputStatistics | None, weight: torch.Tensor
@@ -316,6 +370,11 @@ class CodebookModifier(OneshotModifier):
         self._progress.update(linear.weight.numel())
         return layer
 
+    def _own_linears(self, model: nn.Module, context: RecipeContext) -> dict[str, nn.Module]:
+        """Return the linears that a modifier with ``bits`` codes, by name."""
+        field = f"{type(self).__name__}.targets"
+        return self.in_components(matched_linears(model, self.targets, self.ignore, field), context)
+
     def _own_units(
         self, model: nn.Module, plan: CompressionPlan, context: RecipeContext
     ) -> list[UnitPlan]:
@@ -325,9 +384,7 @@ class CodebookModifier(OneshotModifier):
         """
         name = type(self).__name__
         taken = {module for unit in plan.units for module in unit.modules}
-        matched = self.in_components(
-            matched_linears(model, self.targets, self.ignore, f"{name}.targets"), context
-        )
+        matched = self._own_linears(model, context)
         scheme = self.scheme(self.bits)
         units = []
         for linear, module in matched.items():
@@ -453,6 +510,7 @@ class AQLMModifier(CodebookModifier):
     codec: ClassVar[str] = "aqlm"
 
     block: Literal[1] = 1
+    output_metric: Literal["identity"] = "identity"
     code_bits: Literal[8, 16] = 8
 
     def scheme(self, bits: int) -> AdditiveScheme:

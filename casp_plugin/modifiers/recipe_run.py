@@ -303,7 +303,9 @@ def _layer_notes(
     if not request:
         return LayerNotes()
     if statistics is not None:
-        return take_notes(statistics, note)
+        notes = take_notes(statistics, note)
+        notes.statistics.gradient_moments = statistics.gradient_moments
+        return notes
     if dataloader is None:
         names = " and ".join(type(modifier).__name__ for modifier in own)
         raise ValueError(f"{names} need calibration data: pass a dataset to oneshot")

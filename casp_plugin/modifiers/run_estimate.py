@@ -66,7 +66,6 @@ class Work:
 
     :param passes: floating-point operations of the model, in its own dtype
     :param products: floating-point operations of matrix products in float32
-    :param precise: floating-point operations of matrix products in float64
     :param eigenvalues: sum of n^3 over the symmetric matrices (n, n) to decompose, in float32
     :param roots: sum of n^3 over the moments (n, n) with a Cholesky factor, in float32
     :param columns: steps of GPTQ through the columns of weights that are rounded together
@@ -75,7 +74,6 @@ class Work:
 
     passes: float
     products: float
-    precise: float
     eigenvalues: float
     roots: float
     columns: float
@@ -102,7 +100,6 @@ def speed_of(dtype: torch.dtype) -> Work:
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's generators alone
     wide = torch.randn(size, 4 * size, device=device, generator=generator)
     tall = wide.to(dtype)
-    precise = wide.double()
     moment = wide @ wide.T + size * torch.eye(size, device=device)
     energies = moment.diagonal()
     weight = wide[:SAMPLED_ROWS, :size]
@@ -122,7 +119,6 @@ def speed_of(dtype: torch.dtype) -> Work:
     return Work(
         passes=8 * size**3 / seconds(lambda: tall @ tall.T),
         products=8 * size**3 / seconds(lambda: wide @ wide.T),
-        precise=8 * size**3 / seconds(lambda: precise @ precise.T),
         eigenvalues=size**3 / seconds(lambda: torch.linalg.eigh(moment)),
         roots=size**3 / seconds(lambda: torch.linalg.cholesky(moment)),
         columns=64 / gptq,
@@ -197,7 +193,8 @@ def work_of(
         layers = decoder_layers(model)
         again = 2 * weights if derivatives.runs_again(model, layers, data.tokens, _device()) else 0
         heads = 4 * (head.weight.numel() if head is not None else 0)
-        passes += (4 * weights + again + heads) * text
+        rounds = len(forward.derivative_parts(model, request))
+        passes += rounds * (4 * weights + again + heads) * text
     if request.attention_maps:
         passes += 2 * weights * data.first_tokens(attention_maps.SAMPLES, 0)
     if request.attention_moments:
@@ -205,15 +202,15 @@ def work_of(
     inputs = _inputs(linears, request)
     products = sum(map(_product, inputs)) * measured
     products += sum(_product(linears[name].out_features) for name in _metrics(request)) * derived
-    precise = eigenvalues = 0
+    eigenvalues = 0
     for rows, columns in _factored(linears, request):
         size = min(rows, columns)
         eigenvalues += size**3
         # products with G and H, with their roots, and with the eigenvectors
-        precise += 2 * rows**2 * columns + 6 * rows * columns * size + 7 * size**3
+        products += 2 * rows**2 * columns + 6 * rows * columns * size + 7 * size**3
         products += 2 * rows**2 * size + 4 * columns * size**2  # losses of all ranks
     roots, steps, entries, of_ranks = _rounding(units, inputs, by_gptq)
-    return Work(passes, products + of_ranks, precise, eigenvalues, roots, steps, entries)
+    return Work(passes, products + of_ranks, eigenvalues, roots, steps, entries)
 
 
 def memory_of(model: nn.Module, request: Request, data: Data) -> int:
@@ -224,7 +221,7 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     size = next(model.parameters()).element_size()
     embeddings, head = get_embeddings(model)
     hidden = embeddings.weight.shape[1] if embeddings is not None else 0
-    back = derived = 4 * _metric_entries(linears, request)
+    back = derived = min(4 * _metric_entries(linears, request), forward.DERIVATIVE_BYTES)
     if request.gradients or request.gradient_moments:
         # nothing is run again on the way back where there are none
         parts = [model.get_submodule(name) for name in layers] or [model]
@@ -241,10 +238,10 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     sums = sum(inputs) + derived
     section = min(sums, forward.SECTION_BYTES + sums // max(len(layers), 1))
     waiting = min(sum(inputs), WAITING_BYTES) + 3 * largest  # copies in order, and their roots
-    # weights, roots, eigenvectors and the workspace of a solver, in float64
-    solving = 8 * max(
+    # moments and their roots in float64; weights, eigenvectors and the workspace of a solver
+    solving = max(
         (
-            3 * rows * columns + rows**2 + columns**2 + 5 * min(rows, columns) ** 2
+            8 * (rows**2 + 2 * columns**2) + 4 * (3 * rows * columns + 5 * min(rows, columns) ** 2)
             for rows, columns in _factored(linears, request)
         ),
         default=0,

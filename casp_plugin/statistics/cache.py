@@ -50,7 +50,7 @@ _ROOMS = ("maths", "model", "pricing", "statistics")
 class StatisticsCache:
     """Statistics and layer notes under one set of facts, in a folder below ``root``.
 
-    ``facts.json`` holds the facts, ``derivatives.*`` the statistics that take passes of their own.
+    ``facts.json`` holds the facts, ``derivatives-*`` the statistics that take passes of their own.
     A folder below, for the settings of a recipe, holds layer notes: a ``facts.json`` of the
     settings and one pair of files per section of the model. Tensors that are read back stay on
     disk, mapped into memory.
@@ -127,20 +127,16 @@ class StatisticsCache:
                 shutil.rmtree(path)
                 del sizes[path]
 
-    def derivatives(self) -> Statistics | None:
-        """Return the derivatives on disk; None if there are none."""
-        pair = _read_pair(self.folder / "derivatives")
+    def derivatives(self, part: int) -> Statistics | None:
+        """Return a part of the derivatives, mapped from disk; None if it is not there."""
+        pair = _read_pair(self.folder / f"derivatives-{part}")
         return pair and _statistics(*pair)
 
-    def keep_derivatives(self, statistics: Statistics) -> Statistics:
-        """Write derivatives, whole or not at all.
-
-        :return: the same statistics, mapped from disk
-        """
+    def keep_derivatives(self, part: int, statistics: Statistics) -> None:
+        """Write a part of the derivatives, whole or not at all."""
         if is_source_process():
-            _write_pair(self.folder / "derivatives", *_packed(statistics))
+            _write_pair(self.folder / f"derivatives-{part}", *_packed(statistics))
         barrier()
-        return self.derivatives()
 
     def sections(self) -> list[LayerNotes]:
         """Return the notes of the model's first sections, as far as they are on disk."""

@@ -11,7 +11,7 @@ Shapes: B sequences of a batch, T tokens of a sequence.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from compressed_tensors.offload import disable_offloading
@@ -29,6 +29,7 @@ from loguru import logger
 from torch import nn
 from tqdm import tqdm
 
+from casp_plugin.model.low_rank_linear import named_linears
 from casp_plugin.model.units import decoder_layers
 from casp_plugin.statistics.attention_maps import AttentionDensities
 from casp_plugin.statistics.collector import Collector
@@ -45,6 +46,7 @@ __all__ = [
     "collect",
     "collect_derivatives",
     "collect_sections",
+    "derivative_parts",
     "tokens_needed",
 ]
 
@@ -52,6 +54,8 @@ __all__ = [
 SAMPLES, TOKENS, TOKENS_BY_COLUMN = 16, 8192, 5
 #: bytes of sums that complete a section: several layers of a tiny model, one of any other
 SECTION_BYTES = 2**23
+#: bytes of second moments of gradients that are summed up in one pass
+DERIVATIVE_BYTES = 2**33
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,26 @@ def collect_derivatives(
         attention_moments=_finished(attention.moments),
         attention_densities=maps.densities,
     )
+
+
+def derivative_parts(model: nn.Module, request: Request) -> list[Request]:
+    """Return parts of a request whose second moments of gradients fit in memory together.
+
+    Each takes a pass forward and backward of its own. All else is in the first part.
+    """
+    linears = dict(named_linears(model))
+    groups: list[list[str]] = [[]]
+    entries = 0
+    for name in linears:  # in the order of the model
+        if name in request.gradient_moments:
+            entries += linears[name].out_features ** 2
+            if 4 * entries > DERIVATIVE_BYTES and groups[-1]:
+                groups.append([])
+                entries = linears[name].out_features ** 2
+            groups[-1].append(name)
+    first, *others = map(frozenset, groups)
+    parts = (Request(gradient_moments=names) for names in others)
+    return [replace(request, gradient_moments=first), *parts]
 
 
 def collect_sections(

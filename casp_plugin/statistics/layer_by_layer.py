@@ -20,6 +20,7 @@ from casp_plugin.statistics.forward import (
     calibrating,
     collect_derivatives,
     collect_sections,
+    derivative_parts,
 )
 from casp_plugin.statistics.hooks import Hooks, on_device
 from casp_plugin.statistics.layer_notes import LayerNotes
@@ -50,25 +51,31 @@ def measure(
     :param note: takes the notes of a section's layers
     :raises ValueError: if there is no data
     """
-    sections, derivatives = cache.sections(), cache.derivatives()
+    sections, parts = cache.sections(), derivative_parts(model, request)
+    missing = [part for part in range(len(parts)) if cache.derivatives(part) is None]
     barrier()  # all ranks have read before any rank writes
-    if derivatives is None:
+    for part in missing:
         with _explained(model):
-            collected = collect_derivatives(model, dataloader, request)
-        derivatives = cache.keep_derivatives(collected)
-    densities = derivatives.attention_densities
-    del derivatives
+            collected = collect_derivatives(model, dataloader, parts[part])
+        cache.keep_derivatives(part, collected)
+        del collected
+
+    def derivatives() -> Statistics:
+        """Return all parts, mapped anew, so that pages in use are released."""
+        return reduce(or_, map(cache.derivatives, range(len(parts))))
+
+    densities = derivatives().attention_densities
     whole = reduce(or_, sections, LayerNotes(last=False))
     if not whole.last:
         for section in _collect_sections(model, dataloader, request, whole.end):
             new = section.statistics.reached - whole.statistics.reached  # a layer may run twice
             mine = new if number_of_ranks() == 1 else _own_share(new, model)
-            # derivatives are mapped anew, so that pages in use are released
-            notes = _notes_of_section(section, cache.derivatives(), mine, note)
+            notes = _notes_of_section(section, derivatives(), mine, note)
             sections.append(cache.keep_section(len(sections), notes))
             whole |= sections[-1]
             del section, notes  # frees its statistics before the next section runs
-    whole.statistics |= Statistics(attention_densities=densities)
+    metrics = derivatives().gradient_moments
+    whole.statistics |= Statistics(attention_densities=densities, gradient_moments=metrics)
     return whole
 
 

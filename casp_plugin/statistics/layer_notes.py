@@ -15,7 +15,8 @@ class LayerNotes:
 
     :param priced: single linears, or the linears of one latent, with the prices of all candidates
     :param spectra: spectra of linears that may share a latent, by their names
-    :param statistics: the small statistics that are needed when all layers have been measured
+    :param statistics: the statistics that are needed when all layers have been measured: small
+        ones, and the second moments of gradients, which lie on disk
     :param end: number of subgraphs of the model that have run
     :param last: whether the whole model has run
     """

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from casp_plugin.maths.block_ldl import block_ldl, corrected, dampened, round_by_blocks
+from casp_plugin.maths.block_ldl import (
+    block_ldl,
+    corrected,
+    dampened,
+    round_by_blocks,
+    round_by_tiles,
+)
 
 
 def moment_of(columns, seed=0):
@@ -54,6 +60,54 @@ def test_feedback_beats_rounding_to_nearest():
     rounded = round_by_blocks(weight, block_ldl(moment, 4), lambda target, _: target.round())
     errors = [(weight - q) @ moment * (weight - q) for q in (rounded, weight.round())]
     assert errors[0].sum() < 0.7 * errors[1].sum()
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 4), (1, 8)])
+def test_error_of_tiles_is_that_of_each_alone(height, width):
+    """With metrics of the outputs of two weights: (M^T E L)_ij is the rounding error of tile ij."""
+    generator = torch.Generator().manual_seed(1)
+    heights, columns = (48, 16), 64
+    moment, metrics = moment_of(columns), [moment_of(rows, seed=rows) for rows in heights]
+    inputs = block_ldl(moment, width)
+    outputs = [block_ldl(metric, height) for metric in metrics]
+    weight = torch.randn(sum(heights), columns, generator=generator, dtype=torch.float64)
+    own = torch.full_like(weight, torch.nan).unflatten(1, (-1, width)).unflatten(0, (-1, height))
+
+    def encode(target, row, column):
+        own[row, :, column] = target - target.round()
+        return target.round()
+
+    rounded = round_by_tiles(weight, outputs, inputs, encode)
+    assert torch.equal(rounded, rounded.round())
+    own = own.flatten(2).flatten(0, 1)
+    cost = 0
+    for metric, ldl, error, alone in zip(
+        metrics,
+        outputs,
+        (weight - rounded).split(heights),
+        own.split(heights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ldl.lower.T @ error @ inputs.lower, alone)
+        cost += (metric @ error @ moment * error).sum()
+        both = torch.block_diag(*ldl.blocks) @ alone @ torch.block_diag(*inputs.blocks)
+        torch.testing.assert_close((both * alone).sum(), (metric @ error @ moment * error).sum())
+    nearest = (weight - weight.round()).split(heights)
+    assert cost < 0.5 * sum(
+        (metric @ error @ moment * error).sum()
+        for metric, error in zip(metrics, nearest, strict=True)
+    )
+
+
+def test_tiles_of_outputs_that_count_alike_are_blocks():
+    moment, identity = moment_of(64), torch.eye(32, dtype=torch.float64)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = block_ldl(moment, 4)
+    rounded = round_by_tiles(
+        weight, [block_ldl(identity, 8)], inputs, lambda target, *_: target.round()
+    )
+    expected = round_by_blocks(weight, inputs, lambda target, _: target.round())
+    assert torch.equal(rounded, expected)
 
 
 def test_spread_is_the_output_energy_of_unit_errors():

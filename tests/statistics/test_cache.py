@@ -21,6 +21,8 @@ from casp_plugin.statistics.cache import StatisticsCache
 from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import AttentionDensity, Request, Statistics
 
+MLP = ("gate_proj", "up_proj", "down_proj")
+
 
 def recipe(cache_dir=None, average_bits=5.0, **fields):
     return [
@@ -103,8 +105,9 @@ def test_sections_as_they_were(tmp_path):
             assert torch.equal(tensor, expected[module])
     for name in ("output_energies", "influences", "attention_densities", "reached", "tokens"):
         assert getattr(found, name) == getattr(statistics, name)
-    assert cache.derivatives() is None
-    assert cache.keep_derivatives(statistics).influences == {"a": 0.1}
+    assert cache.derivatives(0) is None
+    cache.keep_derivatives(0, statistics)
+    assert cache.derivatives(0).influences == {"a": 0.1}
 
 
 def test_other_budgets_measure_nothing(tmp_path, load_tiny, batches, measured):
@@ -114,6 +117,31 @@ def test_other_budgets_measure_nothing(tmp_path, load_tiny, batches, measured):
         found = plan_recipe(load_tiny(), recipe(tmp_path, average_bits), batches)
         assert found == expected
         assert measured == (ALL if average_bits == 5 else [])
+
+
+def test_many_metrics_take_several_passes(tmp_path, load_tiny, batches, measured, monkeypatch):
+    """With little memory for moments of gradients; a run that died keeps the passes it made."""
+    model, names = load_tiny(), [f"model.layers.{i}.mlp.{n}" for i in (0, 1) for n in MLP]
+    request = Request(gradient_moments=frozenset(names), gradients=frozenset(names[:1]))
+    whole = collection.collect_derivatives(model, batches, request)
+    entries = [model.get_submodule(name).out_features ** 2 for name in names]
+    monkeypatch.setattr(collection, "DERIVATIVE_BYTES", 4 * sum(entries[:2]))
+    parts = collection.derivative_parts(model, request)
+    assert len(parts) > 1
+    assert sorted(name for part in parts for name in part.gradient_moments) == sorted(names)
+    assert [bool(part.gradients) for part in parts] == [True] + [False] * (len(parts) - 1)
+
+    def measure_all():
+        cache = StatisticsCache(tmp_path, {}, {})
+        return measuring.measure(model, batches, request, cache, lambda *_: None).statistics
+
+    monkeypatch.setattr(measuring, "derivative_parts", lambda *_: parts[:1])
+    measure_all()
+    monkeypatch.setattr(measuring, "derivative_parts", lambda *_: parts)
+    found = measure_all().gradient_moments
+    assert measured.count("derivatives") == len(parts)
+    assert found.keys() == whole.gradient_moments.keys() == set(names)
+    assert all(torch.equal(found[name], whole.gradient_moments[name]) for name in names)
 
 
 def test_what_changes_is_measured_again(tmp_path, load_tiny, batches, measured):
@@ -142,7 +170,7 @@ def test_what_changes_is_measured_again(tmp_path, load_tiny, batches, measured):
 def test_goes_on_where_it_was(tmp_path, load_tiny, batches, measured):
     """Whatever of it is missing or broken."""
     expected = plan_recipe(load_tiny(), recipe(tmp_path), batches)
-    [derivatives] = tmp_path.rglob("derivatives.json")
+    [derivatives] = tmp_path.rglob("derivatives-0.json")
     [first] = tmp_path.rglob("0000.safetensors")
     [last] = tmp_path.rglob("0001.json")
 
