@@ -1,5 +1,6 @@
 """Checks and warnings of an allocation of bits: layers without data, other matrices, kernels."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -63,14 +64,19 @@ def kernel_warnings(plan: CompressionPlan, symmetric: bool) -> list[str]:
 
     :param symmetric: whether the codes are
     """
-    candidates = [c for unit in plan.units for c in unit.candidates if c.needs]
+    bits = defaultdict(set)
+    for unit in plan.units:
+        for candidate in unit.candidates:
+            if candidate.needs:
+                bits[candidate.needs, candidate.codec].add(candidate.bits)
     warnings = []
-    for package in sorted({c.needs for c in candidates}):
-        bits = sorted({c.bits for c in candidates if c.needs == package})
-        codes = "symmetric" if symmetric else "asymmetric"
+    for (package, codec), widths in sorted(bits.items(), key=str):
+        what = f"{codec} codes"
+        if codec is None:
+            integers = "symmetric" if symmetric else "asymmetric"
+            what = f"{integers} {' and '.join(map(str, sorted(widths)))} bits"
         warnings.append(
-            f"vLLM on CUDA runs {codes} {' and '.join(map(str, bits))} bits only with an extra "
-            f"package: pip install {package}"
+            f"vLLM on CUDA runs {what} only with an extra package: pip install {package}"
         )
     return warnings
 

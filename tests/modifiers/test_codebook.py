@@ -137,6 +137,8 @@ def test_widths_of_the_plan_are_those_of_the_layers(load_tiny, batches, tmp_path
         assert unit.choice.codec == "trellis"
         for name in unit.modules:
             assert model.get_submodule(name).scheme.bits == unit.choice.bits
+    warning = "vLLM on CUDA runs trellis codes only with an extra package: pip install casp-plugin"
+    assert plan.warnings == [warning]
     kinds = size_breakdown(out)["language"]
     assert kinds["codes"] + kinds["scales"] == plan.unit_bytes
 
