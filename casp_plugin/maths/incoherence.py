@@ -121,8 +121,7 @@ def code_weights(
 ) -> list[CodedWeight]:
     """Return the codes of weights that read one input, by BlockLDLQ on both-sided rotations.
 
-    Afterwards rows are scaled by least squares in the metrics of input and outputs; scales, being
-    few, make up for all of the change.
+    Afterwards rows are scaled by least squares in the metrics of input and outputs.
 
     :param weights: W, shape (out, in) each, float32
     :param input: what they read
@@ -156,7 +155,8 @@ def code_weights(
         ]
     rounded, codes = _rounded(torch.cat(rotated) / scale, scale, input.ldl, outputs, codec)
     coded = []
-    seen = input.moment if change is None else input.moment + change  # E[x_dense x^T]
+    # E[x' x^T], x' the input that the targets are for
+    seen = input.moment if change is None else input.moment + share * change
     parts = zip(
         weights,
         rounded.split(heights),
@@ -222,9 +222,9 @@ def _rounded(
 def _scales(
     wanted: torch.Tensor, found: torch.Tensor, values: torch.Tensor, metric: torch.Tensor
 ) -> torch.Tensor:
-    """Return the scales f of rows that leave the least E[e^T G e], e = W x_dense - diag(f) V x.
+    """Return the scales f of rows that leave the least E[e^T G e], e = W x' - diag(f) V x.
 
-    :param wanted: W E[x_dense x^T], shape (out, in)
+    :param wanted: W E[x' x^T], shape (out, in)
     :param found: V E[x x^T]
     :param values: V
     :param metric: G, shape (out, out)

@@ -38,6 +38,9 @@ from casp_plugin.statistics.statistics import Request, Statistics
 
 __all__ = ["AQLMModifier", "CodebookModifier", "QuIPSharpModifier", "TrellisModifier"]
 
+#: tokens that gradients are taken from, by output of the widest layer
+TOKENS_BY_OUTPUT = 10
+
 Scheme = TypeVar("Scheme", bound=CodebookScheme)
 
 
@@ -56,7 +59,8 @@ class CodebookModifier(OneshotModifier):
     :param output_metric: what an error at the outputs of a layer costs: by the second moment of the
         loss's gradient there (``fisher``), so that outputs make up for each other, or the same for
         all (``identity``)
-    :param output_dampening_frac: share of the mean diagonal of that moment that is added to it
+    :param output_dampening_frac: share of the mean diagonal of that moment that is added to it;
+        little of it trusts the moment, much of it is ``identity``
     :param correction: share of the change of a layer's inputs, through the layers compressed
         before it, that its weights make up for; 0 for none, 1 for least squares
     :param true_sequential: whether the linears of a decoder layer are compressed one after another,
@@ -73,7 +77,7 @@ class CodebookModifier(OneshotModifier):
     block: int = 128
     dampening_frac: float = Field(default=0.01, gt=0)
     output_metric: Literal["fisher", "identity"] = "fisher"
-    output_dampening_frac: float = Field(default=1.0, gt=0)
+    output_dampening_frac: float = Field(default=3.0, gt=0)
     correction: float = Field(default=0.5, ge=0, le=1)
     true_sequential: bool = True
     requires_calibration_data: bool = Field(default=True, exclude=True)
@@ -110,11 +114,14 @@ class CodebookModifier(OneshotModifier):
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
         if self.output_metric == "identity":
             return Request()
+        names = frozenset()
         if self.bits is not None:
-            return Request(gradient_moments=frozenset(self._own_linears(model, context)))
-        choosers = casp_modifiers(context.modifiers)
-        chosen = (modifier.chosen_linears(model, context) for modifier in choosers)
-        return Request(gradient_moments=frozenset().union(*chosen))
+            names = frozenset(self._own_linears(model, context))
+        else:
+            for modifier in casp_modifiers(context.modifiers):
+                names |= frozenset(modifier.chosen_linears(model, context))
+        widest = max((model.get_submodule(name).out_features for name in names), default=0)
+        return Request(gradient_moments=names, gradient_tokens=TOKENS_BY_OUTPUT * widest)
 
     def note(
         self,

@@ -186,7 +186,9 @@ def work_of(
     head = get_embeddings(model)[1]
     weights = sum(linear.weight.numel() for linear in linears.values() if linear is not head)
     derived = data.first_tokens(derivatives.SAMPLES, derivatives.TOKENS)
-    text = derived * derivatives.derived_length(data.tokens) // data.tokens  # of the gradients
+    text = data.first_tokens(derivatives.SAMPLES, max(derivatives.TOKENS, request.gradient_tokens))
+    if request.gradient_tokens <= derivatives.TOKENS:
+        text = text * derivatives.derived_length(data.tokens) // data.tokens
     measured = data.first_tokens(forward.SAMPLES, forward.tokens_needed(model, request))
     passes = 2 * weights * measured
     if request.gradients or request.gradient_moments:  # there, again in every layer, and back
@@ -201,7 +203,8 @@ def work_of(
         passes += 4 * weights * derived
     inputs = _inputs(linears, request)
     products = sum(map(_product, inputs)) * measured
-    products += sum(_product(linears[name].out_features) for name in _metrics(request)) * derived
+    for names, tokens in ((request.gradient_moments, text), (request.attention_moments, derived)):
+        products += sum(_product(linears[name].out_features) for name in names) * tokens
     eigenvalues = 0
     for rows, columns in _factored(linears, request):
         size = min(rows, columns)

@@ -74,9 +74,11 @@ class LossGradients:
 
     :param squares: linears whose g^2 per output channel is requested
     :param moments: linears whose g g^T is requested
+    :param tokens: least number of tokens to take gradients from; of as many, whole texts are taken
     """
 
-    def __init__(self, squares: frozenset[str], moments: frozenset[str]):
+    def __init__(self, squares: frozenset[str], moments: frozenset[str], tokens: int = 0):
+        self.tokens = max(tokens, TOKENS)
         self.squares = {name: TokenMean() for name in squares}
         self.moments = {name: TokenMean() for name in moments}
         self._mask: torch.Tensor | None = None
@@ -102,8 +104,9 @@ class LossGradients:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
             predicted = 0
-            for batch in first_batches(dataloader, SAMPLES, desc, TOKENS):
-                batch = on_device(_first_half(batch), model)
+            for batch in first_batches(dataloader, SAMPLES, desc, self.tokens):
+                part = _first_half(batch) if self.tokens == TOKENS else batch
+                batch = on_device(part, model)
                 self._mask = token_mask(batch)
                 text = _predicting_text(batch, model, self._mask)
                 again = runs_again(model, layers, batch["input_ids"].numel(), device)

@@ -92,7 +92,8 @@ def collect_derivatives(
     :param dataloader: batches, keyword arguments of the model
     :param request: the requested statistics; others are ignored
     """
-    gradients = LossGradients(request.gradients, request.gradient_moments)
+    asked = request.gradients, request.gradient_moments, request.gradient_tokens
+    gradients = LossGradients(*asked)
     attention = AttentionDerivatives(request.attention_moments)
     maps = AttentionDensities(request.attention_maps)
     layers = decoder_layers(model)
@@ -129,7 +130,8 @@ def derivative_parts(model: nn.Module, request: Request) -> list[Request]:
                 entries = linears[name].out_features ** 2
             groups[-1].append(name)
     first, *others = map(frozenset, groups)
-    parts = (Request(gradient_moments=names) for names in others)
+    tokens = request.gradient_tokens
+    parts = (Request(gradient_moments=names, gradient_tokens=tokens) for names in others)
     return [replace(request, gradient_moments=first), *parts]
 
 

@@ -21,6 +21,8 @@ class Request:
     :param influences: decoder layers, for the block influence
     :param gradients: linears, for the squared gradient of the loss by the output
     :param gradient_moments: linears, for E[g g^T] of that gradient
+    :param gradient_tokens: least number of tokens that gradients are taken from, as far as there
+        are so many; 0 for what squares and moments of few channels need
     :param attention_moments: linears inside attention modules, for E[J^T J] of the attention output
     :param attention_maps: attention modules, for the densities of their maps
     :param reached: linears, only for whether a token reaches them
@@ -35,6 +37,7 @@ class Request:
     influences: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
     gradient_moments: frozenset[str] = frozenset()
+    gradient_tokens: int = 0
     attention_moments: frozenset[str] = frozenset()
     attention_maps: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()
@@ -44,7 +47,8 @@ class Request:
     def __or__(self, other: "Request") -> "Request":
         merged = {name: getattr(self, name) | getattr(other, name) for name in _BY_REQUEST}
         weight = other.image_weight if self.image_weight is None else self.image_weight
-        return Request(**merged, image_weight=weight)
+        tokens = max(self.gradient_tokens, other.gradient_tokens)
+        return Request(**merged, gradient_tokens=tokens, image_weight=weight)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in _BY_REQUEST)
@@ -56,7 +60,7 @@ class Request:
         return self.second_moments | squares | self.energies | self.reached
 
 
-_BY_REQUEST = [field.name for field in fields(Request) if field.name != "image_weight"]
+_BY_REQUEST = [field.name for field in fields(Request) if "frozenset" in str(field.type)]
 
 
 @dataclass(frozen=True)
