@@ -120,7 +120,8 @@ class LossGradients:
             if mean.total is not None and not torch.isfinite(mean.total).all():
                 raise ValueError(
                     f"the gradient of the loss at {name} holds NaN or infinite values: run the "
-                    "model in a wider dtype, or use another importance and method than fisher"
+                    "model in a wider dtype, or use another importance, method and output_metric "
+                    "than fisher"
                 )
             # a vision tower or an expert has more or fewer tokens than are predicted
             mean.tokens = predicted if mean.tokens else 0

@@ -65,7 +65,7 @@ def measure(
         return reduce(or_, map(cache.derivatives, range(len(parts))))
 
     densities = derivatives().attention_densities
-    whole = reduce(or_, sections, LayerNotes(last=False))
+    whole = reduce(or_, sections, LayerNotes(last=not request.forward))
     if not whole.last:
         for section in _collect_sections(model, dataloader, request, whole.end):
             new = section.statistics.reached - whole.statistics.reached  # a layer may run twice

@@ -54,6 +54,11 @@ class Request:
         return any(getattr(self, name) for name in _BY_REQUEST)
 
     @property
+    def forward(self) -> bool:
+        """Tell whether a pass over all the data is needed, layer by layer."""
+        return bool(self.linears or self.influences or self.routed)
+
+    @property
     def linears(self) -> frozenset[str]:
         """Return the linears that are measured in the forward pass."""
         squares = {name for name, _ in self.mean_squares}
