@@ -28,7 +28,7 @@ from casp_plugin.model.codebook_schemes import (
     read_scheme,
 )
 
-__all__ = ["MOST_TOKENS", "Kernel", "codebook_linear", "kernel_fault"]
+__all__ = ["MOST_TOKENS", "Kernel", "codebook_linear", "kernel_fault", "random_layer"]
 
 #: tokens up to which V is decoded inside the product
 MOST_TOKENS = 16
@@ -189,14 +189,8 @@ def kernel_fault(scheme: CodebookScheme, dtype: torch.dtype, device: torch.devic
     if scheme.block > _MOST_BLOCK:
         return f"kernels rotate blocks of at most {_MOST_BLOCK}"
     shape = 256, 256
+    tensors = random_layer(scheme, shape, dtype, device)
     generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, (size, kind) in scheme.layout(shape, dtype).items():
-        if kind.is_floating_point:
-            made = torch.rand(size, generator=generator) + 0.5
-        else:
-            made = torch.randint(torch.iinfo(kind).max, size, generator=generator)
-        tensors[name] = made.to(kind).to(device)
     x = torch.randn(MOST_TOKENS + 1, shape[1], generator=generator).to(dtype).to(device)
     expected = x.float() @ scheme.decode(tensors).T
     kernel = Kernel(scheme)
@@ -209,6 +203,25 @@ def kernel_fault(scheme: CodebookScheme, dtype: torch.dtype, device: torch.devic
     except Exception as error:  # of a compiler, in its own words
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def random_layer(
+    scheme: CodebookScheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensors:
+    """Return the tensors of a layer with random codes, which all mean some weight.
+
+    :param shape: (out, in)
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (size, kind) in scheme.layout(shape, dtype).items():
+        if kind.is_floating_point:
+            made = torch.rand(size, generator=generator) + 0.5
+        else:
+            limits = torch.iinfo(kind)
+            made = torch.randint(limits.min, limits.max + 1, size, generator=generator)
+        tensors[name] = made.to(kind).to(device)
+    return tensors
 
 
 @cache

@@ -15,7 +15,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from casp_plugin.maths.codecs import viterbi, viterbi_triton
 from casp_plugin.maths.codecs.trellis import state_values
-from casp_plugin.maths.incoherence import random_signs
 from casp_plugin.model.codebook_schemes import (
     CODES,
     SCALE,
@@ -24,7 +23,6 @@ from casp_plugin.model.codebook_schemes import (
     AdditiveScheme,
     LatticeScheme,
     TrellisScheme,
-    pack_signs,
 )
 from casp_plugin.runtime import codebook, codebook_kernels
 from casp_plugin.runtime.codebook_kernels import (
@@ -32,6 +30,7 @@ from casp_plugin.runtime.codebook_kernels import (
     Kernel,
     codebook_linear,
     kernel_fault,
+    random_layer,
 )
 
 pytestmark = pytest.mark.vllm
@@ -48,18 +47,7 @@ def name(scheme):
 
 
 def random_tensors(scheme, shape, dtype=torch.float32):
-    """Codes that mean anything at all: any bits are valid."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, (size, kind) in scheme.layout(shape, dtype).items():
-        if key == SIGNS:
-            tensors[key] = pack_signs(random_signs(shape[1], 1))
-        elif kind.is_floating_point:
-            tensors[key] = torch.randn(size, generator=generator).to(kind)
-        else:
-            least, most = torch.iinfo(kind).min, torch.iinfo(kind).max + 1
-            tensors[key] = torch.randint(least, most, size, generator=generator).to(kind)
-    return tensors
+    return random_layer(scheme, shape, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("bits", "state_bits"), [(1, 10), (2, 10), (3, 10), (5, 10), (2, 12)])
