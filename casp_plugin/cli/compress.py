@@ -227,11 +227,16 @@ def fold(
         dense = fold_checkpoint(checkpoint, output, trust_remote_code)
         became = "dense"
     else:
+        from casp_plugin.modifiers.compression import compress  # takes seconds
+
         check_output(output)
+        batches = _batches_to_fold(checkpoint, group_size, calibration, trust_remote_code)
         with tempfile.TemporaryDirectory(prefix="casp-", dir=output.parent) as folder:
             whole = Path(folder) / "dense"
             dense = fold_checkpoint(checkpoint, whole, trust_remote_code)
-            _round(whole, dense, bits, group_size, output, calibration, trust_remote_code)
+            recipe = _one_width(dense, bits, group_size)
+            seed = calibration.seed
+            compress(str(whole), recipe, batches, output, seed, None, trust_remote_code)
         became = f"of {bits} bits"
     before, after = map(bytes_on_disk, (checkpoint, output))
     console.print(
@@ -239,41 +244,42 @@ def fold(
     )
 
 
-def _round(
-    model: Path,
-    layers: list[str],
-    bits: int,
-    group_size: int,
-    output: Path,
-    calibration: CalibrationOptions,
-    trust_remote_code: bool,
-) -> None:
-    """Round layers of a model to one width by GPTQ.
+def _batches_to_fold(
+    checkpoint: Path, group_size: int, calibration: CalibrationOptions, trust_remote_code: bool
+):
+    """Return the calibration batches for rounding what becomes dense.
 
-    :raises ValueError: if other layers are quantized, or groups do not fit
+    :raises ValueError: if it cannot be rounded, before anything is written
     """
-    from compressed_tensors.quantization import QuantizationScheme
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.recipe import Recipe
-
+    from casp_plugin.checkpoint.format import read_config, read_section
     from casp_plugin.data.data_source import load_processor
-    from casp_plugin.model.load import bare_source_model
-    from casp_plugin.model.schemes import weight_args
-    from casp_plugin.modifiers.compression import compress
+    from casp_plugin.model.load import bare_model, read_model_config
 
-    bare = bare_source_model(str(model), trust_remote_code)
-    for name in layers:
+    quantization = read_config(checkpoint).get("quantization_config") or {}
+    if quantization.get("config_groups"):
+        raise ValueError(f"--bits: {checkpoint} holds integers already; fold it without")
+    config = read_model_config(str(checkpoint), trust_remote_code)
+    bare = bare_model(config, trust_remote_code)
+    for name in sorted(read_section(quantization).layers):
         columns = bare.get_submodule(name).in_features
         if group_size < 1 or columns % group_size:
             raise ValueError(
                 f"--group-size {group_size} does not divide the {columns} columns of {name}"
             )
+    return calibration.batches(config, load_processor(str(checkpoint), trust_remote_code))
+
+
+def _one_width(layers: list[str], bits: int, group_size: int):
+    """Return a recipe that rounds layers to one width by GPTQ."""
+    from compressed_tensors.quantization import QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.recipe import Recipe
+
+    from casp_plugin.model.schemes import weight_args
+
     scheme = QuantizationScheme(targets=layers, weights=weight_args(bits, group_size))
-    recipe = Recipe.from_modifiers(
-        [GPTQModifier(targets=layers, ignore=[], config_groups={"group_0": scheme})]
-    )
-    batches = calibration.batches(bare.config, load_processor(str(model), trust_remote_code))
-    compress(str(model), recipe, batches, output, calibration.seed, None, trust_remote_code)
+    modifier = GPTQModifier(targets=layers, ignore=[], config_groups={"group_0": scheme})
+    return Recipe.from_modifiers([modifier])
 
 
 def check_output(output: Path) -> None:

@@ -119,7 +119,7 @@ def round_by_blocks(
 
 def round_by_tiles(
     weight: torch.Tensor,
-    rows: list[BlockLDL],
+    rows: BlockLDL,
     columns: BlockLDL,
     encode: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
@@ -128,19 +128,18 @@ def round_by_tiles(
     Tiles on a diagonal from below left to above right wait for none of each other, and are rounded
     together.
 
-    :param weight: W, shape (out, in), of several weights one below the other
-    :param rows: of the metric of every weight's outputs, in blocks of a
+    :param weight: W, shape (out, in)
+    :param rows: of the metric of its outputs, in blocks of a
     :param columns: of the second moment of their input
     :param encode: returns the rounded values of targets, shape (n, a, b), given the indices of
         their tiles among rows and among columns, shape (n,)
     :return: shape (out, in)
     """
-    height, width = rows[0].blocks.shape[1], columns.blocks.shape[1]
-    below = torch.block_diag(*(own.lower for own in rows)).T  # M^T, (out, out)
-    tall, wide = len(weight) // height, weight.shape[1] // width
-    # by tile, without the identities of the diagonal
-    below = below.unflatten(0, (tall, height)).contiguous()  # (rows, a, out)
-    behind = columns.lower.unflatten(1, (wide, width)).transpose(0, 1).contiguous()  # (., in, b)
+    height, width = rows.blocks.shape[1], columns.blocks.shape[1]
+    tall, wide = len(rows.blocks), len(columns.blocks)
+    # M^T and L by tile, without the identities of the diagonal
+    below = rows.lower.T.clone().unflatten(0, (tall, height))  # (rows, a, out)
+    behind = columns.lower.clone().unflatten(1, (wide, width)).transpose(0, 1)  # (., in, b)
     for tile in range(tall):
         below[tile, :, tile * height : (tile + 1) * height] = 0
     for tile in range(wide):
@@ -149,13 +148,10 @@ def round_by_tiles(
     rounded = torch.empty_like(target)
     error = torch.zeros_like(target)  # E
     carried = weight.new_zeros(wide, tall, height, width)  # E L
-    # tiles of a weight that come before one in its column
-    before = [torch.arange(len(own.blocks) - 1, -1, -1, device=weight.device) for own in rows]
-    before = torch.cat(before)
-    for wave in range(int(before.max()) + wide):
-        place = wave - before
-        row = ((place >= 0) & (place < wide)).nonzero()[:, 0]
-        column = wide - 1 - place[row]
+    for wave in range(tall + wide - 1):
+        first, end = max(wave - wide + 1, 0), min(wave + 1, tall)
+        place = torch.arange(first, end, device=weight.device)  # from the last row
+        row, column = tall - 1 - place, wide - 1 - wave + place
         # (n, a, in) @ (n, in, b), (n, a, out) @ (n, out, b)
         lost = torch.bmm(error[row].flatten(2), behind[column])
         moved = target[row, :, column] + lost + below[row] @ carried[column].flatten(1, 2)

@@ -146,14 +146,17 @@ def code_weights(
         _FEEDBACK * block_scales(own, block) for own, block in zip(rotated, blocks, strict=True)
     ]
     scale = torch.cat(scales)[:, None].clamp_min(torch.finfo(torch.float32).tiny)
-    outputs = None
-    if metrics is not None:
-        height = max(codec.rows, min(largest_block(height, _TILE_ROWS) for height in heights))
-        outputs = [
-            block_ldl(rotate_moment(metric * sign * sign[:, None], block), height)
-            for metric, sign, block in zip(metrics, signs, blocks, strict=True)
-        ]
-    rounded, codes = _rounded(torch.cat(rotated) / scale, scale, input.ldl, outputs, codec)
+    if metrics is None:
+        rounded, codes = _rounded(torch.cat(rotated) / scale, scale, input.ldl, None, codec)
+    else:
+        parts = []
+        for own, by_row, metric, sign, block in zip(
+            rotated, scale.split(heights), metrics, signs, blocks, strict=True
+        ):
+            height = max(codec.rows, largest_block(len(own), _TILE_ROWS))
+            rows = block_ldl(rotate_moment(metric * sign * sign[:, None], block), height)
+            parts.append(_rounded(own / by_row, by_row, input.ldl, rows, codec))
+        rounded, codes = map(torch.cat, zip(*parts, strict=True))
     coded = []
     # E[x' x^T], x' the input that the targets are for
     seen = input.moment if change is None else input.moment + share * change
@@ -184,14 +187,14 @@ def _rounded(
     weight: torch.Tensor,
     scale: torch.Tensor,
     columns: BlockLDL,
-    rows: list[BlockLDL] | None,
+    rows: BlockLDL | None,
     codec: TrellisCodec | LatticeCodec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the values and the codes of a weight, both with rows of variance one.
 
     :param weight: shape (out, in)
     :param scale: what rows were divided by, shape (out, 1), as errors count before that
-    :param rows: of the metrics of outputs; None for identities
+    :param rows: of the metric of outputs; None for the identity
     """
     if rows is None:
         bands = {}
@@ -202,7 +205,7 @@ def _rounded(
 
         rounded = round_by_blocks(weight, columns, encode_band)
         return rounded, torch.stack([bands[index] for index in range(len(bands))], 1)
-    height = rows[0].blocks.shape[1]
+    height = rows.blocks.shape[1]
     by_tile = scale.unflatten(0, (-1, height))  # (rows, a, 1)
     parts = height // codec.rows  # of a tile, each with a code of its own
     codes = []

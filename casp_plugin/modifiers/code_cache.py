@@ -1,5 +1,6 @@
 """Codes of weights on disk, for a run that is started again."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,7 +58,21 @@ class CodeCache:
             number, _, leaf = name.partition(".")
             layers.setdefault(int(number), {})[leaf] = tensor
         self.found += len(layers)
+        os.utime(key)  # time of the last use
         return [layers[number] for number in range(len(layers))]
+
+    def limit(self, most: int) -> None:
+        """Delete the files used longest ago until all fit.
+
+        :param most: largest size of them, in bytes
+        """
+        if not is_source_process():
+            return
+        sizes = {path: path.stat().st_size for path in self._folder.iterdir()}
+        for path in sorted(sizes, key=lambda path: path.stat().st_mtime):
+            if sum(sizes.values()) > most:
+                path.unlink()
+                del sizes[path]
 
     def keep(self, key: Path, layers: list[Tensors]) -> None:
         """Write the tensors of layers, whole or not at all."""

@@ -13,7 +13,6 @@ from pydantic import Field, PrivateAttr, ValidationError
 from torch import nn
 from tqdm import tqdm
 
-from casp_plugin.maths.block_ldl import dampened
 from casp_plugin.maths.codecs.trellis import TrellisCode
 from casp_plugin.maths.incoherence import Input
 from casp_plugin.model.codebook_linear import CodebookLinear
@@ -231,8 +230,11 @@ class CodebookModifier(OneshotModifier):
         self.remove_hooks()
         self._inputs.close()
         self._progress.close()
-        if self._cache is not None and self._cache.found:
-            logger.info(f"{self._cache.found} weights were encoded before, by a run that ended")
+        if self._cache is not None:
+            if self._cache.found:
+                logger.info(f"{self._cache.found} weights were encoded before, by a run that ended")
+            if self.cache_limit:
+                self._cache.limit(int(self.cache_limit * 1e9))
         self._inputs = self._progress = self._cache = None
         self._metrics = {}
 
@@ -321,7 +323,8 @@ class CodebookModifier(OneshotModifier):
     def _output_metrics(
         self, model: nn.Module, names: list[str], weights: list[torch.Tensor]
     ) -> list[torch.Tensor] | None:
-        """Return the metrics of the outputs of layers, shape (out, out) each; None for identities.
+        """Return the metrics of the outputs of layers, dampened, shape (out, out) each; None for
+        identities.
 
         :param weights: of the layers
         """
@@ -330,9 +333,13 @@ class CodebookModifier(OneshotModifier):
         metrics = []
         for name, weight in zip(names, weights, strict=True):
             metric = self._output_metric(model, name)
-            if metric is None:  # the loss does not depend on it
-                metric = torch.eye(len(weight))
-            metrics.append(dampened(metric.to(weight), self.output_dampening_frac))
+            identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+            size = 0.0 if metric is None else metric.diagonal().mean().item()
+            if size > 0:
+                metric = metric.to(weight) / size
+                metrics.append(metric + self.output_dampening_frac * identity)
+            else:  # the loss does not depend on it
+                metrics.append(identity)
         return metrics
 
     def _output_metric(self, model: nn.Module, name: str) -> torch.Tensor | None:

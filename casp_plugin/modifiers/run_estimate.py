@@ -224,7 +224,10 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     size = next(model.parameters()).element_size()
     embeddings, head = get_embeddings(model)
     hidden = embeddings.weight.shape[1] if embeddings is not None else 0
-    back = derived = min(4 * _metric_entries(linears, request), forward.DERIVATIVE_BYTES)
+    metrics = [4 * linears[name].out_features ** 2 for name in request.gradient_moments]
+    together = max([forward.DERIVATIVE_BYTES, *metrics])  # of those that are summed up at once
+    attention = sum(4 * linears[name].out_features ** 2 for name in request.attention_moments)
+    back = derived = attention + min(sum(metrics), together)
     if request.gradients or request.gradient_moments:
         # nothing is run again on the way back where there are none
         parts = [model.get_submodule(name) for name in layers] or [model]

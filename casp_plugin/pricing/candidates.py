@@ -121,7 +121,8 @@ class Pricing:
             moment = known[name] if nearest else self._rotated(known[name], block)
             latent = None
             second = self.statistics.second_moments.get(name)
-            if isinstance(layer, LowRankLinear) and second is not None:
+            factored = isinstance(layer, LowRankLinear) and second is not None
+            if factored and not isinstance(self._errors, CodebookErrors):
                 if layer.latent not in latents:
                     down = layer.latent.weight.float()  # (r, in)
                     latents[layer.latent] = down @ second @ down.T  # (r, in) @ (in, in) @ (in, r)

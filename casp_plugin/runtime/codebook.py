@@ -35,6 +35,7 @@ class CodebookMethod(LinearMethodBase):
     def __init__(self, scheme: CodebookScheme, shape: tuple[int, int]):
         self.scheme = scheme
         self.shape = shape
+        self._scheme_json = scheme.model_dump_json()  # compilers cannot trace it in `apply`
 
     def create_weights(
         self,
@@ -115,7 +116,7 @@ class CodebookMethod(LinearMethodBase):
 
             names = (CODES, SCALE, SIGNS, TABLES)
             tensors = [getattr(layer, name, None) for name in names]
-            return codebook_linear(x, *tensors, bias, self.scheme.model_dump_json())
+            return codebook_linear(x, *tensors, bias, self._scheme_json)
         if current_platform.is_cpu():
             return layer.cpu_linear(x, layer.weight, bias)
         return default_unquantized_gemm(layer, x, layer.weight, bias)

@@ -74,18 +74,18 @@ class Kernel:
             return made | {SIGNS: tensors[SIGNS], TABLES: table}
         return made | {CODES: tensors[CODES].view(torch.uint8), TABLES: tensors[TABLES]}
 
-    def decode(self, tensors: Tensors, values: torch.Tensor) -> torch.Tensor:
-        """Write V, and return it.
+    def decode(self, tensors: Tensors, values: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """Write V times a factor, and return it.
 
         :param tensors: of :meth:`tensors`
         :param values: shape (out, in)
+        :param factor: a power of two
         """
         rows, columns = values.shape
         grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
         codes, tables = tensors[CODES], tensors.get(TABLES, tensors[CODES])
-        _decode[grid](
-            codes, tables, values, rows, columns, ROWS=_ROWS, COLUMNS=_COLUMNS, **self._codec
-        )
+        sizes = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        _decode[grid](codes, tables, values, factor, rows, columns, **sizes, **self._codec)
         return values
 
     def product(
@@ -111,8 +111,10 @@ class Kernel:
             rotated = torch.empty_like(x)
             grid = tokens, columns // block_in
             _rotate_input[grid](x, tensors[SIGNS], rotated, columns, BLOCK=block_in)
+        factor = 1.0
         if tokens > MOST_TOKENS:
-            values = self.decode(tensors, x.new_empty(rows, columns))
+            factor = 2.0 ** -(columns.bit_length() // 2)  # sums stay in the range of float16
+            values = self.decode(tensors, x.new_empty(rows, columns), factor)
             partial = (rotated @ values.T)[None]  # (1, M, out)
         else:
             parts, length = _parts(rows, columns, x.device)
@@ -140,6 +142,7 @@ class Kernel:
             tensors[SCALE],
             tensors[SCALE] if bias is None else bias,
             y,
+            1 / factor,
             tokens,
             rows,
             len(partial),
@@ -226,7 +229,7 @@ def random_layer(
 
 @cache
 def _lattice_table(scheme: LatticeScheme, device: torch.device) -> torch.Tensor:
-    """Return the vectors of all codes, those of 16 bits first, shape (codes, 8), float16."""
+    """Return the vectors of all codes, those of 16 bits first, shape (codes, 8), float32."""
     every = decode_e8p(torch.arange(1 << 16, device="cpu"))
     outer, inner = scheme.coder().gains
     parts = [every / outer]
@@ -276,6 +279,7 @@ def _finish(
     scale,
     bias,
     y,
+    factor,
     tokens,
     rows,
     parts,
@@ -283,7 +287,7 @@ def _finish(
     ROTATES: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Write r * H_o of the sum over the parts, of a token and a block."""
+    """Write r * H_o of the sum over the parts times a factor, of a token and a block."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -291,7 +295,7 @@ def _finish(
         total += tl.load(partial + (part * tokens + token) * rows + row).to(tl.float32)
     if ROTATES:
         total = tl.sum(_signs_of_hadamard(WIDTH) * total[None, :], axis=1)
-    total *= tl.load(scale + row).to(tl.float32)
+    total *= factor * tl.load(scale + row).to(tl.float32)
     if BIAS:
         total += tl.load(bias + row).to(tl.float32)
     tl.store(y + token * rows + row, total.to(y.dtype.element_ty))
@@ -302,6 +306,7 @@ def _decode(
     codes,
     tables,
     values,
+    factor,
     rows,
     columns,
     ROWS: tl.constexpr,
@@ -314,7 +319,7 @@ def _decode(
     NARROW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Write a piece of V."""
+    """Write a piece of V times a factor."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < columns)
@@ -323,7 +328,7 @@ def _decode(
         CODEC, BITS, STATE_BITS, TILE_COLUMNS, WIDE, NARROW, INTERPRETED,
     )  # fmt: skip
     at = row.to(tl.int64) * columns + column
-    tl.store(values + at, value.to(values.dtype.element_ty), mask=inside)
+    tl.store(values + at, (value * factor).to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit

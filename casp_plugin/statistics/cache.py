@@ -107,19 +107,15 @@ class StatisticsCache:
         barrier()
 
     def limit(self, most: int) -> None:
-        """Delete the folders used longest ago, never this one, until the root fits; codes count as
-        one folder.
+        """Delete the folders used longest ago, never this one, until the root fits; codes, which
+        have their own limit, do not count.
 
         :param most: largest size of the whole root, in bytes
         """
         if not is_source_process():
             return
         os.utime(self.folder)
-        folders = [
-            path
-            for path in self.folder.parent.iterdir()
-            if path.name == CODES_NAME or (path / FACTS_NAME).exists()
-        ]
+        folders = [path for path in self.folder.parent.iterdir() if (path / FACTS_NAME).exists()]
         sizes = {path: _bytes_of(path) for path in folders}
         for path in sorted(folders, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) > most and path != self.folder:

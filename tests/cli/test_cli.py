@@ -105,6 +105,7 @@ def test_fold_to_one_width(tiny_llama, files, capsys, monkeypatch):
         (*data, "--bits", 4): "--group-size 128 does not divide the 64 columns of model.layers.0",
         ("--bits", 4): "--bits and --dataset go together",
         data: "--bits and --dataset go together",
+        ("--dataset", files / "no.jsonl", "--bits", 4, "--group-size", 32): "no.jsonl",
     }
     for arguments, message in wrong.items():
         assert message in error_of(capsys, monkeypatch, *fold, *arguments)

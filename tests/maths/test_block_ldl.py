@@ -64,13 +64,11 @@ def test_feedback_beats_rounding_to_nearest():
 
 @pytest.mark.parametrize(("height", "width"), [(8, 4), (1, 8)])
 def test_error_of_tiles_is_that_of_each_alone(height, width):
-    """With metrics of the outputs of two weights: (M^T E L)_ij is the rounding error of tile ij."""
+    """With a metric of the outputs: (M^T E L)_ij is the rounding error of tile ij."""
     generator = torch.Generator().manual_seed(1)
-    heights, columns = (48, 16), 64
-    moment, metrics = moment_of(columns), [moment_of(rows, seed=rows) for rows in heights]
-    inputs = block_ldl(moment, width)
-    outputs = [block_ldl(metric, height) for metric in metrics]
-    weight = torch.randn(sum(heights), columns, generator=generator, dtype=torch.float64)
+    moment, metric = moment_of(64), moment_of(48, seed=1)
+    inputs, outputs = block_ldl(moment, width), block_ldl(metric, height)
+    weight = torch.randn(48, 64, generator=generator, dtype=torch.float64)
     own = torch.full_like(weight, torch.nan).unflatten(1, (-1, width)).unflatten(0, (-1, height))
 
     def encode(target, row, column):
@@ -79,24 +77,13 @@ def test_error_of_tiles_is_that_of_each_alone(height, width):
 
     rounded = round_by_tiles(weight, outputs, inputs, encode)
     assert torch.equal(rounded, rounded.round())
-    own = own.flatten(2).flatten(0, 1)
-    cost = 0
-    for metric, ldl, error, alone in zip(
-        metrics,
-        outputs,
-        (weight - rounded).split(heights),
-        own.split(heights),
-        strict=True,
-    ):
-        torch.testing.assert_close(ldl.lower.T @ error @ inputs.lower, alone)
-        cost += (metric @ error @ moment * error).sum()
-        both = torch.block_diag(*ldl.blocks) @ alone @ torch.block_diag(*inputs.blocks)
-        torch.testing.assert_close((both * alone).sum(), (metric @ error @ moment * error).sum())
-    nearest = (weight - weight.round()).split(heights)
-    assert cost < 0.5 * sum(
-        (metric @ error @ moment * error).sum()
-        for metric, error in zip(metrics, nearest, strict=True)
-    )
+    own, error = own.flatten(2).flatten(0, 1), weight - rounded
+    torch.testing.assert_close(outputs.lower.T @ error @ inputs.lower, own)
+    cost = (metric @ error @ moment * error).sum()
+    both = torch.block_diag(*outputs.blocks) @ own @ torch.block_diag(*inputs.blocks)
+    torch.testing.assert_close((both * own).sum(), cost)
+    nearest = weight - weight.round()
+    assert cost < 0.5 * (metric @ nearest @ moment * nearest).sum()
 
 
 def test_tiles_of_outputs_that_count_alike_are_blocks():
@@ -104,7 +91,7 @@ def test_tiles_of_outputs_that_count_alike_are_blocks():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inputs = block_ldl(moment, 4)
     rounded = round_by_tiles(
-        weight, [block_ldl(identity, 8)], inputs, lambda target, *_: target.round()
+        weight, block_ldl(identity, 8), inputs, lambda target, *_: target.round()
     )
     expected = round_by_blocks(weight, inputs, lambda target, _: target.round())
     assert torch.equal(rounded, expected)

@@ -220,6 +220,38 @@ def test_same_seed_same_bytes(load_tiny, batches, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", ["one width", "factors"])
+def test_outputs_have_the_metric_of_the_gradient(name, load_tiny, batches, tmp_path, monkeypatch):
+    """Of every layer, and of a first factor as both readers of its latent see it."""
+    given, encode = [], TrellisScheme.encode
+
+    def noting(self, weights, *args):
+        given.extend(zip(weights, args[-1] or [None] * len(weights), strict=True))
+        return encode(self, weights, *args)
+
+    monkeypatch.setattr(TrellisScheme, "encode", noting)
+    for metric, count in (("fisher", 0), ("identity", None)):
+        recipe = RECIPES[name]()
+        recipe[-1].output_metric = metric
+        compress(load_tiny(), recipe, batches, tmp_path / metric)
+        assert given
+        for weight, own in given:
+            if count is None:
+                assert own is None
+            else:
+                assert own.shape == (len(weight), len(weight))
+                values = torch.linalg.eigvalsh(own)
+                # a moment of mean diagonal one, dampened by 3
+                assert values.min() > 2.99
+                torch.testing.assert_close(own.diagonal().mean(), torch.tensor(4.0))
+                count += int(values.max() > 1.5 * values.min())
+        assert count is None or count > len(given) / 2  # more than the dampening
+        del given[:]
+    fisher, identity = (load_file(tmp_path / n / MODEL) for n in ("fisher", "identity"))
+    assert fisher.keys() == identity.keys()
+    assert any(not torch.equal(fisher[key], identity[key]) for key in fisher)
+
+
 @pytest.mark.parametrize("name", ["chosen ranks", "one width, learned"])
 def test_a_run_that_died_goes_on(name, load_tiny, batches, tmp_path, monkeypatch):
     """Layers that were encoded before are not encoded again, and nothing else changes."""

@@ -100,6 +100,19 @@ def test_products(scheme, tokens, monkeypatch):
     torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, MOST_TOKENS + 1])
+def test_large_inputs_in_16_bits(tokens):
+    """What is summed up before the small scales of a layer stays in the range of float16."""
+    scheme, shape = TRELLIS[1], (128, 1024)
+    tensors, kernel = random_tensors(scheme, shape, torch.float16), Kernel(scheme)
+    tensors[SCALE] *= 0.01
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(0)).half()
+    x[:, 5] = 32000
+    y = kernel.product(x, kernel.tensors(tensors), shape[0])
+    expected = x.double() @ scheme.decode(tensors).double().T
+    assert (y - expected).norm() < 0.01 * expected.norm()
+
+
 def test_products_in_16_bits():
     """Those of float16: the interpreter has no bfloat16 products."""
     scheme = TRELLIS[1]
@@ -165,6 +178,9 @@ def test_layers_on_cuda(works, monkeypatch):
     x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(0))
     expected = x @ TRELLIS[1].decode(tensors).T
     torch.testing.assert_close(method.apply(layer, x), expected, atol=1e-3, rtol=1e-4)
+    # as vLLM compiles a model
+    whole = torch.compile(lambda x: method.apply(layer, x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(x), expected, atol=1e-3, rtol=1e-4)
 
 
 COMPILE = """
@@ -193,7 +209,7 @@ columns = {"columns": "i32"}
 rotate = {"x": "*bf16", "signs": "*i32", "rotated": "*bf16", **columns}
 list(compiled(kernels._rotate_input, rotate, {"BLOCK": 128}))
 finish = {"partial": "*fp32", "scale": "*bf16", "bias": "*bf16", "y": "*bf16"}
-finish |= {name: "i32" for name in ("tokens", "rows", "parts")}
+finish |= {"factor": "fp32"} | {name: "i32" for name in ("tokens", "rows", "parts")}
 list(compiled(kernels._finish, finish, {"WIDTH": 128, "ROTATES": True, "BIAS": True}))
 for scheme in (
     TrellisScheme(bits=3),
@@ -205,7 +221,7 @@ for scheme in (
     trellis = isinstance(scheme, TrellisScheme)
     stored = {"codes": "*i32" if trellis else "*u8", "tables": "*fp32"}
     sizes = {name: "i32" for name in ("rows", "columns")}
-    list(compiled(kernels._decode, {**stored, "values": "*bf16", **sizes}, codec))
+    list(compiled(kernels._decode, {**stored, "values": "*bf16", "factor": "fp32", **sizes}, codec))
     types = {"x": "*bf16", **stored, "partial": "*fp32", "tokens": "i32", **sizes, "length": "i32"}
     for ptx in compiled(kernels._product, types, codec | {"TOKENS": 16, "EXACT": False}):
         assert "mma" in ptx

@@ -109,7 +109,7 @@ def absolute_values() -> torch.Tensor:
                 for place in three:
                     vector[place] = 1.5
                 vectors.append(vector)
-    return torch.tensor(vectors[:256], device="cpu")
+    return torch.tensor(vectors[:256], dtype=torch.float32, device="cpu")
 
 
 @cache
@@ -127,7 +127,7 @@ def short_vectors() -> torch.Tensor:
     vectors += [list(vector) for vector in halves]
     for place, sign in product(range(_SIZE), (2.0, -2.0)):
         vectors.append([sign if other == place else 0.0 for other in range(_SIZE)])
-    return torch.tensor(vectors[:256], device="cpu")
+    return torch.tensor(vectors[:256], dtype=torch.float32, device="cpu")
 
 
 def decode_e8p(codes: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def decode_e8p(codes: torch.Tensor) -> torch.Tensor:
     odd = (size.sum(-1).long() + minus.sum(-1)) & 1
     minus = torch.cat([minus, odd[..., None]], -1)
     shift = _SHIFT - 2 * _SHIFT * (codes >> 7 & 1)
-    return size * (1 - 2 * minus) + shift[..., None]
+    return size * (1 - 2 * minus) + shift.to(size)[..., None]
 
 
 def nearest_e8p(points: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ __all__ = ["encode"]
 
 #: bytes for the ways back of the tiles that are encoded together
 _BACK_BYTES = 2**28
-#: states of a thread
+#: states of a thread, more where a program has no more threads: L = 16 spills registers
 _STATES = 16
 
 
