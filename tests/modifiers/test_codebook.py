@@ -1,5 +1,7 @@
 """Codebook modifiers from recipe to reloaded checkpoint."""
 
+import os
+
 import pytest
 import torch
 from llmcompressor import oneshot
@@ -24,6 +26,7 @@ from casp_plugin.checkpoint.check import check
 from casp_plugin.checkpoint.fold import fold
 from casp_plugin.checkpoint.sizes import size_breakdown
 from casp_plugin.model.codebook_schemes import AdditiveScheme, TrellisScheme
+from casp_plugin.modifiers.code_cache import CodeCache
 from casp_plugin.plan.plan import CompressionPlan
 from casp_plugin.statistics.cache import CODES_NAME
 
@@ -289,6 +292,21 @@ def test_a_run_that_died_goes_on(name, load_tiny, batches, tmp_path, monkeypatch
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     run("once more", "cache")
     assert len(encoded) == 2 * count + 1
+
+
+def test_codes_used_longest_ago_go_first(tmp_path):
+    cache = CodeCache(tmp_path)
+    scheme, keys = TrellisScheme(bits=2), []
+    for number in range(3):
+        key = cache.key(scheme, [number], [torch.zeros(4)])
+        cache.keep(key, [{"weight_codes": torch.full((8,), number)}])
+        os.utime(key, (number, number))
+        keys.append(key)
+    assert len(set(keys)) == 3
+    [found] = cache.read(keys[0])  # is used last
+    assert not found["weight_codes"].any()
+    cache.limit(2 * keys[0].stat().st_size)
+    assert [key.exists() for key in keys] == [True, False, True]
 
 
 def test_experts_are_refused(tmp_path):
