@@ -56,10 +56,7 @@ def at_budgets(
             made_for = _SUFFIX.search(recipe.stem)
             if budget is None or (made_for and float(made_for[1]) == budget):
                 yield recipe.stem, recipe.read_text()
-            elif not made_for and _kind(_modifiers(recipe.read_text())[1]) in (
-                None,
-                _codec(ONE_WIDTH[budget]),
-            ):
+            elif not made_for and _fits(_modifiers(recipe.read_text())[1], _scheme(budget)):
                 yield f"{recipe.stem}_{budget:.2f}", at_budget(recipe, budget, model)
 
 
@@ -68,13 +65,9 @@ def at_budget(recipe: Path, budget: float, model: str) -> str:
 
     :raises ValueError: if no scheme, or none of the recipe's kind, is known to take so many bits
     """
-    if budget not in ONE_WIDTH:
-        raise ValueError(
-            f"--average-bits {budget}: one width takes {', '.join(map(str, ONE_WIDTH))}"
-        )
-    scheme = ONE_WIDTH[budget]
+    scheme = _scheme(budget)
     stages, modifiers = _modifiers(recipe.read_text())
-    if _kind(modifiers) not in (None, _codec(scheme)):
+    if not _fits(modifiers, scheme):
         raise ValueError(f"{recipe}: no width of its quantizer takes {budget} bits")
     for name, fields in modifiers.items():
         if name == "BitAllocationModifier":
@@ -94,15 +87,24 @@ def _modifiers(recipe: str) -> tuple[dict, dict]:
     return stages, modifiers
 
 
-def _codec(scheme: WeightScheme) -> str:
-    return scheme.codec if isinstance(scheme, CodebookScheme) else "scalar"
+def _scheme(budget: float) -> WeightScheme:
+    """Return the scheme of a budget.
+
+    :raises ValueError: if there is none
+    """
+    if budget not in ONE_WIDTH:
+        raise ValueError(
+            f"--average-bits {budget}: one width takes {', '.join(map(str, ONE_WIDTH))}"
+        )
+    return ONE_WIDTH[budget]
 
 
-def _kind(modifiers: dict) -> str | None:
-    """Return the codec of a recipe of one width; None of one that chooses widths."""
+def _fits(modifiers: dict, scheme: WeightScheme) -> bool:
+    """Tell whether a recipe chooses widths, or has one width of the kind of a scheme."""
     if "BitAllocationModifier" in modifiers:
-        return None
-    return next((codec for name, codec in _CODECS.items() if name in modifiers), "scalar")
+        return True
+    codec = scheme.codec if isinstance(scheme, CodebookScheme) else "scalar"
+    return codec == next((own for name, own in _CODECS.items() if name in modifiers), "scalar")
 
 
 def linear_weights(

@@ -147,7 +147,7 @@ def code_weights(
     ]
     scale = torch.cat(scales)[:, None].clamp_min(torch.finfo(torch.float32).tiny)
     if metrics is None:
-        rounded, codes = _rounded(torch.cat(rotated) / scale, scale, input.ldl, None, codec)
+        rounded, codes = _rounded(torch.cat(rotated), scale, input.ldl, None, codec)
     else:
         parts = []
         for own, by_row, metric, sign, block in zip(
@@ -155,7 +155,7 @@ def code_weights(
         ):
             height = max(codec.rows, largest_block(len(own), _TILE_ROWS))
             rows = block_ldl(rotate_moment(metric * sign * sign[:, None], block), height)
-            parts.append(_rounded(own / by_row, by_row, input.ldl, rows, codec))
+            parts.append(_rounded(own, by_row, input.ldl, rows, codec))
         rounded, codes = map(torch.cat, zip(*parts, strict=True))
     coded = []
     # E[x' x^T], x' the input that the targets are for
@@ -190,10 +190,10 @@ def _rounded(
     rows: BlockLDL | None,
     codec: TrellisCodec | LatticeCodec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values and the codes of a weight, both with rows of variance one.
+    """Return the values, of variance one, and the codes of a weight.
 
     :param weight: shape (out, in)
-    :param scale: what rows were divided by, shape (out, 1), as errors count before that
+    :param scale: that values are multiplied by, shape (out, 1)
     :param rows: of the metric of outputs; None for the identity
     """
     if rows is None:
@@ -203,7 +203,7 @@ def _rounded(
             bands[index], values = codec.encode(target)
             return values
 
-        rounded = round_by_blocks(weight, columns, encode_band)
+        rounded = round_by_blocks(weight / scale, columns, encode_band)
         return rounded, torch.stack([bands[index] for index in range(len(bands))], 1)
     height = rows.blocks.shape[1]
     by_tile = scale.unflatten(0, (-1, height))  # (rows, a, 1)
@@ -215,7 +215,7 @@ def _rounded(
         codes.append((row, column, own.unflatten(0, (-1, parts))))
         return values.view_as(target) * by_tile[row]
 
-    rounded = round_by_tiles(weight * scale, rows, columns, encode) / scale
+    rounded = round_by_tiles(weight, rows, columns, encode) / scale
     row, column, own = (torch.cat(values) for values in zip(*codes, strict=True))
     shape = len(by_tile), len(columns.blocks), *own.shape[1:]
     placed = own.new_empty(shape).index_put_((row, column), own)  # (., ., parts, ...)

@@ -224,10 +224,10 @@ def memory_of(model: nn.Module, request: Request, data: Data) -> int:
     size = next(model.parameters()).element_size()
     embeddings, head = get_embeddings(model)
     hidden = embeddings.weight.shape[1] if embeddings is not None else 0
-    metrics = [4 * linears[name].out_features ** 2 for name in request.gradient_moments]
-    together = max([forward.DERIVATIVE_BYTES, *metrics])  # of those that are summed up at once
-    attention = sum(4 * linears[name].out_features ** 2 for name in request.attention_moments)
-    back = derived = attention + min(sum(metrics), together)
+    gradients = _metric_bytes(linears, request.gradient_moments)
+    together = max([forward.DERIVATIVE_BYTES, *gradients])  # of those that are summed up at once
+    attention = sum(_metric_bytes(linears, request.attention_moments))
+    back = derived = attention + min(sum(gradients), together)
     if request.gradients or request.gradient_moments:
         # nothing is run again on the way back where there are none
         parts = [model.get_submodule(name) for name in layers] or [model]
@@ -262,7 +262,8 @@ def disk_of(model: nn.Module, request: Request) -> int:
     linears = dict(named_linears(model))
     # factors of the largest rank are as large as the layers
     factors = sum(rows * columns for rows, columns in _factored(linears, request))
-    return 4 * (_metric_entries(linears, request) + factors)
+    metrics = _metric_bytes(linears, request.gradient_moments | request.attention_moments)
+    return sum(metrics) + 4 * factors
 
 
 def _factored(linears: dict[str, nn.Linear], request: Request) -> list[tuple[int, int]]:
@@ -278,14 +279,9 @@ def _product(channels: int) -> int:
     return sum(2 * (end - start) * (channels - start) for start, end in row_blocks(channels))
 
 
-def _metric_entries(linears: dict[str, nn.Linear], request: Request) -> int:
-    """Return the number of entries of the second moments of derivatives."""
-    return sum(linears[name].out_features ** 2 for name in _metrics(request))
-
-
-def _metrics(request: Request) -> frozenset[str]:
-    """Return the linears whose derivatives' second moments are requested."""
-    return request.gradient_moments | request.attention_moments
+def _metric_bytes(linears: dict[str, nn.Linear], names: frozenset[str]) -> list[int]:
+    """Return the bytes of the second moments of derivatives at the outputs of linears."""
+    return [4 * linears[name].out_features ** 2 for name in names]
 
 
 def _inputs(linears: dict[str, nn.Linear], request: Request) -> list[int]:

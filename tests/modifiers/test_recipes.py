@@ -138,3 +138,5 @@ def test_budgets_are_the_bytes_of_one_width(smollm2, monkeypatch):
         assert 0 <= plan.reached_bits - bits < 1e-6
     with pytest.raises(ValueError, match=r"trellis.yaml: no width of its quantizer takes 2.28"):
         at_budget(RECIPES / "smollm2" / "trellis.yaml", 2.28, smollm2)
+    with pytest.raises(ValueError, match=r"--average-bits 2.5: one width takes 2.02, 2.15"):
+        list(import_module("budgets").at_budgets([stock], [2.5], smollm2))
