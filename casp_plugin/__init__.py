@@ -23,6 +23,7 @@ _ANYWHERE = {
     "LowRankLinear": "casp_plugin.model.low_rank_linear",
 }
 _WITH_LLM_COMPRESSOR = {
+    "GPTQModifier": _MODIFIERS,
     "AutoRoundModifier": _MODIFIERS,
     "BitAllocationModifier": _MODIFIERS,
     "LowRankQKModifier": _MODIFIERS,

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import skip_init
 
-__all__ = ["LowRankLinear", "named_linears", "stored_tensors"]
+__all__ = ["LowRankLinear", "is_up", "named_linears", "stored_tensors"]
 
 
 class LowRankLinear(nn.Module):
@@ -134,6 +134,12 @@ def named_linears(model: nn.Module) -> list[tuple[str, nn.Linear | LowRankLinear
         elif _is_linear(module) and not (factored and name.startswith(factored)):
             linears.append((name, module))
     return linears
+
+
+def is_up(model: nn.Module, name: str) -> bool:
+    """Tell whether a layer is the second factor of a low-rank layer."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "up" and isinstance(model.get_submodule(parent), LowRankLinear)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from casp_plugin.modifiers.codebook import (
     QuIPSharpModifier,
     TrellisModifier,
 )
+from casp_plugin.modifiers.gptq import GPTQModifier
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
 from casp_plugin.modifiers.recipe_run import estimate_recipe, plan_recipe
 from casp_plugin.statistics import tracing
@@ -22,6 +23,7 @@ __all__ = [
     "BitAllocationModifier",
     "CaspModifier",
     "CodebookModifier",
+    "GPTQModifier",
     "LowRankQKModifier",
     "QuIPSharpModifier",
     "TrellisModifier",
@@ -32,6 +34,7 @@ __all__ = [
 for _modifier in (
     LowRankQKModifier,
     BitAllocationModifier,
+    GPTQModifier,
     AutoRoundModifier,
     TrellisModifier,
     QuIPSharpModifier,

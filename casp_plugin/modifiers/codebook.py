@@ -22,7 +22,7 @@ from casp_plugin.model.codebook_schemes import (
     LatticeScheme,
     TrellisScheme,
 )
-from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.model.low_rank_linear import LowRankLinear, is_up
 from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.model.units import OUTPUT_HEAD, decoder_layers, matched_linears
 from casp_plugin.modifiers.base import Offers, RecipeContext, Targets, casp_modifiers
@@ -198,7 +198,7 @@ class CodebookModifier(OneshotModifier):
         """Start to collect the second moments of inputs."""
         layers = decoder_layers(state.model)
         # the latent of factors follows from the input of `down`
-        read = [name for name in self._schemes if not _is_up(state.model, name)]
+        read = [name for name in self._schemes if not is_up(state.model, name)]
         changes, in_order = self.correction > 0, self.true_sequential
         self._inputs = LayerInputs(self, state.model, read, layers, changes, in_order)
         self._cache = CodeCache(self.cache_dir) if self.cache_dir and self._schemes else None
@@ -244,7 +244,7 @@ class CodebookModifier(OneshotModifier):
 
         :param names: of the layers, whole low-rank layers
         """
-        ups = [name for name in names if _is_up(model, name)]
+        ups = [name for name in names if is_up(model, name)]
         for known in self._inputs.stages(name for name in names if name not in ups):
             downs = self._encode_stage(model, known)
             for name in ups:
@@ -529,9 +529,3 @@ class AQLMModifier(CodebookModifier):
 
     def scheme(self, bits: int) -> AdditiveScheme:
         return self._valid(AdditiveScheme, bits=bits, code_bits=self.code_bits)
-
-
-def _is_up(model: nn.Module, name: str) -> bool:
-    """Tell whether a layer is the second factor of a low-rank layer."""
-    parent, _, leaf = name.rpartition(".")
-    return leaf == "up" and isinstance(model.get_submodule(parent), LowRankLinear)

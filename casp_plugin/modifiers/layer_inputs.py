@@ -47,12 +47,15 @@ class InputStatistics:
         return rows
 
     def add_change(self, rows: torch.Tensor, dense: torch.Tensor) -> None:
-        """Count the dense model's input for the same tokens.
+        """Count the dense model's input for the same tokens; nothing where it is of other tokens,
+        as experts get them.
 
         :param rows: of :meth:`add`
         :param dense: shape (..., C)
         """
         wanted = dense.detach().reshape(-1, dense.shape[-1]).float()
+        if len(wanted) != len(rows):
+            return
         if self.change.total is None:
             self.change.total = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.change.total.addmm_((wanted - rows).T, rows)

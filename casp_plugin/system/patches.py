@@ -8,6 +8,7 @@ place of a dependency's own under the same name are subclasses, and stand where 
   and all layers are tuned under the first scheme (not reported). It leaves AutoRound's zero points
   out, so that asymmetric weights are clamped to a wrong range (not reported; intel/auto-round#2273
   mended the same in AutoRound's own export).
+- ``modifiers/gptq.py``, ``GPTQModifier``: no fault; it has one field more, ``correction``.
 - ``checkpoint/load.py``, ``CompressedTensorsConfig`` and ``CaspHfQuantizer`` (transformers 5.17).
   Beside the factors of our own checkpoints they read what upstream leaves out without a word:
   rotations of inputs (huggingface/transformers#42887) and zero points of experts
