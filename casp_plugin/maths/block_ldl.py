@@ -10,6 +10,9 @@ With a metric G = M B M^T of the outputs as well, the loss ``tr(G E H E^T)`` is 
 of rows and columns of the same in ``M^T E L`` (YAQA, arXiv 2505.22988, section 4): a tile is
 rounded at a target that holds what the tiles below it, behind it, and both have lost.
 
+The order of blocks is free: the ones of the least energy come first, so that they are rounded last,
+when none is left to make up for their errors (as GPTQ's activation order has it).
+
 Shapes: out and in are those of a weight, a rows and b columns of a block.
 """
 
@@ -45,48 +48,76 @@ def dampened(moment: torch.Tensor, fraction: float) -> torch.Tensor:
 
 
 class BlockLDL:
-    """H = L D L^T in blocks of b columns.
+    """H = L D L^T in blocks of b columns, taken in an order of their own.
 
-    :ivar lower: L, shape (in, in); its diagonal blocks are identities
-    :ivar blocks: D, shape (in / b, b, b)
+    :ivar lower: L, shape (in, in), in that order; its diagonal blocks are identities
+    :ivar blocks: D, shape (in / b, b, b), in the order of H
+    :ivar order: the blocks of H in the order of L, shape (in / b,)
     """
 
-    def __init__(self, lower: torch.Tensor, blocks: torch.Tensor):
+    def __init__(self, lower: torch.Tensor, blocks: torch.Tensor, order: torch.Tensor):
         self.lower = lower
         self.blocks = blocks
+        self.order = order
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """Return the columns of H in the order of L, shape (in,)."""
+        return _columns(self.order, self.blocks.shape[1])
+
+    def weight_error(self, rounding: torch.Tensor) -> torch.Tensor:
+        """Return the error of a weight whose blocks are rounded with given errors, which is these
+        times L^-1.
+
+        :param rounding: shape (out, in), in the order of L
+        :return: shape (out, in), in the order of H
+        """
+        error = torch.empty_like(rounding)
+        error[:, self.columns] = torch.linalg.solve_triangular(
+            self.lower, rounding, upper=False, left=False, unitriangular=True
+        )
+        return error
 
     def spread(self, dampening: float) -> float:
         """Return the output energy of a row whose blocks are rounded with errors of variance one.
 
-        That is tr(D), and without the dampening d that H contains ``tr(D) - d |L^-1|^2``, as the
-        weight error is the rounding error times L^-1; its norm is estimated by random vectors.
+        That is tr(D), and without the dampening d that H contains ``tr(D) - d |L^-1|^2``, the norm
+        estimated by random vectors.
 
         :param dampening: d
         """
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(_PROBES, len(self.lower), generator=generator).to(self.lower)
-        lost = torch.linalg.solve_triangular(
-            self.lower, probes, upper=False, left=False, unitriangular=True
-        )
+        lost = self.weight_error(probes)
         trace = self.blocks.diagonal(dim1=1, dim2=2).sum()
         return (trace - dampening * lost.square().sum() / _PROBES).item()
 
 
 def block_ldl(moment: torch.Tensor, size: int) -> BlockLDL:
-    """Return the block LDL decomposition of a positive definite second moment.
+    """Return the block LDL decomposition of a positive definite second moment, blocks in the order
+    of their energy.
 
-    L = C blockdiag(C_bb)^-1, with C the lower Cholesky factor of H.
+    L = C blockdiag(C_bb)^-1, with C the lower Cholesky factor of H in this order.
 
     :param moment: H, shape (in, in)
     :param size: b, which divides the columns
     :raises torch.linalg.LinAlgError: if H is not positive definite
     """
-    factor = torch.linalg.cholesky(moment)  # C
-    count = len(moment) // size
+    order = moment.diagonal().unflatten(0, (-1, size)).sum(1).argsort(stable=True)
+    columns = _columns(order, size)
+    factor = torch.linalg.cholesky(moment[columns[:, None], columns])  # C
+    count = len(order)
     tall = factor.unflatten(1, (count, size)).transpose(0, 1)  # (blocks, in, b)
     own = torch.stack([tall[b, b * size : (b + 1) * size] for b in range(count)])  # C_bb
     lower = torch.linalg.solve_triangular(own, tall, upper=False, left=False)  # X C_bb = tall
-    return BlockLDL(lower.transpose(0, 1).flatten(1), own @ own.mT)
+    blocks = torch.empty_like(own)
+    blocks[order] = own @ own.mT
+    return BlockLDL(lower.transpose(0, 1).flatten(1), blocks, order)
+
+
+def _columns(order: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the columns of blocks, shape (blocks * size,)."""
+    return (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
 
 
 def round_by_blocks(
@@ -102,6 +133,8 @@ def round_by_blocks(
     """
     size, columns = ldl.blocks.shape[1], weight.shape[1]
     panel = max(_PANEL // size, 1) * size
+    order = ldl.order.tolist()
+    weight = weight[:, ldl.columns]
     target = weight.clone()  # takes up the feedback of the panels behind
     rounded = torch.empty_like(weight)
     error = torch.empty_like(weight)
@@ -110,11 +143,11 @@ def round_by_blocks(
         for first in range(end - size, start - 1, -size):
             own, later = slice(first, first + size), slice(first + size, end)
             moved = target[:, own] + error[:, later] @ ldl.lower[later, own]
-            rounded[:, own] = encode(moved, first // size)
+            rounded[:, own] = encode(moved, order[first // size])
             error[:, own] = weight[:, own] - rounded[:, own]
         if start:  # (out, panel) @ (panel, start)
             target[:, :start] += error[:, start:end] @ ldl.lower[start:end, :start]
-    return rounded
+    return torch.empty_like(rounded).index_copy_(1, ldl.columns, rounded)
 
 
 def round_by_tiles(
@@ -144,7 +177,7 @@ def round_by_tiles(
         below[tile, :, tile * height : (tile + 1) * height] = 0
     for tile in range(wide):
         behind[tile, tile * width : (tile + 1) * width] = 0
-    target = weight.view(tall, height, wide, width)
+    target = weight[rows.columns[:, None], columns.columns].view(tall, height, wide, width)
     rounded = torch.empty_like(target)
     error = torch.zeros_like(target)  # E
     carried = weight.new_zeros(wide, tall, height, width)  # E L
@@ -155,12 +188,14 @@ def round_by_tiles(
         # (n, a, in) @ (n, in, b), (n, a, out) @ (n, out, b)
         lost = torch.bmm(error[row].flatten(2), behind[column])
         moved = target[row, :, column] + lost + below[row] @ carried[column].flatten(1, 2)
-        values = encode(moved, row, column)
+        values = encode(moved, rows.order[row], columns.order[column])
         rounded[row, :, column] = values
         own = target[row, :, column] - values
         error[row, :, column] = own
         carried[column, row] = own + lost
-    return rounded.flatten(2).flatten(0, 1)
+    placed = torch.empty_like(weight)
+    placed[rows.columns[:, None], columns.columns] = rounded.flatten(2).flatten(0, 1)
+    return placed
 
 
 def corrected(

@@ -251,9 +251,7 @@ def coding_noise(weight: torch.Tensor, input: Input, most: int, seed: int) -> to
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator).to(weight)
     noise *= block_scales(weight, largest_block(len(weight), most))[:, None]
-    error = torch.linalg.solve_triangular(
-        input.ldl.lower, noise, upper=False, left=False, unitriangular=True
-    )
+    error = input.ldl.weight_error(noise)
     return rotate(error, input.block) * input.signs
 
 
