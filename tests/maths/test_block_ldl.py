@@ -82,26 +82,28 @@ def test_feedback_beats_rounding_to_nearest():
     assert errors[0].sum() < 0.7 * errors[1].sum()
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 4), (1, 8)])
-def test_error_of_tiles_is_that_of_each_alone(height, width):
+@pytest.mark.parametrize(
+    ("height", "width", "inputs"), [(8, 4, 64), (1, 8, 64), (8, 4, 300), (16, 8, 1040)]
+)
+def test_error_of_tiles_is_that_of_each_alone(height, width, inputs):
     """With a metric of the outputs: (M^T E L)_ij is the rounding error of tile ij."""
     generator = torch.Generator().manual_seed(1)
-    moment, metric = moment_of(64), moment_of(48, seed=1)
-    inputs, outputs = block_ldl(moment, width), block_ldl(metric, height)
-    weight = torch.randn(48, 64, generator=generator, dtype=torch.float64)
+    moment, metric = moment_of(inputs), moment_of(48, seed=1)
+    columns, outputs = block_ldl(moment, width), block_ldl(metric, height)
+    weight = torch.randn(48, inputs, generator=generator, dtype=torch.float64)
     own = torch.full_like(weight, torch.nan).unflatten(1, (-1, width)).unflatten(0, (-1, height))
 
     def encode(target, row, column):
         own[row, :, column] = target - target.round()
         return target.round()
 
-    rounded = round_by_tiles(weight, outputs, inputs, encode)
+    rounded = round_by_tiles(weight, outputs, columns, encode)
     assert torch.equal(rounded, rounded.round())
     own, error = own.flatten(2).flatten(0, 1), weight - rounded
-    order = outputs.columns[:, None], inputs.columns
-    torch.testing.assert_close(outputs.lower.T @ error[order] @ inputs.lower, own[order])
+    order = outputs.columns[:, None], columns.columns
+    torch.testing.assert_close(outputs.lower.T @ error[order] @ columns.lower, own[order])
     cost = (metric @ error @ moment * error).sum()
-    both = torch.block_diag(*outputs.blocks) @ own @ torch.block_diag(*inputs.blocks)
+    both = torch.block_diag(*outputs.blocks) @ own @ torch.block_diag(*columns.blocks)
     torch.testing.assert_close((both * own).sum(), cost)
     nearest = weight - weight.round()
     assert cost < 0.5 * (metric @ nearest @ moment * nearest).sum()
