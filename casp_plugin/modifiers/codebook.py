@@ -458,7 +458,7 @@ class TrellisModifier(CodebookModifier):
       casp_modifiers:
         BitAllocationModifier:
           average_bits: 2.25
-          candidates: [2, 3, 4, 5]
+          candidates: [1, 2, 3, 4, 5, 6]
           granularity: matrix
         TrellisModifier: {}
     ```
