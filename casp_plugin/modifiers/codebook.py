@@ -228,6 +228,9 @@ class CodebookModifier(OneshotModifier):
             module.forget()
         self._decoded.clear()
         self.remove_hooks()
+        run = getattr(state, "casp_run", None)
+        if run is not None and run.plan.calibration_tokens is None:  # nothing was measured before
+            run.plan.calibration_tokens = self._inputs.tokens or None
         self._inputs.close()
         self._progress.close()
         if self._cache is not None:

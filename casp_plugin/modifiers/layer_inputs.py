@@ -81,6 +81,7 @@ class LayerInputs:
     :param layers: names of the decoder layers, in order
     :param changes: whether to compare with the dense model
     :param in_order: whether the linears of a decoder layer are compressed one after another
+    :ivar tokens: number of tokens, of all ranks, that the layer with the most inputs has read
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class LayerInputs:
         in_order: bool,
     ):
         self.model = model
+        self.tokens = 0
         self._changes = changes
         self._in_order = in_order
         layers = list(layers)
@@ -153,6 +155,7 @@ class LayerInputs:
                 readers = [name for name in reached if self._owner[name] in step]
                 known = {name: self._inputs[self._owner[name]] for name in readers}
                 _sum_over_ranks(known.values())
+                self.tokens = max(self.tokens, *(each.moment.tokens for each in known.values()))
                 yield known
                 for owner in step:
                     del self._inputs[owner]

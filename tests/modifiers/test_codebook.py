@@ -216,6 +216,12 @@ def test_tiles_are_as_narrow_as_rows_allow(load_tiny, batches, tmp_path):
     assert attention.k_proj.scheme.tile == (32, 8)
 
 
+@pytest.mark.parametrize("metric", ["fisher", "identity"])
+def test_plan_of_one_width_tells_the_tokens(metric, load_tiny, batches, tmp_path):
+    compress(load_tiny(), [trellis(bits=2, output_metric=metric)], batches, tmp_path / "out")
+    assert CompressionPlan.load(tmp_path / "out").calibration_tokens == 8 * 24
+
+
 def test_same_seed_same_bytes(load_tiny, batches, tmp_path):
     for name in ("a", "b"):
         compress(load_tiny(), RECIPES["factors"](), batches, tmp_path / name)
