@@ -30,6 +30,7 @@ _WITH_LLM_COMPRESSOR = {
     "AQLMModifier": _MODIFIERS,
     "QuIPSharpModifier": _MODIFIERS,
     "TrellisModifier": _MODIFIERS,
+    "TuningModifier": _MODIFIERS,
     "plan_recipe": _MODIFIERS,
 }
 

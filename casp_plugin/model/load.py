@@ -1,12 +1,14 @@
 """Models by name: their class, a copy without weights, the names of their tensors on disk."""
 
 import copy
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from compressed_tensors.offload import disable_onloading, remove_dispatch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,6 +38,7 @@ __all__ = [
     "copy_without_weights",
     "is_multimodal",
     "load_model",
+    "mapped_copy",
     "names_in_memory",
     "parted_in_memory",
     "read_model_config",
@@ -211,6 +214,27 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        return remove_dispatch(copy.deepcopy(model, memo))
+
+
+def mapped_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose weights are read from disk when they are needed.
+
+    They lie in a file that has no name any more, so that nothing is left behind.
+    """
+    memo = {}
+    with (
+        torch.no_grad(),
+        disable_onloading(),
+        tempfile.TemporaryDirectory(prefix="casp-") as folder,
+    ):
+        for number, parameter in enumerate(model.parameters()):
+            path = Path(folder) / f"{number}.safetensors"
+            save_file({"weight": parameter.detach().to("cpu", copy=True)}, path)
+            weight = load_file(path)["weight"]
+            memo[id(parameter)] = nn.Parameter(weight, requires_grad=False)
+        for buffer in model.buffers():
+            memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
         return remove_dispatch(copy.deepcopy(model, memo))
 
 

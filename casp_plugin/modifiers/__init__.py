@@ -14,6 +14,7 @@ from casp_plugin.modifiers.codebook import (
 from casp_plugin.modifiers.gptq import GPTQModifier
 from casp_plugin.modifiers.low_rank_qk import LowRankQKModifier
 from casp_plugin.modifiers.recipe_run import estimate_recipe, plan_recipe
+from casp_plugin.modifiers.tuning import TuningModifier
 from casp_plugin.statistics import tracing
 from casp_plugin.system import patches
 
@@ -27,6 +28,7 @@ __all__ = [
     "LowRankQKModifier",
     "QuIPSharpModifier",
     "TrellisModifier",
+    "TuningModifier",
     "estimate_recipe",
     "plan_recipe",
 ]
@@ -39,6 +41,7 @@ for _modifier in (
     TrellisModifier,
     QuIPSharpModifier,
     AQLMModifier,
+    TuningModifier,
 ):
     ModifierFactory.register(_modifier.__name__, _modifier)
 

@@ -1,9 +1,16 @@
 """AutoRoundModifier of llm-compressor, for plans of several bit widths and zero points."""
 
 import torch
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import is_match
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers.autoround import AutoRoundModifier as _AutoRoundModifier
+from pydantic import PrivateAttr
 from torch import nn
+
+from casp_plugin.model.tunable import round_weight
+from casp_plugin.model.units import decoder_layers
 
 __all__ = ["AutoRoundModifier", "signed_zero_point"]
 
@@ -20,8 +27,37 @@ class AutoRoundModifier(_AutoRoundModifier):
     llm-compressor 0.14 looks for targets among the names inside a decoder layer: whole names, as in
     every plan, match none, and all layers are tuned under the first scheme. It takes over
     AutoRound's scales but not its zero points, so that asymmetric weights are clamped to a wrong
-    range. See ``system.patches``.
+    range. Norms and all else of a float32 model's layers are rounded to bfloat16. See
+    ``system.patches``.
     """
+
+    #: parameters of decoder layers in float32 by name; None for weights that are rounded
+    _wide: dict[str, torch.Tensor | None] = PrivateAttr(default_factory=dict)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
+        """Keep what AutoRound would round to bfloat16."""
+        super().on_calibration_start(state, event, **kwargs)
+        for layer in decoder_layers(state.model):
+            for owner, module in state.model.get_submodule(layer).named_modules(prefix=layer):
+                for leaf, value in module.named_parameters(recurse=False):
+                    if value.dtype == torch.float32:
+                        rounded = is_module_quantized(module) and leaf == "weight"
+                        kept = None if rounded else value.detach().clone()
+                        self._wide[f"{owner}.{leaf}"] = kept
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+        """Give back what AutoRound has rounded to bfloat16, beside the weights that it tuned."""
+        super().on_calibration_end(state, event, **kwargs)
+        for name, value in self._wide.items():
+            owner, _, leaf = name.rpartition(".")
+            module = state.model.get_submodule(owner)
+            if getattr(module, leaf).dtype != torch.float32:
+                module.to(torch.float32)
+                if value is None:
+                    round_weight(module)
+                else:
+                    update_offload_parameter(module, leaf, value)
+        self._wide.clear()
 
     def _match_autoround_targets(self, model: nn.Module) -> set[nn.Module]:
         """Return the targets by their names in the whole model.

@@ -139,8 +139,8 @@ class CaspModifier(Modifier):
     :param cache_limit: size of this folder in GB at most; the longest unused entries go first
     """
 
-    #: whether it encodes weights itself, at widths that are chosen by then
-    quantizes: ClassVar[bool] = False
+    #: place in a recipe: 0 chooses ranks and widths, 1 encodes weights at these, 2 tunes the result
+    stage: ClassVar[int] = 0
 
     components: list[str] = Field(default_factory=lambda: [LANGUAGE], min_length=1)
     component_patterns: dict[str, list[str]] = Field(default_factory=dict)
@@ -150,6 +150,9 @@ class CaspModifier(Modifier):
     cache_limit: float | None = Field(default=None, gt=0, exclude=True)
 
     _handed_over: list[tuple[Modifier, str]] = PrivateAttr(default_factory=list)
+
+    def see_dense(self, model: nn.Module) -> None:
+        """See the model before any modifier of the recipe changes it."""
 
     @abstractmethod
     def request(self, model: nn.Module, context: RecipeContext) -> Request:

@@ -66,7 +66,7 @@ class CodebookModifier(OneshotModifier):
         each on what the ones before it have changed, which runs the layer once more for each input
     """
 
-    quantizes: ClassVar[bool] = True
+    stage: ClassVar[int] = 1
     #: name of the codec of its schemes
     codec: ClassVar[str]
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from casp_plugin.statistics.hooks import TokenMean, add_ranks
 
-__all__ = ["InputStatistics", "LayerInputs"]
+__all__ = ["InputStatistics", "LayerCalls", "LayerInputs"]
 
 
 class InputStatistics:
@@ -81,6 +81,7 @@ class LayerInputs:
     :param layers: names of the decoder layers, in order
     :param changes: whether to compare with the dense model
     :param in_order: whether the linears of a decoder layer are compressed one after another
+    :param dense_model: the dense model, where the layers in hand are not dense any more
     :ivar tokens: number of tokens, of all ranks, that the layer with the most inputs has read
     """
 
@@ -92,8 +93,10 @@ class LayerInputs:
         layers: Iterable[str],
         changes: bool,
         in_order: bool,
+        dense_model: nn.Module | None = None,
     ):
         self.model = model
+        self._dense_model = dense_model
         self.tokens = 0
         self._changes = changes
         self._in_order = in_order
@@ -169,6 +172,11 @@ class LayerInputs:
         self._rows.clear()
         self._latest = None
 
+    def calls(self, layer: str) -> "LayerCalls | None":
+        """Return the calls of a decoder layer, forgotten here; None if there were none."""
+        known = self._calls.pop(layer, None)
+        return None if known is None else LayerCalls(known, list(self._outputs[layer].values()))
+
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a compressed module into the model, and keep the dense one while its layer runs."""
         if self._calls:
@@ -222,11 +230,14 @@ class LayerInputs:
         x = args[0] if args else kwargs.get("hidden_states")
         dense = self._dense_input(before, batch, x) if self._changes else None
         call = {"args": args, "kwargs": kwargs}
-        if dense is not None:
+        if self._dense_model is not None:
+            layer = self._dense_model.get_submodule(name)
+        if dense is not None or self._dense_model is not None:
             self._runs_dense = True
+            hidden = None if dense is None else dense.to(x.device)
             try:
                 with HooksMixin.disable_hooks(keep=self._own):
-                    output = _run(layer, args, kwargs, dense.to(x.device))
+                    output = _run(layer, args, kwargs, hidden)
             finally:
                 self._runs_dense = False
         if self._changes and x is not None:
@@ -309,6 +320,28 @@ class LayerInputs:
         finally:
             for name, module in coded.items():
                 self.model.set_submodule(name, module)
+
+
+class LayerCalls:
+    """The arguments of a decoder layer in all batches, and what the dense layer has put out.
+
+    :param arguments: by batch
+    :param outputs: hidden states of the dense model, shape (B, T, C) each
+    """
+
+    def __init__(self, arguments: IntermediatesCache, outputs: list[torch.Tensor]):
+        self._arguments = arguments
+        self._outputs = outputs
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def run(self, layer: nn.Module, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a layer puts out now, and what the dense one has, shape (B, T, C) both."""
+        call = self._arguments.fetch(batch)
+        output = _run(layer, call["args"], call["kwargs"], None)
+        found = output if torch.is_tensor(output) else output[0]
+        return found, self._outputs[batch].to(found.device)
 
 
 class _Reached(Exception):

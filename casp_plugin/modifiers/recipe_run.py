@@ -75,6 +75,8 @@ class RecipeRun:
         plan = _new_plan(model, rehearsed.plan.copied)
         plan.warnings += rehearsed.warnings
         context = RecipeContext.of(modifiers)
+        for modifier in casp_modifiers(modifiers):
+            modifier.see_dense(model)
         if dataloader is not None and statistics is None:
             if torch.accelerator.is_available():  # as the pipeline of the quantizer will
                 set_onload_device(model, get_main_device())
@@ -221,14 +223,13 @@ def _check_order(modifiers: Sequence[Modifier]) -> None:
     :raises ValueError: if factors would be made after the bits were chosen, or bits twice
     """
     own = casp_modifiers(modifiers)
-    deciding = [modifier for modifier in own if not modifier.quantizes]
-    names = [type(modifier).__name__ for modifier in own]
-    if own[: len(deciding)] != deciding or any(
-        type(modifier).__name__ == "BitAllocationModifier" for modifier in deciding[:-1]
-    ):
+    deciding = [type(modifier).__name__ for modifier in own if modifier.stage == 0]
+    stages = [modifier.stage for modifier in own]
+    if stages != sorted(stages) or "BitAllocationModifier" in deciding[:-1]:
+        names = ", then ".join(type(modifier).__name__ for modifier in own)
         raise ValueError(
-            f"the recipe has {', then '.join(names)}: LowRankQKModifier comes first, then one "
-            "BitAllocationModifier, then quantizers"
+            f"the recipe has {names}: LowRankQKModifier comes first, then one "
+            "BitAllocationModifier, then quantizers, then TuningModifier"
         )
 
 

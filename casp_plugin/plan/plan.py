@@ -197,6 +197,21 @@ class Budget:
         return average_bits(least, self.weights), average_bits(most, self.weights)
 
 
+class TunedPart(_Model):
+    """A part of the model whose real numbers were trained.
+
+    :param module: a decoder layer; empty for the whole model
+    :param before: loss of held-out data, squared error of a layer or KL divergence of the whole
+    :param after: the same at the end
+    :param epoch: the best epoch; 0 where none was better, and all is as it was
+    """
+
+    module: str
+    before: float
+    after: float
+    epoch: int
+
+
 class CompressionPlan(_Model):
     """Ranks and schemes chosen for a whole model.
 
@@ -213,6 +228,7 @@ class CompressionPlan(_Model):
     :param spectra: spectra of these linears; empty without statistics
     :param units: units that bits were chosen for
     :param pareto: errors at other budgets, by rising bits; empty if errors are unknown
+    :param tuned: parts of the model that were trained, in that order
     :param copied: tensors of the source checkpoint that the model's class does not build
     :param other_bytes: bytes of all tensors outside the units (embeddings, norms, biases, copied
         tensors)
@@ -232,6 +248,7 @@ class CompressionPlan(_Model):
     spectra: list[SpectrumPlan] = Field(default_factory=list)
     units: list[UnitPlan] = Field(default_factory=list)
     pareto: list[ParetoPoint] = Field(default_factory=list)
+    tuned: list[TunedPart] = Field(default_factory=list)
     copied: list[CopiedTensor] = Field(default_factory=list)
     other_bytes: int | None = None
     original_bytes: int | None = None

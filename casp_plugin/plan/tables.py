@@ -222,6 +222,17 @@ def total_table(plan: CompressionPlan) -> Table:
         more = ", ..." if len(plan.copied) > 3 else ""
         what = f"{len(plan.copied)} tensors, {size:,} bytes ({names}{more})"
         table.add_row("copied unchanged", f"{what}: {plan.copied[0].why}")
+    layers = [part for part in plan.tuned if part.module]
+    if layers:
+        ratios = sorted(part.after / part.before for part in layers if part.before > 0)
+        middle = (
+            f", held-out error x {ratios[len(ratios) // 2]:.3f} in the median" if ratios else ""
+        )
+        table.add_row("tuned", f"{len(layers)} decoder layers{middle}")
+    for part in plan.tuned:
+        if not part.module:
+            change = f"{part.before:.4f} to {part.after:.4f}"
+            table.add_row("tuned as a whole", f"held-out KL divergence {change}")
     tokens = plan.calibration_tokens
     table.add_row("calibration tokens", f"{tokens:,}" if tokens else "none: ? is unknown")
     for warning in plan.warnings:

@@ -37,9 +37,12 @@ __all__ = [
     "AttentionDerivatives",
     "LossGradients",
     "activation_bytes",
+    "checkpointed",
     "chunk_tokens",
     "derived_length",
     "draw_labels",
+    "no_parameter_gradients",
+    "predicting_text",
     "runs_again",
     "weights_read",
 ]
@@ -100,7 +103,7 @@ class LossGradients:
             than the data has
         """
         device = next(model.parameters()).device
-        with _no_parameter_gradients(model), Hooks(model) as hooks:
+        with no_parameter_gradients(model), Hooks(model) as hooks:
             for name in self.squares.keys() | self.moments.keys():
                 hooks.add(name, self._on_linear(name))
             predicted = 0
@@ -108,9 +111,9 @@ class LossGradients:
                 part = _first_half(batch) if self.tokens == TOKENS else batch
                 batch = on_device(part, model)
                 self._mask = token_mask(batch)
-                text = _predicting_text(batch, model, self._mask)
+                text = predicting_text(batch, model, self._mask)
                 again = runs_again(model, layers, batch["input_ids"].numel(), device)
-                with _checkpointed(model, layers if again else []):
+                with checkpointed(model, layers if again else []):
                     predicted += _backward(model, batch, text, _generator(batch, self._mask))
                 trim_memory()
         predicted = sum(gathered(predicted))
@@ -265,7 +268,7 @@ def weights_read(
     weights = {name: m.weight for name, m in linears.items() if hasattr(m, "weight")}
     if not weights:
         return frozenset()
-    with _no_parameter_gradients(model), _checkpointed(model, layers), torch.enable_grad():
+    with no_parameter_gradients(model), checkpointed(model, layers), torch.enable_grad():
         for weight in weights.values():
             weight.requires_grad_(True)
         try:
@@ -303,7 +306,7 @@ def _generator(batch: dict, mask: torch.Tensor | None) -> torch.Generator:
     return torch.Generator().manual_seed((torch.initial_seed() + content) % 2**63)
 
 
-def _predicting_text(
+def predicting_text(
     batch: dict, model: nn.Module, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return the tokens whose prediction counts, shape (B, T), bool; None where all count.
@@ -384,7 +387,7 @@ def draw_labels(probabilities: torch.Tensor, points: torch.Tensor) -> torch.Tens
 
 
 @contextmanager
-def _no_parameter_gradients(model: nn.Module):
+def no_parameter_gradients(model: nn.Module):
     """Let parameters take no gradients; activations still do."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -397,7 +400,7 @@ def _no_parameter_gradients(model: nn.Module):
 
 
 @contextmanager
-def _checkpointed(model: nn.Module, layers: list[str]):
+def checkpointed(model: nn.Module, layers: list[str]):
     """Let decoder layers keep their inputs only, and run again in the backward pass."""
 
     def recomputing(forward):

@@ -7,7 +7,8 @@ place of a dependency's own under the same name are subclasses, and stand where 
   targets among the names inside a decoder layer, so that whole names, as in every plan, match none
   and all layers are tuned under the first scheme (not reported). It leaves AutoRound's zero points
   out, so that asymmetric weights are clamped to a wrong range (not reported; intel/auto-round#2273
-  mended the same in AutoRound's own export).
+  mended the same in AutoRound's own export). Layers of a float32 model are left in bfloat16, norms
+  too (not reported): another modifier that calibrates after it stops at two dtypes.
 - ``modifiers/gptq.py``, ``GPTQModifier``: no fault; it has one field more, ``correction``.
 - ``checkpoint/load.py``, ``CompressedTensorsConfig`` and ``CaspHfQuantizer`` (transformers 5.17).
   Beside the factors of our own checkpoints they read what upstream leaves out without a word:

@@ -87,8 +87,7 @@ def test_every_layer_is_tuned_under_its_own_scheme(load_tiny, batches):
     assert levels["model.layers.1.mlp.down_proj"] > 128
     for name, weight in before.items():
         if name not in found:
-            # AutoRound runs in bfloat16, and leaves it so
-            assert torch.equal(model.get_submodule(name).weight, weight.bfloat16())
+            assert torch.equal(model.get_submodule(name).weight, weight)
 
 
 def test_our_modifier_is_the_one_that_recipes_name():
@@ -97,3 +96,23 @@ def test_our_modifier_is_the_one_that_recipes_name():
     recipe = Recipe.from_modifiers([AutoRoundModifier(scheme="W4A16")])
     again = Recipe.create_instance(recipe.yaml())
     assert [type(modifier) for modifier in again.modifiers] == [AutoRoundModifier]
+
+
+def test_layers_of_a_float32_model_stay_so(load_tiny, batches):
+    """Norms keep their values, weights are those of their scales."""
+    model, before = load_tiny(), load_tiny()
+    group = {"targets": ["re:.*(up|down)_proj"], "weights": weights(4)}
+    for each in (model, before):
+        torch.manual_seed(0)
+        for name, parameter in each.named_parameters():
+            if "norm" in name:
+                parameter.data.uniform_(0.5, 1.5)
+    auto_round(model, batches, {"group_0": group})
+    changed = []
+    for name, parameter in before.named_parameters():
+        found = model.get_parameter(name)
+        assert found.dtype == parameter.dtype, name
+        if not torch.equal(found, parameter):
+            changed.append(name)
+    assert len(changed) == 4
+    assert all("up_proj" in name or "down_proj" in name for name in changed)

@@ -1,0 +1,353 @@
+"""TuningModifier: what a compressed model stores as real numbers is trained, codes stay."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from compressed_tensors.offload import dispatch_model
+from llmcompressor.core import Event, State
+from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import nn
+from tqdm import tqdm
+
+from casp_plugin.maths.descent import Descent, descend
+from casp_plugin.maths.predictions import TopPredictions, divergence, top_predictions
+from casp_plugin.model.load import mapped_copy
+from casp_plugin.model.low_rank_linear import named_linears
+from casp_plugin.model.tunable import Tunable, in_place, is_integer, round_weight, tunables
+from casp_plugin.model.units import decoder_layers
+from casp_plugin.modifiers.base import Offers, RecipeContext
+from casp_plugin.modifiers.layer_inputs import LayerCalls, LayerInputs
+from casp_plugin.modifiers.lifecycle import OneshotModifier
+from casp_plugin.modifiers.quantizer import Quantizer
+from casp_plugin.plan.plan import CompressionPlan, TunedPart
+from casp_plugin.statistics.derivatives import (
+    checkpointed,
+    no_parameter_gradients,
+    predicting_text,
+)
+from casp_plugin.statistics.hooks import image_mask, on_device, token_mask
+from casp_plugin.statistics.layer_notes import LayerNotes
+from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.system.distributed import number_of_ranks, sum_over_ranks
+
+__all__ = ["TuningModifier"]
+
+#: learning rate of rounding offsets, in codes
+_ROUNDING_RATE = 0.01
+#: entries of the dense model's predictions that are kept of a token
+_KEPT_ENTRIES = 256
+#: share of the mean importance of channels that is added to every one
+_LEAST_IMPORTANCE = 0.1
+
+
+class TuningModifier(OneshotModifier):
+    """
+    Trains what a compressed checkpoint stores as real numbers, after any quantizer: scales of
+    integers of up to 6 bits and rows of codebooks, norms, biases, factors in 16 bits. No byte is
+    added, codes and formats stay (EfficientQAT, arXiv 2407.11062, has these two stages).
+
+    Sample yaml:
+
+    ```yaml
+    casp_stage:
+      casp_modifiers:
+        BitAllocationModifier:
+          average_bits: 2.25
+        GPTQModifier: {}
+        TuningModifier: {}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - keep the dense model, mapped from disk
+    - on_calibration_start
+        - note the dense model's predictions, add hooks
+    - on_sequential_epoch_end
+        - tune decoder layers, each on what the tuned ones before it put out
+    - on_calibration_end
+        - remove the hooks
+    - on_finalize
+        - tune scales and norms of the whole model
+
+    Every tenth batch is held out. What does not make its loss less is left as it was, and the plan
+    says so.
+
+    :param block_epochs: passes over the inputs of a decoder layer, towards what the dense layer put
+        out on its own inputs; 0 for none
+    :param whole_epochs: passes over the data, towards the dense model's predictions, for scales,
+        norms and biases only; 0 for none
+    :param learning_rate: of Adam, relative to the size of what is tuned
+    :param rounding: whether tuning of decoder layers also changes how integers are rounded
+    :param channels: what an error in a channel of a decoder layer's output costs: the squared
+        gradient of the loss there (``fisher``), or the same for all (``uniform``)
+    :param answer_weight: weight of tokens that answers are predicted from, others having 1; where
+        the data has labels
+    """
+
+    stage: ClassVar[int] = 2
+
+    block_epochs: int = Field(default=4, ge=0)
+    whole_epochs: int = Field(default=2, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    rounding: bool = False
+    channels: Literal["fisher", "uniform"] = "fisher"
+    answer_weight: float = Field(default=4.0, gt=0)
+    requires_calibration_data: bool = Field(default=True, exclude=True)
+
+    _dense: nn.Module | None = PrivateAttr(default=None)
+    _importance: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _inputs: LayerInputs | None = PrivateAttr(default=None)
+    _batches: list[dict] = PrivateAttr(default_factory=list)
+    _predictions: list[TopPredictions] = PrivateAttr(default_factory=list)
+    _seed: int = PrivateAttr(default=0)
+    _left: set[str] = PrivateAttr(default_factory=set)
+
+    def see_dense(self, model: nn.Module) -> None:
+        self._dense = mapped_copy(model)
+
+    def request(self, model: nn.Module, context: RecipeContext) -> Request:
+        if not self.block_epochs or self.channels == "uniform":
+            return Request()
+        return Request(gradients=frozenset(_last_linears(model).values()))
+
+    def note(
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        notes: LayerNotes,
+        offers: Offers,
+        context: RecipeContext,
+    ) -> None:
+        names = set(_last_linears(model).values())
+        squares = {n: s for n, s in statistics.gradient_squares.items() if n in names}
+        notes.statistics |= Statistics(gradient_squares=squares)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        notes: LayerNotes | None,
+        offers: Offers,
+        context: RecipeContext,
+    ) -> None:
+        name = context.name_of(self)
+        if not any(isinstance(other, Quantizer) for other in context.modifiers):
+            raise ValueError(f"{name} tunes what a quantizer has made: put one before it")
+        if any(isinstance(other, Quantizer) for other in context.following(self)):
+            raise ValueError(f"{name} must come after the last quantizer")
+        plan.settings[name] = self.settings
+        self._seed = plan.seed or 0
+        if notes is not None:
+            squares = notes.statistics.gradient_squares
+            layers = _last_linears(model)
+            self._importance = {
+                layer: squares[linear] for layer, linear in layers.items() if linear in squares
+            }
+
+    def without_data(self) -> "TuningModifier":
+        return self.model_copy(deep=True)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
+        """Note the dense model's predictions, and start to keep what decoder layers read."""
+        model = state.model
+        for module in filter(is_integer, model.modules()):
+            round_weight(module)  # which rounding to nearest leaves to the forward pass
+        self._batches = list(state.data.calib)
+        if torch.accelerator.is_available():
+            self._dense = dispatch_model(self._dense)
+        if self.whole_epochs:
+            self._predictions = [
+                self._top(batch)
+                for batch in tqdm(self._batches, desc="Noting predictions", leave=False)
+            ]
+        if self.block_epochs:
+            layers = decoder_layers(model)
+            self._left = set(layers)
+            self._inputs = LayerInputs(self, model, [], layers, True, True, self._dense)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs
+    ) -> None:
+        """Tune the decoder layers that were just calibrated."""
+        if self._inputs is None:
+            return
+        here = set(modules)
+        for name in decoder_layers(state.model):
+            layer = state.model.get_submodule(name)
+            calls = self._inputs.calls(name) if here.intersection(layer.modules()) else None
+            if calls is not None:
+                self._tune_layer(state, name, layer, calls)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+        """Remove the hooks."""
+        self.remove_hooks()
+        if self._inputs is not None:
+            self._inputs.close()
+        if self._left:
+            self._warn(state, f"{len(self._left)} decoder layers were not tuned: {min(self._left)}")
+        self._inputs = self._dense = None
+
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        """Tune the whole model: during calibration it has no head."""
+        model = state.model
+        if self.whole_epochs:
+            with DisableQuantization(model), disable_cache(model), eval_context(model):
+                self._tune_whole(state)
+        for kept in (self._batches, self._predictions, self._importance, self._left):
+            kept.clear()
+        return super().on_finalize(state, **kwargs)
+
+    def _tune_layer(self, state: State, name: str, layer: nn.Module, calls: LayerCalls) -> None:
+        dense = self._dense.get_submodule(name) if self.rounding else None
+        tuned = tunables(layer, matrices=True, dense=dense)
+        importance = self._importance.get(name)
+
+        def loss(batch: int) -> torch.Tensor:
+            with in_place(tuned):
+                found, wanted = calls.run(layer, batch)
+                squares = (found.float() - wanted.float()).square()  # (B, T, C)
+                if importance is not None:
+                    relative = importance.to(squares) / importance.mean()
+                    squares = squares * (relative + _LEAST_IMPORTANCE)
+                errors = squares.flatten(0, -2).mean(-1)  # (B * T,)
+                tokens = self._token_weights(state.model, batch, squares)
+                mean = errors.mean() if tokens is None else errors @ tokens / tokens.sum()
+                return _sent_back(mean)
+
+        self._left.discard(name)
+        self._descend(state, name, tuned, loss, len(calls), self.block_epochs)
+
+    def _tune_whole(self, state: State) -> None:
+        model, layers = state.model, decoder_layers(state.model)
+        tuned = tunables(model)
+
+        def loss(batch: int) -> torch.Tensor:
+            # layers run again on the way back, where the leaves must still be in place
+            with in_place(tuned), checkpointed(model, layers):
+                logits = self._predicted(model, self._batches[batch])
+                wanted = _on(self._predictions[batch], logits.device)
+                return _sent_back(divergence(wanted, logits))
+
+        self._descend(state, "", tuned, loss, len(self._batches), self.whole_epochs)
+
+    def _descend(
+        self,
+        state: State,
+        name: str,
+        tuned: list[Tunable],
+        loss: Callable[[int], torch.Tensor],
+        items: int,
+        epochs: int,
+    ) -> None:
+        """Tune, store what was found, and note it on the plan.
+
+        :param name: of the decoder layer; empty for the whole model
+        """
+        own = [each.leaves for each in tuned]
+        leaves = [leaf for each in own for leaf in each]
+        rates = [
+            _ROUNDING_RATE if place else self.learning_rate
+            for each in own
+            for place, _ in enumerate(each)
+        ]
+        if not leaves:
+            return
+        desc = f"Tuning {name or 'the whole model'}"
+        with (
+            self._progress(desc, epochs, items, loss) as counted,
+            no_parameter_gradients(state.model),
+        ):
+            found = descend(leaves, counted, items, epochs, rates, self._seed, _mean_over_ranks)
+        for each in tuned if found.epoch else ():
+            each.write()
+        self._note(state, name, found)
+
+    def _note(self, state: State, name: str, found: Descent) -> None:
+        part = TunedPart(module=name, before=found.before, after=found.after, epoch=found.epoch)
+        state.casp_run.plan.tuned.append(part)
+        if not found.epoch:
+            what = name or "the whole model"
+            self._warn(state, f"tuning {what} gained nothing on held-out data: it is as it was")
+
+    def _warn(self, state: State, text: str) -> None:
+        state.casp_run.plan.warnings.append(text)
+        logger.warning(text)
+
+    @contextmanager
+    def _progress(
+        self, desc: str, epochs: int, items: int, loss: Callable[[int], torch.Tensor]
+    ) -> Iterator[Callable[[int], torch.Tensor]]:
+        """Let a bar count the calls of a loss."""
+        with tqdm(desc=desc, total=(epochs + 1) * items, leave=False) as bar:
+
+            def counted(batch: int) -> torch.Tensor:
+                bar.update()
+                return loss(batch)
+
+            yield counted
+
+    @torch.no_grad()
+    def _top(self, batch: dict) -> TopPredictions:
+        return _on(top_predictions(self._predicted(self._dense, batch), _KEPT_ENTRIES), "cpu")
+
+    def _predicted(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the logits of the tokens whose predictions count, shape (N, V)."""
+        batch = on_device(batch, model)
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.flatten(0, 1)
+        text = predicting_text(batch, model, token_mask(batch))
+        return logits if text is None else logits[text.flatten().to(logits.device)]
+
+    def _token_weights(
+        self, model: nn.Module, place: int, squares: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the weights of the tokens of a batch, shape (B * T,); None where all are alike, or
+        the layer reads other tokens than the data has, as a vision tower does."""
+        batch = self._batches[place]
+        ids = batch.get("input_ids")
+        if ids is None or squares.shape[:-1].numel() != ids.numel():
+            return None
+        weights = torch.ones(ids.shape)
+        images, padding = image_mask(batch, model), token_mask(batch)
+        if images is not None and self.image_weight is not None:
+            weights[images] = self.image_weight
+        if batch.get("labels") is not None:
+            weights[predicting_text(batch, model, padding)] *= self.answer_weight
+        if padding is not None:
+            weights[~padding] = 0
+        return weights.flatten().to(squares)
+
+
+def _last_linears(model: nn.Module) -> dict[str, str]:
+    """Return by decoder layer its last linear that adds to the hidden state, experts left out: the
+    gradient at its output is that at the layer's."""
+    found = {}
+    width = model.config.get_text_config().hidden_size
+    for layer in decoder_layers(model):
+        names = [
+            f"{layer}.{name}"
+            for name, linear in named_linears(model.get_submodule(layer))
+            if linear.out_features == width and ".experts." not in name
+        ]
+        if names:
+            found[layer] = names[-1]
+    return found
+
+
+def _sent_back(loss: torch.Tensor) -> torch.Tensor:
+    """Return a loss without its graph, whose gradients have been added where they are wanted."""
+    if torch.is_grad_enabled():
+        loss.backward()
+    return loss.detach()
+
+
+def _on(predictions: TopPredictions, device: torch.device | str) -> TopPredictions:
+    return TopPredictions(predictions.entries.to(device), predictions.logs.to(device))
+
+
+def _mean_over_ranks(mean: torch.Tensor) -> torch.Tensor:
+    return sum_over_ranks(mean) / number_of_ranks()
