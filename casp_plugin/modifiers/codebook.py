@@ -26,9 +26,9 @@ from casp_plugin.model.low_rank_linear import LowRankLinear, is_up
 from casp_plugin.model.schemes import missing_kernel
 from casp_plugin.model.units import OUTPUT_HEAD, decoder_layers, matched_linears
 from casp_plugin.modifiers.base import Offers, RecipeContext, Targets, casp_modifiers
-from casp_plugin.modifiers.code_cache import CodeCache
 from casp_plugin.modifiers.layer_inputs import InputStatistics, LayerInputs
 from casp_plugin.modifiers.lifecycle import OneshotModifier
+from casp_plugin.modifiers.result_cache import ResultCache
 from casp_plugin.plan.plan import Candidate, CompressionPlan, UnitPlan
 from casp_plugin.pricing.candidates import stored_shapes
 from casp_plugin.pricing.other_bytes import other_bytes
@@ -86,7 +86,7 @@ class CodebookModifier(OneshotModifier):
     _metrics: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _inputs: LayerInputs | None = PrivateAttr(default=None)
     _progress: tqdm | None = PrivateAttr(default=None)
-    _cache: CodeCache | None = PrivateAttr(default=None)
+    _cache: ResultCache | None = PrivateAttr(default=None)
     _decoded: list[CodebookLinear] = PrivateAttr(default_factory=list)
 
     @abstractmethod
@@ -201,7 +201,7 @@ class CodebookModifier(OneshotModifier):
         read = [name for name in self._schemes if not is_up(state.model, name)]
         changes, in_order = self.correction > 0, self.true_sequential
         self._inputs = LayerInputs(self, state.model, read, layers, changes, in_order)
-        self._cache = CodeCache(self.cache_dir) if self.cache_dir and self._schemes else None
+        self._cache = ResultCache(self.cache_dir) if self.cache_dir and self._schemes else None
         weights = sum(state.model.get_submodule(n).weight.numel() for n in self._schemes)
         self._progress = tqdm(desc="Encoding weights", total=weights, unit_scale=True)
 
@@ -313,8 +313,8 @@ class CodebookModifier(OneshotModifier):
         cache, scheme = self._cache, self._schemes[names[0]]
         metrics = self._output_metrics(model, names, weights)
         if cache is not None:
-            settings = self._seed, self.correction
-            key = cache.key(scheme, settings, [input.moment, change, *weights, *(metrics or ())])
+            facts = scheme.model_dump_json(), self._seed, self.correction
+            key = cache.key(facts, [input.moment, change, *weights, *(metrics or ())])
             known = cache.read(key)
             if known is not None:
                 return known

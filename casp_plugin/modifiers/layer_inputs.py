@@ -336,6 +336,14 @@ class LayerCalls:
     def __len__(self) -> int:
         return len(self._outputs)
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield all that the layer reads, and what the dense one has put out."""
+        for batch, output in enumerate(self._outputs):
+            call = self._arguments.fetch(batch)
+            given = [*call["args"], *call["kwargs"].values()]
+            yield from (value for value in given if torch.is_tensor(value))
+            yield output
+
     def run(self, layer: nn.Module, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what a layer puts out now, and what the dense one has, shape (B, T, C) both."""
         call = self._arguments.fetch(batch)

@@ -1,7 +1,8 @@
 """TuningModifier: what a compressed model stores as real numbers is trained, codes stay."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from casp_plugin.modifiers.base import Offers, RecipeContext
 from casp_plugin.modifiers.layer_inputs import LayerCalls, LayerInputs
 from casp_plugin.modifiers.lifecycle import OneshotModifier
 from casp_plugin.modifiers.quantizer import Quantizer
+from casp_plugin.modifiers.result_cache import ResultCache
 from casp_plugin.plan.plan import CompressionPlan, TunedPart
 from casp_plugin.statistics.derivatives import (
     checkpointed,
@@ -105,6 +107,7 @@ class TuningModifier(OneshotModifier):
     _batches: list[dict] = PrivateAttr(default_factory=list)
     _predictions: list[TopPredictions] = PrivateAttr(default_factory=list)
     _seed: int = PrivateAttr(default=0)
+    _cache: ResultCache | None = PrivateAttr(default=None)
     _left: set[str] = PrivateAttr(default_factory=set)
 
     def see_dense(self, model: nn.Module) -> None:
@@ -158,6 +161,7 @@ class TuningModifier(OneshotModifier):
         for module in filter(is_integer, model.modules()):
             round_weight(module)  # which rounding to nearest leaves to the forward pass
         self._batches = list(state.data.calib)
+        self._cache = ResultCache(self.cache_dir) if self.cache_dir else None
         if torch.accelerator.is_available():
             self._dense = dispatch_model(self._dense)
         if self.whole_epochs:
@@ -200,6 +204,9 @@ class TuningModifier(OneshotModifier):
                 self._tune_whole(state)
         for kept in (self._batches, self._predictions, self._importance, self._left):
             kept.clear()
+        if self._cache is not None and self.cache_limit:
+            self._cache.limit(int(self.cache_limit * 1e9))
+        self._cache = None
         return super().on_finalize(state, **kwargs)
 
     def _tune_layer(self, state: State, name: str, layer: nn.Module, calls: LayerCalls) -> None:
@@ -220,7 +227,7 @@ class TuningModifier(OneshotModifier):
                 return _sent_back(mean)
 
         self._left.discard(name)
-        self._descend(state, name, tuned, loss, len(calls), self.block_epochs)
+        self._descend(state, name, tuned, loss, len(calls), self.block_epochs, calls.tensors())
 
     def _tune_whole(self, state: State) -> None:
         model, layers = state.model, decoder_layers(state.model)
@@ -233,7 +240,10 @@ class TuningModifier(OneshotModifier):
                 wanted = _on(self._predictions[batch], logits.device)
                 return _sent_back(divergence(wanted, logits))
 
-        self._descend(state, "", tuned, loss, len(self._batches), self.whole_epochs)
+        batches = (value for batch in self._batches for value in batch.values())
+        wanted = (tensor for kept in self._predictions for tensor in (kept.entries, kept.logs))
+        data = filter(torch.is_tensor, chain(batches, wanted, model.state_dict().values()))
+        self._descend(state, "", tuned, loss, len(self._batches), self.whole_epochs, data)
 
     def _descend(
         self,
@@ -243,10 +253,12 @@ class TuningModifier(OneshotModifier):
         loss: Callable[[int], torch.Tensor],
         items: int,
         epochs: int,
+        data: Iterable[torch.Tensor],
     ) -> None:
         """Tune, store what was found, and note it on the plan.
 
         :param name: of the decoder layer; empty for the whole model
+        :param data: all that the loss depends on beside what is tuned
         """
         own = [each.leaves for each in tuned]
         leaves = [leaf for each in own for leaf in each]
@@ -257,12 +269,25 @@ class TuningModifier(OneshotModifier):
         ]
         if not leaves:
             return
-        desc = f"Tuning {name or 'the whole model'}"
-        with (
-            self._progress(desc, epochs, items, loss) as counted,
-            no_parameter_gradients(state.model),
-        ):
-            found = descend(leaves, counted, items, epochs, rates, self._seed, _mean_over_ranks)
+        known = None
+        if self._cache is not None:
+            stored = (p for each in tuned for p in each.module.parameters(recurse=False))
+            key = self._cache.key([name, self.settings, self._seed], chain(stored, data))
+            known = self._cache.read(key)
+        if known is not None:
+            [found] = known
+            for place, leaf in enumerate(leaves):
+                leaf.data.copy_(found[f"leaf_{place}"])
+            before, after, epoch = found["descent"].tolist()
+            found = Descent(before, after, int(epoch))
+        else:
+            progress = self._progress(f"Tuning {name or 'the whole model'}", epochs, items, loss)
+            with progress as counted, no_parameter_gradients(state.model):
+                found = descend(leaves, counted, items, epochs, rates, self._seed, _mean_over_ranks)
+            if self._cache is not None:
+                numbers = torch.tensor([found.before, found.after, found.epoch]).double()
+                named = {f"leaf_{place}": leaf.detach() for place, leaf in enumerate(leaves)}
+                self._cache.keep(key, [named | {"descent": numbers}])
         for each in tuned if found.epoch else ():
             each.write()
         self._note(state, name, found)

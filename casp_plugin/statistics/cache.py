@@ -35,14 +35,14 @@ from casp_plugin.system.distributed import (
 from casp_plugin.system.files import whole_file, write_whole
 from casp_plugin.system.messages import size_text
 
-__all__ = ["CODES_NAME", "StatisticsCache", "code_digest", "content_digest"]
+__all__ = ["RESULTS_NAME", "StatisticsCache", "code_digest", "content_digest"]
 
 _TENSORS = [field.name for field in fields(Statistics) if "torch.Tensor" in str(field.type)]
 _SPECTRUM = [field.name for field in fields(Spectrum)]
 _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
-#: folder of the codes of all models, beside those of statistics
-CODES_NAME = "codes"
+#: folder of codes and tuned numbers of all models, beside those of statistics
+RESULTS_NAME = "results"
 #: rooms whose code makes statistics and notes: those of other code are not read
 _ROOMS = ("maths", "model", "pricing", "statistics")
 

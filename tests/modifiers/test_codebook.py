@@ -26,9 +26,9 @@ from casp_plugin.checkpoint.check import check
 from casp_plugin.checkpoint.fold import fold
 from casp_plugin.checkpoint.sizes import size_breakdown
 from casp_plugin.model.codebook_schemes import AdditiveScheme, TrellisScheme
-from casp_plugin.modifiers.code_cache import CodeCache
+from casp_plugin.modifiers.result_cache import ResultCache
 from casp_plugin.plan.plan import CompressionPlan
-from casp_plugin.statistics.cache import CODES_NAME
+from casp_plugin.statistics.cache import RESULTS_NAME
 
 MODEL = "model.safetensors"
 
@@ -289,7 +289,7 @@ def test_a_run_that_died_goes_on(name, load_tiny, batches, tmp_path, monkeypatch
     stop = count + 3
     with pytest.raises(KeyboardInterrupt):
         run("died", "cache")
-    (first, *_) = sorted((tmp_path / "cache" / CODES_NAME).iterdir())
+    (first, *_) = sorted((tmp_path / "cache" / RESULTS_NAME).iterdir())
     first.write_bytes(b"no tensors")  # is made anew
     stop = None
     again = run("again", "cache")
@@ -301,10 +301,10 @@ def test_a_run_that_died_goes_on(name, load_tiny, batches, tmp_path, monkeypatch
 
 
 def test_codes_used_longest_ago_go_first(tmp_path):
-    cache = CodeCache(tmp_path)
-    scheme, keys = TrellisScheme(bits=2), []
+    cache = ResultCache(tmp_path)
+    keys = []
     for number in range(3):
-        key = cache.key(scheme, [number], [torch.zeros(4)])
+        key = cache.key([number], [torch.zeros(4)])
         cache.keep(key, [{"weight_codes": torch.full((8,), number)}])
         os.utime(key, (number, number))
         keys.append(key)

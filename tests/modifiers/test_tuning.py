@@ -9,7 +9,6 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-import casp_plugin  # noqa: F401
 from casp_plugin import (
     AutoRoundModifier,
     BitAllocationModifier,
@@ -17,7 +16,10 @@ from casp_plugin import (
     LowRankQKModifier,
     TrellisModifier,
     TuningModifier,
+    plan_recipe,
 )
+from casp_plugin.maths.descent import descend
+from casp_plugin.modifiers import tuning
 
 W2 = {"num_bits": 2, "group_size": 32, "strategy": "group", "symmetric": False}
 
@@ -101,3 +103,103 @@ def test_nearer_to_the_dense_model_at_equal_bytes(name, load_tiny, calibration, 
     assert [part.module for part in layers] == ["model.layers.0", "model.layers.1"]
     assert all(part.after <= part.before for part in layers)
     assert any(part.epoch for part in layers)
+
+
+def tune(load_tiny, calibration, **fields):
+    """A tuned model of 2 bits, not saved yet, and its plan."""
+    model, recipe = load_tiny(), [stock(GPTQModifier), TuningModifier(**fields)]
+    oneshot(model=model, recipe=recipe, dataset=calibration)
+    return model, model.casp_plan
+
+
+@pytest.mark.parametrize("stage", ["block_epochs", "whole_epochs"])
+def test_each_stage_can_be_left_out(stage, load_tiny, calibration):
+    fields = {"block_epochs": 1, "whole_epochs": 1, "learning_rate": 5e-3}
+    _, plan = tune(load_tiny, calibration, **(fields | {stage: 0}))
+    layers = ["model.layers.0", "model.layers.1"]
+    assert [part.module for part in plan.tuned] == (layers if stage == "whole_epochs" else [""])
+
+
+def test_what_gains_nothing_stays_and_the_plan_says_so(load_tiny, calibration):
+    """Far too large a step."""
+    untuned = load_tiny()
+    oneshot(model=untuned, recipe=stock(GPTQModifier), dataset=calibration)
+    model, plan = tune(load_tiny, calibration, block_epochs=0, learning_rate=50.0)
+    for name, parameter in untuned.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    [part] = plan.tuned
+    assert (part.epoch, part.after) == (0, part.before)
+    assert "tuning the whole model gained nothing on held-out data" in plan.warnings[-1]
+
+
+def test_rounding_is_tuned_too(load_tiny, calibration, unseen, tmp_path):
+    fields = {"block_epochs": 6, "whole_epochs": 0, "learning_rate": 5e-3}
+    found = []
+    for rounding in (False, True):
+        model, plan = tune(load_tiny, calibration, rounding=rounding, **fields)
+        found.append((codes_of(model), plan.tuned[0].after))
+        expected = model(unseen).logits
+        model.save_pretrained(tmp_path / str(rounding))
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(rounding))
+        torch.testing.assert_close(reloaded(unseen).logits, expected, atol=1e-4, rtol=1e-3)
+    (kept, without), (moved, within) = found
+    assert any(not torch.equal(kept[name], moved[name]) for name in kept)
+    assert within < 0.95 * without
+
+
+def test_a_run_that_died_goes_on(load_tiny, calibration, tmp_path, monkeypatch):
+    """Layers that were tuned before are not tuned again, and the result is the same."""
+    started = []
+
+    def counting(*args, **kwargs):
+        if len(started) == stop:
+            raise KeyboardInterrupt
+        started.append(1)
+        return descend(*args, **kwargs)
+
+    monkeypatch.setattr(tuning, "descend", counting)
+    fields = {"block_epochs": 1, "whole_epochs": 1, "learning_rate": 5e-3}
+    stop = None
+    whole, _ = tune(load_tiny, calibration, **fields)
+    fields["cache_dir"] = str(tmp_path / "cache")
+    stop = len(started) + 2  # both layers
+    with pytest.raises(KeyboardInterrupt):
+        tune(load_tiny, calibration, **fields)
+    stop = None
+    again, plan = tune(load_tiny, calibration, **fields)
+    assert len(started) == 6
+    assert len(plan.tuned) == 3
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+
+
+def test_tokens_count_by_their_kind(load_tiny):
+    model, modifier = load_tiny(), TuningModifier(answer_weight=4.0, image_weight=0.25)
+    model.config.image_token_id = 5
+    ids = torch.tensor([[5, 5, 7, 8, 9, 0]])
+    labels = torch.tensor([[-100, -100, -100, -100, 9, -100]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    modifier._batches = [{"input_ids": ids, "labels": labels, "attention_mask": mask}]
+    weights = modifier._token_weights(model, 0, torch.zeros(1, 6, 64))
+    assert weights.tolist() == [0.25, 0.25, 1, 4, 1, 0]
+    assert modifier._token_weights(model, 0, torch.zeros(1, 9, 64)) is None  # a vision tower
+
+
+REFUSED = {
+    "alone": ([TuningModifier()], "put one before it"),
+    "before the quantizer": (
+        [TuningModifier(), TrellisModifier(bits=2)],
+        "then quantizers, then TuningModifier",
+    ),
+    "before a stock quantizer": (
+        [chosen(), TuningModifier(), GPTQModifier()],
+        "must come after the last quantizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_runs(name, load_tiny):
+    recipe, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        plan_recipe(load_tiny(), recipe)

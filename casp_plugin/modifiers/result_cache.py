@@ -1,4 +1,4 @@
-"""Codes of weights on disk, for a run that is started again."""
+"""Codes of weights and tuned numbers on disk, for a run that is started again."""
 
 import os
 from collections.abc import Iterable
@@ -9,16 +9,16 @@ from loguru import logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from casp_plugin.model.codebook_schemes import CodebookScheme, Tensors
-from casp_plugin.statistics.cache import CODES_NAME, code_digest, content_digest
+from casp_plugin.model.codebook_schemes import Tensors
+from casp_plugin.statistics.cache import RESULTS_NAME, code_digest, content_digest
 from casp_plugin.system.distributed import is_source_process
 from casp_plugin.system.files import whole_file
 
-__all__ = ["CodeCache"]
+__all__ = ["ResultCache"]
 
 
-class CodeCache:
-    """Codes, found again by a digest of all that they are made from.
+class ResultCache:
+    """Results, found again by a digest of all that they are made from.
 
     Nothing can be stale: other weights, inputs or settings have another digest.
 
@@ -26,22 +26,18 @@ class CodeCache:
     """
 
     def __init__(self, root: Path | str):
-        self._folder = Path(root) / CODES_NAME
+        self._folder = Path(root) / RESULTS_NAME
         self._folder.mkdir(parents=True, exist_ok=True)
         self.found = 0
 
-    def key(
-        self, scheme: CodebookScheme, settings: Iterable, tensors: Iterable[torch.Tensor | None]
-    ) -> Path:
-        """Return the file of codes.
+    def key(self, facts: Iterable, tensors: Iterable[torch.Tensor | None]) -> Path:
+        """Return the file of a result.
 
-        :param settings: all numbers that encoding depends on
-        :param tensors: weights and statistics of their inputs
+        :param facts: all settings that it depends on, each as its text tells it
+        :param tensors: all numbers that it depends on, such as weights and statistics of inputs
         """
         named = ((str(place), tensor) for place, tensor in enumerate(tensors) if tensor is not None)
-        digest = content_digest(
-            [code_digest(), scheme.model_dump_json(), *map(str, settings)], named
-        )
+        digest = content_digest([code_digest(), *map(str, facts)], named)
         return self._folder / f"{digest}.safetensors"
 
     def read(self, key: Path) -> list[Tensors] | None:
@@ -51,7 +47,7 @@ class CodeCache:
         try:
             stored = load_file(key)
         except (OSError, SafetensorError) as error:
-            logger.warning(f"{key} cannot be read, its weights are encoded again: {error}")
+            logger.warning(f"{key} cannot be read, what it held is made again: {error}")
             return None
         layers: dict[int, Tensors] = {}
         for name, tensor in stored.items():
