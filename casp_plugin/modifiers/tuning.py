@@ -281,7 +281,7 @@ class TuningModifier(OneshotModifier):
             before, after, epoch = found["descent"].tolist()
             found = Descent(before, after, int(epoch))
         else:
-            progress = self._progress(f"Tuning {name or 'the whole model'}", epochs, items, loss)
+            progress = self._progress(state.model, name, epochs * items + items, loss)
             with progress as counted, no_parameter_gradients(state.model):
                 found = descend(leaves, counted, items, epochs, rates, self._seed, _mean_over_ranks)
             if self._cache is not None:
@@ -305,10 +305,17 @@ class TuningModifier(OneshotModifier):
 
     @contextmanager
     def _progress(
-        self, desc: str, epochs: int, items: int, loss: Callable[[int], torch.Tensor]
+        self, model: nn.Module, name: str, total: int, loss: Callable[[int], torch.Tensor]
     ) -> Iterator[Callable[[int], torch.Tensor]]:
-        """Let a bar count the calls of a loss."""
-        with tqdm(desc=desc, total=(epochs + 1) * items, leave=False) as bar:
+        """Let a bar count the calls of a loss.
+
+        :param name: of the decoder layer; empty for the whole model
+        """
+        desc = "Tuning the model"
+        if name:
+            layers = list(decoder_layers(model))
+            desc = f"({layers.index(name) + 1}/{len(layers)}): Tuning"
+        with tqdm(desc=desc, total=total, leave=False) as bar:
 
             def counted(batch: int) -> torch.Tensor:
                 bar.update()
