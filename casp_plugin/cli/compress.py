@@ -116,7 +116,7 @@ def run(
     from casp_plugin.modifiers import plan_recipe
     from casp_plugin.modifiers.compression import compress
     from casp_plugin.plan.tables import total_table
-    from casp_plugin.system.distributed import barrier, is_source_process, join_torchrun
+    from casp_plugin.system.distributed import barrier, join_torchrun, leave_torchrun
 
     join_torchrun()
     check_output(output)
@@ -138,7 +138,7 @@ def run(
     ).casp_plan
     show(total_table(made))
     console.print(f"Wrote {output}")
-    if is_source_process():
+    if leave_torchrun():
         tell("checking")
         _check(output, True, trust_remote_code)
 

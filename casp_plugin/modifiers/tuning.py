@@ -1,8 +1,10 @@
 """TuningModifier: what a compressed model stores as real numbers is trained, codes stay."""
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +13,7 @@ from llmcompressor.core import Event, State
 from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +37,13 @@ from casp_plugin.statistics.derivatives import (
 from casp_plugin.statistics.hooks import image_mask, on_device, token_mask
 from casp_plugin.statistics.layer_notes import LayerNotes
 from casp_plugin.statistics.statistics import Request, Statistics
-from casp_plugin.system.distributed import number_of_ranks, sum_over_ranks
+from casp_plugin.system.distributed import (
+    gathered,
+    is_source_process,
+    number_of_ranks,
+    shared,
+    sum_over_ranks,
+)
 
 __all__ = ["TuningModifier"]
 
@@ -105,7 +114,7 @@ class TuningModifier(OneshotModifier):
     _importance: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
     _inputs: LayerInputs | None = PrivateAttr(default=None)
     _batches: list[dict] = PrivateAttr(default_factory=list)
-    _predictions: list[TopPredictions] = PrivateAttr(default_factory=list)
+    _predictions: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
     _seed: int = PrivateAttr(default=0)
     _cache: ResultCache | None = PrivateAttr(default=None)
     _left: set[str] = PrivateAttr(default_factory=set)
@@ -165,10 +174,9 @@ class TuningModifier(OneshotModifier):
         if torch.accelerator.is_available():
             self._dense = dispatch_model(self._dense)
         if self.whole_epochs:
-            self._predictions = [
-                self._top(batch)
-                for batch in tqdm(self._batches, desc="Noting predictions", leave=False)
-            ]
+            self._predictions = tempfile.TemporaryDirectory(prefix="casp-")
+            for place, batch in enumerate(tqdm(self._batches, desc="Noting predictions")):
+                self._note_predictions(place, batch)
         if self.block_epochs:
             layers = decoder_layers(model)
             self._left = set(layers)
@@ -202,7 +210,9 @@ class TuningModifier(OneshotModifier):
         if self.whole_epochs:
             with DisableQuantization(model), disable_cache(model), eval_context(model):
                 self._tune_whole(state)
-        for kept in (self._batches, self._predictions, self._importance, self._left):
+            self._predictions.cleanup()
+        self._predictions = None
+        for kept in (self._batches, self._importance, self._left):
             kept.clear()
         if self._cache is not None and self.cache_limit:
             self._cache.limit(int(self.cache_limit * 1e9))
@@ -237,12 +247,10 @@ class TuningModifier(OneshotModifier):
             # layers run again on the way back, where the leaves must still be in place
             with in_place(tuned), checkpointed(model, layers):
                 logits = self._predicted(model, self._batches[batch])
-                wanted = _on(self._predictions[batch], logits.device)
-                return _sent_back(divergence(wanted, logits))
+                return _sent_back(divergence(self._noted(batch, logits.device), logits))
 
         batches = (value for batch in self._batches for value in batch.values())
-        wanted = (tensor for kept in self._predictions for tensor in (kept.entries, kept.logs))
-        data = filter(torch.is_tensor, chain(batches, wanted, model.state_dict().values()))
+        data = chain(filter(torch.is_tensor, batches), model.state_dict().values())
         self._descend(state, "", tuned, loss, len(self._batches), self.whole_epochs, data)
 
     def _descend(
@@ -267,13 +275,15 @@ class TuningModifier(OneshotModifier):
             for each in own
             for place, _ in enumerate(each)
         ]
-        if not leaves:
+        items = min(gathered(items))  # ranks step together
+        if not leaves or not items:
             return
         known = None
         if self._cache is not None:
             stored = (p for each in tuned for p in each.module.parameters(recurse=False))
             key = self._cache.key([name, self.settings, self._seed], chain(stored, data))
-            known = self._cache.read(key)
+            # of the source rank, which alone has written; all have found the same
+            known = shared(self._cache.read(key) if is_source_process() else None)
         if known is not None:
             [found] = known
             for place, leaf in enumerate(leaves):
@@ -324,8 +334,15 @@ class TuningModifier(OneshotModifier):
             yield counted
 
     @torch.no_grad()
-    def _top(self, batch: dict) -> TopPredictions:
-        return _on(top_predictions(self._predicted(self._dense, batch), _KEPT_ENTRIES), "cpu")
+    def _note_predictions(self, place: int, batch: dict) -> None:
+        """Write the dense model's predictions of a batch to disk."""
+        top = top_predictions(self._predicted(self._dense, batch), _KEPT_ENTRIES)
+        tensors = {"entries": top.entries.cpu(), "logs": top.logs.cpu()}
+        save_file(tensors, Path(self._predictions.name) / f"{place}.safetensors")
+
+    def _noted(self, place: int, device: torch.device) -> TopPredictions:
+        stored = load_file(Path(self._predictions.name) / f"{place}.safetensors", str(device))
+        return TopPredictions(stored["entries"], stored["logs"])
 
     def _predicted(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Return the logits of the tokens whose predictions count, shape (N, V)."""
@@ -375,10 +392,6 @@ def _sent_back(loss: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         loss.backward()
     return loss.detach()
-
-
-def _on(predictions: TopPredictions, device: torch.device | str) -> TopPredictions:
-    return TopPredictions(predictions.entries.to(device), predictions.logs.to(device))
 
 
 def _mean_over_ranks(mean: torch.Tensor) -> torch.Tensor:

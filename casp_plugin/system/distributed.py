@@ -22,6 +22,7 @@ __all__ = [
     "gathered",
     "is_source_process",
     "join_torchrun",
+    "leave_torchrun",
     "number_of_ranks",
     "own_share",
     "rank",
@@ -43,6 +44,18 @@ def join_torchrun() -> None:
         init_dist()
     else:
         dist.init_process_group("gloo")
+
+
+def leave_torchrun() -> bool:
+    """Part from the other processes once all are here, and return whether this one goes on alone.
+
+    Loading a compressed model counts on every process to take part.
+    """
+    goes_on = is_source_process()
+    if is_distributed():
+        barrier()
+        dist.destroy_process_group()
+    return goes_on
 
 
 def rank() -> int:

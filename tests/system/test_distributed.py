@@ -81,3 +81,14 @@ def test_two_processes_make_the_same_factors(compressed, method):
     assert any(name.endswith("q_proj.down.weight") for name in weights[0])
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_tune_together(compressed):
+    """Each on its own texts; gradients are those of all."""
+    tuned = "    TuningModifier: {block_epochs: 1, whole_epochs: 1, learning_rate: 5.0e-3}\n"
+    folders = compressed("llama", "{rank_multiple: 32}", BITS + tuned)
+    for folder in folders:
+        parts = CompressionPlan.load(folder).tuned
+        assert [part.module for part in parts] == [f"model.layers.{i}" for i in range(3)] + [""]
+        assert all(0 < part.after <= part.before for part in parts)
