@@ -80,7 +80,7 @@ def test_two_processes_make_the_same_factors(compressed, method):
     assert weights[0].keys() == weights[1].keys()
     assert any(name.endswith("q_proj.down.weight") for name in weights[0])
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)  # float32
 
 
 @pytest.mark.slow
