@@ -9,7 +9,6 @@ Shapes: out and in are the channels of a linear.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
@@ -137,8 +136,9 @@ class _Integers(_Weight):
         self._offset: torch.Tensor | None = None
         if dense is not None:
             exact = dense.to(scale.device).float() / self._by_column(self._scale)
-            distance = (exact - self._levels).clamp(-_FURTHEST, _FURTHEST)
-            self._offset = (self._levels + distance).requires_grad_(True)
+            levels = self._levels()
+            distance = (exact - levels).clamp(-_FURTHEST, _FURTHEST)
+            self._offset = (levels + distance).requires_grad_(True)
             zero = getattr(module, "weight_zero_point", torch.zeros_like(self._scale))
             zero = self._by_column(zero.float())
             least, most = calculate_range(self._args, scale.device)
@@ -148,7 +148,6 @@ class _Integers(_Weight):
     def leaves(self) -> list[torch.Tensor]:
         return [self.leaf] if self._offset is None else [self.leaf, self._offset]
 
-    @cached_property
     def _levels(self) -> torch.Tensor:
         """Return the integers, their zero points taken off, shape (out, in), float32."""
         return (self.module.weight.detach().float() / self._by_column(self._scale)).round()
@@ -175,9 +174,8 @@ class _Integers(_Weight):
 
     @torch.no_grad()
     def write(self) -> None:
-        levels = self._levels
-        if self._offset is not None:
-            levels = self._offset.clamp(*self._range).round()
+        offset = self._offset
+        levels = self._levels() if offset is None else offset.clamp(*self._range).round()
         scale = (self._scale * self._factors()).to(self.module.weight_scale.dtype)
         weight = levels * self._by_column(scale.float())
         update_offload_parameter(self.module, "weight", weight.to(self.module.weight.dtype))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.offload import dispatch_model
@@ -127,6 +127,9 @@ class TuningModifier(OneshotModifier):
             return Request()
         return Request(gradients=frozenset(_last_linears(model).values()))
 
+    def note_facts(self, model: nn.Module, context: RecipeContext) -> dict[str, Any]:
+        return {}  # the request tells all that is measured for it
+
     def note(
         self,
         model: nn.Module,
@@ -237,7 +240,9 @@ class TuningModifier(OneshotModifier):
                 return _sent_back(mean)
 
         self._left.discard(name)
-        self._descend(state, name, tuned, loss, len(calls), self.block_epochs, calls.tensors())
+        weights = [] if importance is None else [importance]
+        data = chain(weights, calls.tensors())
+        self._descend(state, name, tuned, loss, len(calls), self.block_epochs, data)
 
     def _tune_whole(self, state: State) -> None:
         model, layers = state.model, decoder_layers(state.model)
