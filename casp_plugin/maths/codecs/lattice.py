@@ -44,6 +44,8 @@ class LatticeCodec:
 
     columns = _SIZE
     rows = 1
+    #: values are those of targets of variance one
+    gain = 1.0
 
     @property
     def gains(self) -> tuple[float, float | None]:

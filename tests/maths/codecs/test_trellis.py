@@ -114,6 +114,20 @@ def test_distortion_of_gaussian_numbers(bits, state_bits, published):
     assert distortion > 4.0**-bits
 
 
+@pytest.mark.parametrize("code", ["mul1", "3inst"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6])
+def test_values_have_the_scale_of_the_least_error(bits, code):
+    codec = TrellisCodec(bits, 12, code)
+    tiles = torch.randn(48, TILE, generator=torch.Generator().manual_seed(0))
+
+    def error(scale):
+        _, values = encode_tiles(tiles / scale, codec.values, bits)
+        return (tiles - values * scale).square().mean().item()
+
+    least = min(error(codec.gain * step) for step in (0.85, 0.9, 0.95, 1.05, 1.1, 1.15))
+    assert error(codec.gain) < 1.03 * least
+
+
 def test_tail_biting_costs_little():
     """The seam from a short free path, against the best of all overlaps."""
     generator = torch.Generator().manual_seed(0)
