@@ -58,7 +58,7 @@ def descend(
     :param rates: learning rate of every leaf
     :param seed: of the order of items
     :param over_ranks: returns the mean of a tensor over processes that descend together
-    :raises ValueError: if a loss is not finite
+    :raises ValueError: if the loss is not finite to begin with; where it is later, descent ends
     """
     train, held = held_out(items)
     generator = torch.Generator().manual_seed(seed)
@@ -70,12 +70,11 @@ def descend(
     def held_loss() -> float:
         with torch.no_grad():
             mean = torch.stack([loss(place).detach().float() for place in held]).mean()
-        mean = over_ranks(mean).item()
-        if not math.isfinite(mean):
-            raise ValueError("the loss is NaN or infinite")
-        return mean
+        return over_ranks(mean).item()
 
     before = least = held_loss()
+    if not math.isfinite(before):
+        raise ValueError("the loss is NaN or infinite before anything is tuned")
     best, kept = 0, [own.detach().clone() for own in leaves]
     for epoch in range(1, epochs + 1):
         for place in torch.randperm(len(train), generator=generator).tolist():
@@ -89,6 +88,8 @@ def descend(
             optimizer.step()
             schedule.step()
         now = held_loss()
+        if not math.isfinite(now):
+            break
         if now < least:
             least, best, kept = now, epoch, [own.detach().clone() for own in leaves]
     with torch.no_grad():

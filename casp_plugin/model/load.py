@@ -223,19 +223,21 @@ def mapped_copy(model: nn.Module) -> nn.Module:
     They lie in a file that has no name any more, so that nothing is left behind.
     """
     memo = {}
-    with (
-        torch.no_grad(),
-        disable_onloading(),
-        tempfile.TemporaryDirectory(prefix="casp-") as folder,
-    ):
-        for number, parameter in enumerate(model.parameters()):
-            path = Path(folder) / f"{number}.safetensors"
-            save_file({"weight": parameter.detach().to("cpu", copy=True)}, path)
-            weight = load_file(path)["weight"]
-            memo[id(parameter)] = nn.Parameter(weight, requires_grad=False)
-        for buffer in model.buffers():
-            memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-        return remove_dispatch(copy.deepcopy(model, memo))
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="casp-") as folder:
+        for module in model.modules():
+            for name in list(module._parameters):
+                with disable_onloading():
+                    stored = module._parameters[name]
+                if stored is None or id(stored) in memo:
+                    continue
+                path = Path(folder) / f"{len(memo)}.safetensors"
+                value = module._parameters[name].detach().to("cpu", copy=True)
+                save_file({"weight": value.contiguous()}, path)
+                memo[id(stored)] = nn.Parameter(load_file(path)["weight"], requires_grad=False)
+        with disable_onloading():
+            for buffer in model.buffers():
+                memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+            return remove_dispatch(copy.deepcopy(model, memo)).eval()
 
 
 def names_in_memory(

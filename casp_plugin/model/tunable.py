@@ -7,7 +7,7 @@ Shapes: out and in are the channels of a linear.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,8 +20,9 @@ from torch.nn import functional
 from casp_plugin.model.codebook_linear import CodebookLinear
 from casp_plugin.model.codebook_schemes import SCALE
 from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.system.distributed import barrier
 
-__all__ = ["Tunable", "in_place", "is_integer", "round_weight", "tunables"]
+__all__ = ["Tunable", "in_place", "is_integer", "round_weight", "store", "tunables"]
 
 #: codes of more bits do not survive in a weight of 16 bits with other scales
 _MOST_BITS = 6
@@ -53,15 +54,16 @@ class Tunable(ABC):
         """Return a context in which the module computes with the tensor that the leaf gives."""
 
     @abstractmethod
-    def write(self) -> None:
-        """Store the tensor in the module, as a checkpoint will."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that the module will store, by name; they are of its dtypes, and none
+        of its own."""
 
 
 class _Vector(Tunable):
     """A norm, a bias, or a matrix in 16 bits: what it was, plus the leaf times its size."""
 
     def __init__(self, module: nn.Module, name: str):
-        before = getattr(module, name).detach().float()
+        before = getattr(module, name).detach().float().clone()
         super().__init__(module, before.shape, before.device)
         self._name, self._before = name, before
         self._size = before.square().mean().sqrt()
@@ -79,9 +81,9 @@ class _Vector(Tunable):
         finally:
             del vars(self.module)[self._name]
 
-    def write(self) -> None:
-        stored = getattr(self.module, self._name)
-        update_offload_parameter(self.module, self._name, self._value().detach().to(stored.dtype))
+    @torch.no_grad()
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {self._name: self._value().to(getattr(self.module, self._name).dtype)}
 
 
 class _Weight(Tunable):
@@ -116,10 +118,9 @@ class _CodedRows(_Weight):
         return self.module.weight.float() * (1 + self.leaf)[:, None]
 
     @torch.no_grad()
-    def write(self) -> None:
+    def stored(self) -> dict[str, torch.Tensor]:
         scale = getattr(self.module, SCALE)
-        update_offload_parameter(self.module, SCALE, (scale * (1 + self.leaf)).to(scale.dtype))
-        self.module.forget()
+        return {SCALE: (scale * (1 + self.leaf)).to(scale.dtype)}
 
 
 class _Integers(_Weight):
@@ -131,7 +132,7 @@ class _Integers(_Weight):
     def __init__(self, module: nn.Linear, dense: torch.Tensor | None = None):
         scale = module.weight_scale
         super().__init__(module, scale.shape, scale.device)
-        self._scale = scale.detach().float()
+        self._scale = scale.detach().float().clone()
         self._args: QuantizationArgs = module.quantization_scheme.weights
         self._offset: torch.Tensor | None = None
         if dense is not None:
@@ -173,17 +174,34 @@ class _Integers(_Weight):
         return levels * self._by_column(self._scale) * factors
 
     @torch.no_grad()
-    def write(self) -> None:
+    def stored(self) -> dict[str, torch.Tensor]:
         offset = self._offset
         levels = self._levels() if offset is None else offset.clamp(*self._range).round()
         scale = (self._scale * self._factors()).to(self.module.weight_scale.dtype)
         weight = levels * self._by_column(scale.float())
-        update_offload_parameter(self.module, "weight", weight.to(self.module.weight.dtype))
-        update_offload_parameter(self.module, "weight_scale", scale)
+        return {"weight": weight.to(self.module.weight.dtype), "weight_scale": scale}
+
+
+def store(tuned: Iterable[Tunable]) -> None:
+    """Let modules store what leaves give, as a checkpoint will.
+
+    Several processes share the memory of an offloaded model: all have read before any writes.
+    """
+    found = [(each.module, each.stored()) for each in tuned]
+    barrier()
+    for module, tensors in found:
+        for name, tensor in tensors.items():
+            update_offload_parameter(module, name, tensor)
+        if isinstance(module, CodebookLinear):
+            module.forget()
+    barrier()
 
 
 def tunables(
-    module: nn.Module, matrices: bool = False, dense: nn.Module | None = None
+    module: nn.Module,
+    matrices: bool = False,
+    dense: nn.Module | None = None,
+    ignored: Container[nn.Module] = (),
 ) -> list[Tunable]:
     """Return what can be tuned in a module and all inside it.
 
@@ -191,9 +209,12 @@ def tunables(
 
     :param matrices: whether factors in 16 bits are tuned as well
     :param dense: the same module before compression, to tune how integers are rounded
+    :param ignored: modules inside that stay as they are
     """
     found: list[Tunable] = []
     for name, inner in module.named_modules():
+        if inner in ignored:
+            continue
         if isinstance(inner, CodebookLinear):
             found.append(_CodedRows(inner))
         elif is_integer(inner):

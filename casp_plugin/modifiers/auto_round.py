@@ -1,7 +1,6 @@
 """AutoRoundModifier of llm-compressor, for plans of several bit widths and zero points."""
 
 import torch
-from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import is_match
 from llmcompressor.core import Event, State
@@ -42,7 +41,7 @@ class AutoRoundModifier(_AutoRoundModifier):
                 for leaf, value in module.named_parameters(recurse=False):
                     if value.dtype == torch.float32:
                         rounded = is_module_quantized(module) and leaf == "weight"
-                        kept = None if rounded else value.detach().clone()
+                        kept = None if rounded else value.detach().to("cpu", copy=True)
                         self._wide[f"{owner}.{leaf}"] = kept
 
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
@@ -51,12 +50,14 @@ class AutoRoundModifier(_AutoRoundModifier):
         for name, value in self._wide.items():
             owner, _, leaf = name.rpartition(".")
             module = state.model.get_submodule(owner)
-            if getattr(module, leaf).dtype != torch.float32:
-                module.to(torch.float32)
-                if value is None:
-                    round_weight(module)
-                else:
-                    update_offload_parameter(module, leaf, value)
+            current = getattr(module, leaf)
+            if current.dtype == torch.float32:
+                continue
+            wide = current.float() if value is None else value.to(current.device)
+            del module._parameters[leaf]  # whose place in an offloading cache keeps its dtype
+            module._parameters[leaf] = nn.Parameter(wide, requires_grad=False)
+            if value is None:
+                round_weight(module)
         self._wide.clear()
 
     def _match_autoround_targets(self, model: nn.Module) -> set[nn.Module]:

@@ -13,8 +13,12 @@ from casp_plugin.maths.block_ldl import corrected, dampened
 from casp_plugin.model.low_rank_linear import is_up
 from casp_plugin.model.units import decoder_layers
 from casp_plugin.modifiers.layer_inputs import LayerInputs
+from casp_plugin.system.distributed import barrier
 
 __all__ = ["GPTQModifier"]
+
+#: share of the mean diagonal that is added to a second moment where none is given
+_DAMPENING = 0.01
 
 
 class GPTQModifier(_GPTQModifier):
@@ -49,6 +53,8 @@ class GPTQModifier(_GPTQModifier):
             and getattr(module, "quantization_scheme", None) is not None
             # the latent of factors is what a corrected `down` puts out
             and not is_up(state.model, name)
+            # the dense model may send other tokens to an expert
+            and ".experts." not in name
         ]
         layers = decoder_layers(state.model)
         self._inputs = LayerInputs(self, state.model, self._names, layers, True, in_order=False)
@@ -78,6 +84,7 @@ class GPTQModifier(_GPTQModifier):
     @torch.no_grad()
     def _correct(self, model: nn.Module, names: list[str]) -> None:
         """Change the weights of layers that were calibrated together."""
+        changed: list[tuple[nn.Linear, torch.Tensor]] = []
         for known in self._inputs.stages(names):
             moments: dict[int, torch.Tensor] = {}  # dampened, by the identity of their statistics
             for name, statistics in known.items():
@@ -85,9 +92,13 @@ class GPTQModifier(_GPTQModifier):
                 if change is None or not change.any():
                     continue
                 if id(statistics) not in moments:
-                    moment = dampened(statistics.mean_moment, self.dampening_frac)
+                    moment = dampened(statistics.mean_moment, self.dampening_frac or _DAMPENING)
                     moments[id(statistics)] = moment
                 linear, moment = model.get_submodule(name), moments[id(statistics)]
                 weight = corrected(linear.weight.float(), moment, change, self.correction)
-                update_offload_parameter(linear, "weight", weight.to(linear.weight.dtype))
-                self._corrected += 1
+                changed.append((linear, weight.to(linear.weight.dtype)))
+        barrier()  # processes share the memory of an offloaded model: all have read
+        for linear, weight in changed:
+            update_offload_parameter(linear, "weight", weight)
+        barrier()
+        self._corrected += len(changed)

@@ -18,6 +18,7 @@ import torch
 from llmcompressor.core import active_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.utils.helpers import use_eager_attention
 from torch import nn
 
 from casp_plugin.statistics.hooks import TokenMean, add_ranks
@@ -109,7 +110,8 @@ class LayerInputs:
         self._owner: dict[str, str] = {}  # first reader of an input, by reader, in order of calls
         self._rows: dict[str, list[torch.Tensor]] = {}  # of the batch in hand, by owner
         self._latest: tuple[str, torch.Tensor] | None = None
-        self._runs_dense = False  # whether the layer runs on the dense model's input
+        # whether a layer runs beside the calibration, on the dense model's input for instance
+        self._aside = False
         self._calls: dict[str, IntermediatesCache] = {}  # arguments of layers
         self._outputs: dict[str, dict[int, torch.Tensor]] = {}  # of dense layers, by batch
         self._passed_on: dict[str, torch.Tensor] = {}  # first output of compressed layers
@@ -158,7 +160,8 @@ class LayerInputs:
                 readers = [name for name in reached if self._owner[name] in step]
                 known = {name: self._inputs[self._owner[name]] for name in readers}
                 _sum_over_ranks(known.values())
-                self.tokens = max(self.tokens, *(each.moment.tokens for each in known.values()))
+                counts = [each.moment.tokens for each in known.values()]
+                self.tokens = max(self.tokens, *counts, 0)
                 yield known
                 for owner in step:
                     del self._inputs[owner]
@@ -175,7 +178,16 @@ class LayerInputs:
     def calls(self, layer: str) -> "LayerCalls | None":
         """Return the calls of a decoder layer, forgotten here; None if there were none."""
         known = self._calls.pop(layer, None)
-        return None if known is None else LayerCalls(known, list(self._outputs[layer].values()))
+        return None if known is None else LayerCalls(self, known)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let layers run without being seen."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a compressed module into the model, and keep the dense one while its layer runs."""
@@ -192,7 +204,7 @@ class LayerInputs:
 
     def _see(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
-        if self._runs_dense:
+        if self._aside:
             if self._rows.get(name):  # only owners are there
                 self._inputs[name].add_change(self._rows[name].pop(0), x)
             return
@@ -212,7 +224,8 @@ class LayerInputs:
             self._rows.setdefault(name, []).append(rows)
 
     def _enter(self, name: str, layer: nn.Module, args: tuple) -> None:
-        self._entered.add(name)
+        if not self._aside:
+            self._entered.add(name)
 
     def _note_call(
         self,
@@ -224,7 +237,7 @@ class LayerInputs:
         output: Any,
     ) -> None:
         """Keep the arguments of a decoder layer, and run it on the dense model's input."""
-        if self._runs_dense:
+        if self._aside:
             return
         batch = active_session().state.current_batch_idx
         x = args[0] if args else kwargs.get("hidden_states")
@@ -233,13 +246,15 @@ class LayerInputs:
         if self._dense_model is not None:
             layer = self._dense_model.get_submodule(name)
         if dense is not None or self._dense_model is not None:
-            self._runs_dense = True
             hidden = None if dense is None else dense.to(x.device)
-            try:
-                with HooksMixin.disable_hooks(keep=self._own):
+            with self.aside(), HooksMixin.disable_hooks(keep=self._own):
+                if self._dense_model is None:
                     output = _run(layer, args, kwargs, hidden)
-            finally:
-                self._runs_dense = False
+                else:  # arguments are for the attention that calibration runs
+                    with use_eager_attention(self._dense_model):
+                        output = _run(layer, args, kwargs, hidden)
+            if self._dense_model is not None:
+                call |= {"output": _hidden(output), "batch": batch}
         if self._changes and x is not None:
             call["dense"] = x if dense is None else dense  # only the layer itself will change
         if self._changes:
@@ -261,7 +276,7 @@ class LayerInputs:
 
     def _note_passed_on(self, name: str, layer: nn.Module, args: tuple, output: Any) -> None:
         """Keep the first output of a layer once it is compressed, until the next one reads it."""
-        if self._runs_dense:
+        if self._aside:
             return
         if HooksMixin._HOOKS_DISABLED and name in self._outputs and name not in self._passed_on:
             self._passed_on[name] = _hidden(output).detach().to("cpu", copy=True)
@@ -325,31 +340,35 @@ class LayerInputs:
 class LayerCalls:
     """The arguments of a decoder layer in all batches, and what the dense layer has put out.
 
-    :param arguments: by batch
-    :param outputs: hidden states of the dense model, shape (B, T, C) each
+    :param inputs: keeps its hooks from seeing what runs here
+    :param calls: by place
     """
 
-    def __init__(self, arguments: IntermediatesCache, outputs: list[torch.Tensor]):
-        self._arguments = arguments
-        self._outputs = outputs
+    def __init__(self, inputs: LayerInputs, calls: IntermediatesCache):
+        self._inputs = inputs
+        self._calls = calls
 
     def __len__(self) -> int:
-        return len(self._outputs)
+        return len(self._calls.batch_intermediates)
+
+    def run(self, layer: nn.Module, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a layer puts out now, and what the dense one has, shape (B, T, C) both."""
+        call = self._calls.fetch(place)
+        with self._inputs.aside():
+            output = _run(layer, call["args"], call["kwargs"], None)
+        found = output if torch.is_tensor(output) else output[0]
+        return found, call["output"].to(found.device)
+
+    def batch(self, place: int) -> int:
+        """Return the number of the batch that a call belongs to."""
+        return self._calls.fetch(place, ["batch"])["batch"]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield all that the layer reads, and what the dense one has put out."""
-        for batch, output in enumerate(self._outputs):
-            call = self._arguments.fetch(batch)
-            given = [*call["args"], *call["kwargs"].values()]
+        for place in range(len(self)):
+            call = self._calls.fetch(place)
+            given = [*call["args"], *call["kwargs"].values(), call["output"]]
             yield from (value for value in given if torch.is_tensor(value))
-            yield output
-
-    def run(self, layer: nn.Module, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what a layer puts out now, and what the dense one has, shape (B, T, C) both."""
-        call = self._arguments.fetch(batch)
-        output = _run(layer, call["args"], call["kwargs"], None)
-        found = output if torch.is_tensor(output) else output[0]
-        return found, self._outputs[batch].to(found.device)
 
 
 class _Reached(Exception):

@@ -31,6 +31,8 @@ class OneshotModifier(CaspModifier):
         if run is None:
             modifiers = active_session().lifecycle.recipe.modifiers
             run = state.casp_run = RecipeRun.start(state.model, state.data.calib, modifiers)
+            for modifier in casp_modifiers(modifiers):
+                modifier.see_dense(state.model)
             name_experts_as_on_disk(state.model)
             save_with_plan(state.model, run.plan)
         run.prepare(self, state.model)

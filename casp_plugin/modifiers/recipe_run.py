@@ -75,8 +75,6 @@ class RecipeRun:
         plan = _new_plan(model, rehearsed.plan.copied)
         plan.warnings += rehearsed.warnings
         context = RecipeContext.of(modifiers)
-        for modifier in casp_modifiers(modifiers):
-            modifier.see_dense(model)
         if dataloader is not None and statistics is None:
             if torch.accelerator.is_available():  # as the pipeline of the quantizer will
                 set_onload_device(model, get_main_device())

@@ -5,23 +5,35 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from compressed_tensors.offload import dispatch_model
+from compressed_tensors.offload import set_onload_device
+from compressed_tensors.transform import TransformConfig
 from llmcompressor.core import Event, State
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import DisableQuantization, disable_cache, eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
 from casp_plugin.maths.descent import Descent, descend
 from casp_plugin.maths.predictions import TopPredictions, divergence, top_predictions
+from casp_plugin.model.codebook_linear import CodebookLinear
 from casp_plugin.model.load import mapped_copy
-from casp_plugin.model.low_rank_linear import named_linears
-from casp_plugin.model.tunable import Tunable, in_place, is_integer, round_weight, tunables
+from casp_plugin.model.low_rank_linear import LowRankLinear
+from casp_plugin.model.tunable import (
+    Tunable,
+    in_place,
+    is_integer,
+    round_weight,
+    store,
+    tunables,
+)
 from casp_plugin.model.units import decoder_layers
 from casp_plugin.modifiers.base import Offers, RecipeContext
 from casp_plugin.modifiers.layer_inputs import LayerCalls, LayerInputs
@@ -51,8 +63,6 @@ __all__ = ["TuningModifier"]
 _ROUNDING_RATE = 0.01
 #: entries of the dense model's predictions that are kept of a token
 _KEPT_ENTRIES = 256
-#: share of the mean importance of channels that is added to every one
-_LEAST_IMPORTANCE = 0.1
 
 
 class TuningModifier(OneshotModifier):
@@ -94,8 +104,6 @@ class TuningModifier(OneshotModifier):
         norms and biases only; 0 for none
     :param learning_rate: of Adam, relative to the size of what is tuned
     :param rounding: whether tuning of decoder layers also changes how integers are rounded
-    :param channels: what an error in a channel of a decoder layer's output costs: the squared
-        gradient of the loss there (``fisher``), or the same for all (``uniform``)
     :param answer_weight: weight of tokens that answers are predicted from, others having 1; where
         the data has labels
     """
@@ -103,15 +111,14 @@ class TuningModifier(OneshotModifier):
     stage: ClassVar[int] = 2
 
     block_epochs: int = Field(default=4, ge=0)
-    whole_epochs: int = Field(default=2, ge=0)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    whole_epochs: int = Field(default=3, ge=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     rounding: bool = False
-    channels: Literal["fisher", "uniform"] = "fisher"
     answer_weight: float = Field(default=4.0, gt=0)
     requires_calibration_data: bool = Field(default=True, exclude=True)
 
     _dense: nn.Module | None = PrivateAttr(default=None)
-    _importance: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _ignored: set[nn.Module] = PrivateAttr(default_factory=set)
     _inputs: LayerInputs | None = PrivateAttr(default=None)
     _batches: list[dict] = PrivateAttr(default_factory=list)
     _predictions: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
@@ -123,12 +130,10 @@ class TuningModifier(OneshotModifier):
         self._dense = mapped_copy(model)
 
     def request(self, model: nn.Module, context: RecipeContext) -> Request:
-        if not self.block_epochs or self.channels == "uniform":
-            return Request()
-        return Request(gradients=frozenset(_last_linears(model).values()))
+        return Request()
 
     def note_facts(self, model: nn.Module, context: RecipeContext) -> dict[str, Any]:
-        return {}  # the request tells all that is measured for it
+        return {}
 
     def note(
         self,
@@ -138,9 +143,7 @@ class TuningModifier(OneshotModifier):
         offers: Offers,
         context: RecipeContext,
     ) -> None:
-        names = set(_last_linears(model).values())
-        squares = {n: s for n, s in statistics.gradient_squares.items() if n in names}
-        notes.statistics |= Statistics(gradient_squares=squares)
+        """Need nothing: it starts from what the quantizer has made."""
 
     def prepare(
         self,
@@ -155,48 +158,77 @@ class TuningModifier(OneshotModifier):
             raise ValueError(f"{name} tunes what a quantizer has made: put one before it")
         if any(isinstance(other, Quantizer) for other in context.following(self)):
             raise ValueError(f"{name} must come after the last quantizer")
+        scaled = isinstance(context.transforms, TransformConfig) or any(
+            isinstance(other, AWQModifier) or getattr(other, "correction", 0)
+            for other in context.modifiers
+        )
+        if self.rounding and scaled:
+            raise ValueError(
+                f"{name}.rounding starts from the model's own weights: it goes neither with "
+                "QuIPModifier, AWQModifier nor with a correction of GPTQModifier"
+            )
         plan.settings[name] = self.settings
         self._seed = plan.seed or 0
-        if notes is not None:
-            squares = notes.statistics.gradient_squares
-            layers = _last_linears(model)
-            self._importance = {
-                layer: squares[linear] for layer, linear in layers.items() if linear in squares
-            }
 
     def without_data(self) -> "TuningModifier":
         return self.model_copy(deep=True)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
-        """Note the dense model's predictions, and start to keep what decoder layers read."""
-        model = state.model
-        for module in filter(is_integer, model.modules()):
-            round_weight(module)  # which rounding to nearest leaves to the forward pass
+        """Note the dense model's predictions, and start to keep what decoder layers read.
+
+        :raises ValueError: if there is no data, or a quantizer has not run yet
+        """
+        model, context = state.model, state.casp_run.context
+        if state.data.calib is None:
+            raise ValueError("TuningModifier needs calibration data: pass a dataset to oneshot")
+        waiting = [m for m in context.modifiers if isinstance(m, Quantizer) and not m.ended_]
+        if waiting:
+            raise ValueError(
+                f"TuningModifier runs after {type(waiting[0]).__name__} has ended: leave the "
+                "pipeline at llm-compressor's default, which runs one modifier after the other"
+            )
         self._batches = list(state.data.calib)
         self._cache = ResultCache(self.cache_dir) if self.cache_dir else None
+        self._ignored = self._untouched(model, context)
+        for module in filter(is_integer, model.modules()):
+            if module not in self._ignored:
+                round_weight(module)  # which rounding to nearest leaves to the forward pass
         if torch.accelerator.is_available():
-            self._dense = dispatch_model(self._dense)
+            set_onload_device(self._dense, get_main_device())
         if self.whole_epochs:
             self._predictions = tempfile.TemporaryDirectory(prefix="casp-")
             for place, batch in enumerate(tqdm(self._batches, desc="Noting predictions")):
                 self._note_predictions(place, batch)
         if self.block_epochs:
-            layers = decoder_layers(model)
-            self._left = set(layers)
+            self._left = {
+                name
+                for name in decoder_layers(model)
+                if context.component_of(name) in self.components
+                and any(map(_is_compressed, model.get_submodule(name).modules()))
+            }
+            layers = [name for name in decoder_layers(model) if name in self._left]
             self._inputs = LayerInputs(self, model, [], layers, True, True, self._dense)
+
+    def _untouched(self, model: nn.Module, context: RecipeContext) -> set[nn.Module]:
+        """Return modules that stay as they are: those of other components, and layers that no token
+        has reached, which have no scales yet."""
+        untouched = set()
+        for name, module in model.named_modules():
+            owner = name.removesuffix(".up").removesuffix(".down")
+            unseen = context.reached is not None and owner not in context.reached
+            if context.component_of(name) not in self.components or (is_integer(module) and unseen):
+                untouched.add(module)
+        return untouched
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs
     ) -> None:
         """Tune the decoder layers that were just calibrated."""
-        if self._inputs is None:
-            return
         here = set(modules)
-        for name in decoder_layers(state.model):
+        for name in decoder_layers(state.model) if self._inputs is not None else ():
             layer = state.model.get_submodule(name)
-            calls = self._inputs.calls(name) if here.intersection(layer.modules()) else None
-            if calls is not None:
-                self._tune_layer(state, name, layer, calls)
+            if name in self._left and here.intersection(layer.modules()):
+                self._tune_layer(state, name, layer, self._inputs.calls(name))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
         """Remove the hooks."""
@@ -215,63 +247,71 @@ class TuningModifier(OneshotModifier):
                 self._tune_whole(state)
             self._predictions.cleanup()
         self._predictions = None
-        for kept in (self._batches, self._importance, self._left):
+        for kept in (self._batches, self._ignored, self._left):
             kept.clear()
         if self._cache is not None and self.cache_limit:
             self._cache.limit(int(self.cache_limit * 1e9))
         self._cache = None
         return super().on_finalize(state, **kwargs)
 
-    def _tune_layer(self, state: State, name: str, layer: nn.Module, calls: LayerCalls) -> None:
+    def _tune_layer(
+        self, state: State, name: str, layer: nn.Module, calls: LayerCalls | None
+    ) -> None:
         dense = self._dense.get_submodule(name) if self.rounding else None
-        tuned = tunables(layer, matrices=True, dense=dense)
-        importance = self._importance.get(name)
+        tuned = tunables(layer, matrices=True, dense=dense, ignored=self._ignored)
+        count = 0 if calls is None else len(calls)
+        weights = [self._token_weights(state, calls.batch(place)) for place in range(count)]
 
-        def loss(batch: int) -> torch.Tensor:
+        def loss(place: int) -> torch.Tensor:
             with in_place(tuned):
-                found, wanted = calls.run(layer, batch)
-                squares = (found.float() - wanted.float()).square()  # (B, T, C)
-                if importance is not None:
-                    relative = importance.to(squares) / importance.mean()
-                    squares = squares * (relative + _LEAST_IMPORTANCE)
-                errors = squares.flatten(0, -2).mean(-1)  # (B * T,)
-                tokens = self._token_weights(state.model, batch, squares)
-                mean = errors.mean() if tokens is None else errors @ tokens / tokens.sum()
-                return _sent_back(mean)
+                found, wanted = calls.run(layer, place)
+                errors = (found.float() - wanted.float()).square().flatten(0, -2).mean(-1)
+                tokens = weights[place]
+                if tokens is None or tokens.numel() != len(errors):  # of a vision tower
+                    return _sent_back(errors.mean())
+                tokens = tokens.flatten().to(errors)
+                return _sent_back(errors @ tokens / tokens.sum())
 
-        self._left.discard(name)
-        weights = [] if importance is None else [importance]
-        data = chain(weights, calls.tensors())
-        self._descend(state, name, tuned, loss, len(calls), self.block_epochs, data)
+        data = chain(layer.state_dict().values(), weights, calls.tensors() if count else ())
+        if self._descend(state, name, layer, tuned, loss, count, self.block_epochs, data):
+            self._left.discard(name)
 
     def _tune_whole(self, state: State) -> None:
         model, layers = state.model, decoder_layers(state.model)
-        tuned = tunables(model)
+        tuned = tunables(model, ignored=self._ignored)
 
-        def loss(batch: int) -> torch.Tensor:
+        def loss(place: int) -> torch.Tensor:
             # layers run again on the way back, where the leaves must still be in place
             with in_place(tuned), checkpointed(model, layers):
-                logits = self._predicted(model, self._batches[batch])
-                return _sent_back(divergence(self._noted(batch, logits.device), logits))
+                logits = self._predicted(model, self._batches[place])
+                if not len(logits):
+                    return torch.zeros((), device=logits.device)
+                return _sent_back(divergence(self._noted(place, logits.device), logits))
 
         batches = (value for batch in self._batches for value in batch.values())
-        data = chain(filter(torch.is_tensor, batches), model.state_dict().values())
-        self._descend(state, "", tuned, loss, len(self._batches), self.whole_epochs, data)
+        noted = (self._noted(place, "cpu").logs for place in range(len(self._batches)))
+        data = chain(model.state_dict().values(), noted, filter(torch.is_tensor, batches))
+        count = len(self._batches)
+        self._descend(state, "", model, tuned, loss, count, self.whole_epochs, data)
 
     def _descend(
         self,
         state: State,
         name: str,
+        module: nn.Module,
         tuned: list[Tunable],
         loss: Callable[[int], torch.Tensor],
         items: int,
         epochs: int,
-        data: Iterable[torch.Tensor],
-    ) -> None:
-        """Tune, store what was found, and note it on the plan.
+        data: Iterable[torch.Tensor | None],
+    ) -> bool:
+        """Tune, store what was found, note it on the plan, and tell whether there was anything to
+        tune.
 
         :param name: of the decoder layer; empty for the whole model
-        :param data: all that the loss depends on beside what is tuned
+        :param module: that layer, or the model
+        :param data: all that the loss depends on
+        :raises ValueError: if the loss is not finite
         """
         own = [each.leaves for each in tuned]
         leaves = [leaf for each in own for leaf in each]
@@ -282,30 +322,42 @@ class TuningModifier(OneshotModifier):
         ]
         items = min(gathered(items))  # ranks step together
         if not leaves or not items:
-            return
-        known = None
+            return False
+        found = key = None
         if self._cache is not None:
-            stored = (p for each in tuned for p in each.module.parameters(recurse=False))
-            key = self._cache.key([name, self.settings, self._seed], chain(stored, data))
-            # of the source rank, which alone has written; all have found the same
-            known = shared(self._cache.read(key) if is_source_process() else None)
-        if known is not None:
-            [found] = known
-            for place, leaf in enumerate(leaves):
-                leaf.data.copy_(found[f"leaf_{place}"])
-            before, after, epoch = found["descent"].tolist()
-            found = Descent(before, after, int(epoch))
-        else:
+            own_key = self._cache.key([name, self.settings, self._seed], data)
+            key = self._cache.key(gathered(own_key.stem), [])
+            found = self._remembered(key, leaves)
+        if found is None:
             progress = self._progress(state.model, name, epochs * items + items, loss)
-            with progress as counted, no_parameter_gradients(state.model):
-                found = descend(leaves, counted, items, epochs, rates, self._seed, _mean_over_ranks)
-            if self._cache is not None:
+            with progress as counted, no_parameter_gradients(module):
+                try:
+                    found = descend(
+                        leaves, counted, items, epochs, rates, self._seed, _mean_over_ranks
+                    )
+                except ValueError as error:
+                    where = name or "the whole model"
+                    raise ValueError(f"TuningModifier, {where}: {error}") from None
+            if key is not None:
                 numbers = torch.tensor([found.before, found.after, found.epoch]).double()
                 named = {f"leaf_{place}": leaf.detach() for place, leaf in enumerate(leaves)}
                 self._cache.keep(key, [named | {"descent": numbers}])
-        for each in tuned if found.epoch else ():
-            each.write()
+        if found.epoch:
+            store(tuned)
         self._note(state, name, found)
+        return True
+
+    def _remembered(self, key: Path, leaves: list[torch.Tensor]) -> Descent | None:
+        """Set leaves to what an earlier run has found; None if there was none."""
+        # of the source rank, which alone has written
+        known = shared(self._cache.read(key) if is_source_process() else None)
+        if known is None:
+            return None
+        [tensors] = known
+        for place, leaf in enumerate(leaves):
+            leaf.data.copy_(tensors[f"leaf_{place}"])
+        before, after, epoch = tensors["descent"].tolist()
+        return Descent(before, after, int(epoch))
 
     def _note(self, state: State, name: str, found: Descent) -> None:
         part = TunedPart(module=name, before=found.before, after=found.after, epoch=found.epoch)
@@ -345,7 +397,7 @@ class TuningModifier(OneshotModifier):
         tensors = {"entries": top.entries.cpu(), "logs": top.logs.cpu()}
         save_file(tensors, Path(self._predictions.name) / f"{place}.safetensors")
 
-    def _noted(self, place: int, device: torch.device) -> TopPredictions:
+    def _noted(self, place: int, device: torch.device | str) -> TopPredictions:
         stored = load_file(Path(self._predictions.name) / f"{place}.safetensors", str(device))
         return TopPredictions(stored["entries"], stored["logs"])
 
@@ -356,40 +408,26 @@ class TuningModifier(OneshotModifier):
         text = predicting_text(batch, model, token_mask(batch))
         return logits if text is None else logits[text.flatten().to(logits.device)]
 
-    def _token_weights(
-        self, model: nn.Module, place: int, squares: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Return the weights of the tokens of a batch, shape (B * T,); None where all are alike, or
-        the layer reads other tokens than the data has, as a vision tower does."""
+    def _token_weights(self, state: State, place: int) -> torch.Tensor | None:
+        """Return the weights of the tokens of a batch, shape (B, T); None where all are alike, or
+        batches come in another order every time."""
         batch = self._batches[place]
         ids = batch.get("input_ids")
-        if ids is None or squares.shape[:-1].numel() != ids.numel():
+        if ids is None or isinstance(getattr(state.data.calib, "sampler", None), RandomSampler):
             return None
-        weights = torch.ones(ids.shape)
-        images, padding = image_mask(batch, model), token_mask(batch)
+        weights = torch.ones(ids.shape, device=ids.device)
+        images, padding = image_mask(batch, state.model), token_mask(batch)
         if images is not None and self.image_weight is not None:
             weights[images] = self.image_weight
         if batch.get("labels") is not None:
-            weights[predicting_text(batch, model, padding)] *= self.answer_weight
+            weights[predicting_text(batch, state.model, padding)] *= self.answer_weight
         if padding is not None:
             weights[~padding] = 0
-        return weights.flatten().to(squares)
+        return weights
 
 
-def _last_linears(model: nn.Module) -> dict[str, str]:
-    """Return by decoder layer its last linear that adds to the hidden state, experts left out: the
-    gradient at its output is that at the layer's."""
-    found = {}
-    width = model.config.get_text_config().hidden_size
-    for layer in decoder_layers(model):
-        names = [
-            f"{layer}.{name}"
-            for name, linear in named_linears(model.get_submodule(layer))
-            if linear.out_features == width and ".experts." not in name
-        ]
-        if names:
-            found[layer] = names[-1]
-    return found
+def _is_compressed(module: nn.Module) -> bool:
+    return is_integer(module) or isinstance(module, CodebookLinear | LowRankLinear)
 
 
 def _sent_back(loss: torch.Tensor) -> torch.Tensor:

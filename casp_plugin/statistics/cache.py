@@ -43,8 +43,8 @@ _UNITS = TypeAdapter(list[UnitPlan])
 FACTS_NAME = "facts.json"
 #: folder of codes and tuned numbers of all models, beside those of statistics
 RESULTS_NAME = "results"
-#: rooms whose code makes statistics and notes: those of other code are not read
-_ROOMS = ("maths", "model", "pricing", "statistics")
+#: rooms whose code makes statistics, notes and results: those of other code are not read
+_ROOMS = ("maths", "model", "modifiers", "pricing", "statistics")
 
 
 class StatisticsCache:

@@ -69,6 +69,20 @@ def test_same_seed_same_path():
     assert not torch.equal(ends[0], ends[2])
 
 
+def test_descent_ends_where_the_loss_is_not_finite():
+    leaf = torch.zeros(1, requires_grad=True)
+
+    def loss(place):
+        value = (leaf - 1).square().mean() / (leaf.detach() < 0.5).float().mean()
+        if torch.is_grad_enabled():
+            value.backward()
+        return value.detach()
+
+    found = descend([leaf], loss, 20, 30, [0.005], 0)
+    assert found.after < found.before
+    assert 0 < leaf.item() < 0.5
+
+
 def test_a_loss_that_is_not_finite_is_refused():
     leaf = torch.zeros(1, requires_grad=True)
     targets = torch.full((4, 1), torch.nan)

@@ -13,7 +13,7 @@ from torch import nn
 
 from casp_plugin.model.codebook_linear import CodebookLinear
 from casp_plugin.model.codebook_schemes import AdditiveScheme, LatticeScheme, TrellisScheme
-from casp_plugin.model.tunable import in_place, is_integer, round_weight, tunables
+from casp_plugin.model.tunable import in_place, is_integer, round_weight, store, tunables
 
 
 def integers(bits=3, dtype=torch.float32, **fields):
@@ -79,8 +79,7 @@ def test_computed_in_place_as_it_is_stored_afterwards(name):
     with in_place(found):
         tuned = layer(x)
     assert not torch.allclose(tuned, before, atol=1e-3)
-    for each in found:
-        each.write()
+    store(found)
     close = {"rtol": 0.02, "atol": 0.02} if x.dtype == torch.bfloat16 else {}
     torch.testing.assert_close(layer(x), tuned.detach(), **close)
     assert torch.equal(codes(layer) if is_integer(layer) else layer.weight_codes, kept)
@@ -117,7 +116,7 @@ def test_rounding_offsets_start_at_the_codes_and_stay_in_range():
     torch.testing.assert_close(scales.weight().detach(), before)
     with torch.no_grad():
         scales.leaves[1].add_(100.0)
-    scales.write()
+    store([scales])
     assert codes(layer).max() == 3
     assert not torch.equal(codes(layer), kept)
 
@@ -134,5 +133,5 @@ def test_norms_are_tuned_and_matrices_are_not():
     assert [each.module for each in found] == [block[0], block[0]]
     with torch.no_grad():
         found[0].leaf.fill_(0.5)
-        found[0].write()
+    store(found[:1])
     torch.testing.assert_close(block[0].weight.detach(), torch.full((8,), 1.5))

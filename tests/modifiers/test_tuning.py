@@ -1,11 +1,13 @@
 """What a compressed model stores as real numbers is trained; codes, ranks and bytes stay."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compressed_tensors.quantization import quantize
 from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from support.tiny_models import save_tiny_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,8 @@ from casp_plugin import (
 )
 from casp_plugin.maths.descent import descend
 from casp_plugin.modifiers import tuning
+from casp_plugin.modifiers.gptq import GPTQModifier
+from casp_plugin.modifiers.layer_inputs import LayerCalls
 
 W2 = {"num_bits": 2, "group_size": 32, "strategy": "group", "symmetric": False}
 
@@ -173,16 +177,91 @@ def test_a_run_that_died_goes_on(load_tiny, calibration, tmp_path, monkeypatch):
         assert torch.equal(again.get_parameter(name), parameter), name
 
 
+def state_of(model, batches):
+    return SimpleNamespace(model=model, data=SimpleNamespace(calib=batches))
+
+
 def test_tokens_count_by_their_kind(load_tiny):
     model, modifier = load_tiny(), TuningModifier(answer_weight=4.0, image_weight=0.25)
     model.config.image_token_id = 5
     ids = torch.tensor([[5, 5, 7, 8, 9, 0]])
     labels = torch.tensor([[-100, -100, -100, -100, 9, -100]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
-    modifier._batches = [{"input_ids": ids, "labels": labels, "attention_mask": mask}]
-    weights = modifier._token_weights(model, 0, torch.zeros(1, 6, 64))
-    assert weights.tolist() == [0.25, 0.25, 1, 4, 1, 0]
-    assert modifier._token_weights(model, 0, torch.zeros(1, 9, 64)) is None  # a vision tower
+    batches = [{"input_ids": ids, "labels": labels, "attention_mask": mask}]
+    modifier._batches = batches
+    weights = modifier._token_weights(state_of(model, batches), 0)
+    assert weights.tolist() == [[0.25, 0.25, 1, 4, 1, 0]]
+    shuffled = DataLoader(batches, shuffle=True)  # the order is another one in every pass
+    assert modifier._token_weights(state_of(model, shuffled), 0) is None
+
+
+def test_targets_are_those_of_their_batch(load_tiny, monkeypatch):
+    """Batches of unequal lengths, of which the last one is not held out."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 96, (1, 20 + n), generator=generator) for n in range(13)]
+    calibration = DataLoader([{"input_ids": row} for row in rows], batch_size=None)
+    dense, wanted = load_tiny(), {}
+    with torch.no_grad():
+        for row in rows:
+            states = dense(row, output_hidden_states=True).hidden_states
+            wanted[row.shape[1]] = states[1:]
+    seen = []
+
+    def noting(calls, layer, place, run=LayerCalls.run):
+        found, target = run(calls, layer, place)
+        seen.append(target)
+        return found, target
+
+    monkeypatch.setattr(LayerCalls, "run", noting)
+    tune(load_tiny, calibration, block_epochs=2, whole_epochs=0)
+    assert len(seen) == 2 * (2 * 13 + 1)
+    first = seen[: len(seen) // 2]
+    for target in first:
+        torch.testing.assert_close(target, wanted[target.shape[1]][0], atol=1e-5, rtol=1e-4)
+
+
+def test_two_layers_calibrated_together_are_both_tuned(load_tiny, calibration):
+    model, recipe = load_tiny(), [stock(GPTQModifier), TuningModifier(whole_epochs=0)]
+    oneshot(model=model, recipe=recipe, dataset=calibration, sequential_targets_per_subgraph=2)
+    assert [p.module for p in model.casp_plan.tuned] == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_quantizers_have_run_before(pipeline, load_tiny, calibration):
+    model, recipe = load_tiny(), [stock(GPTQModifier), TuningModifier()]
+    with pytest.raises(ValueError, match="TuningModifier runs after GPTQModifier has ended"):
+        oneshot(model=model, recipe=recipe, dataset=calibration, pipeline=pipeline)
+
+
+def test_other_answers_are_tuned_anew(load_tiny, tmp_path, monkeypatch):
+    """What labels say is a part of what a result is remembered by."""
+    started = []
+    counting = lambda *args: started.append(1) or descend(*args)  # noqa: E731
+    monkeypatch.setattr(tuning, "descend", counting)
+    ids = torch.randint(3, 96, (1, 24), generator=torch.Generator().manual_seed(0))
+    for answers in (4, 4, 9):
+        labels = ids.clone()
+        labels[:, :-answers] = -100
+        calibration = DataLoader([{"input_ids": ids, "labels": labels}] * 2, batch_size=None)
+        fields = {"block_epochs": 1, "whole_epochs": 1, "cache_dir": str(tmp_path)}
+        tune(load_tiny, calibration, **fields)
+    assert len(started) == 6
+
+
+def test_layers_that_no_token_reached_stay_whole(tmp_path):
+    """An expert without tokens has no scales of its own yet while others are tuned."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    path = save_tiny_model(tmp_path / "in", "qwen3_moe", **sizes)
+    found = []
+    for tuned in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        calibration = DataLoader([{"input_ids": torch.full((1, 8), 7)}] * 3, batch_size=None)
+        recipe = [chosen(average_bits=6.5, candidates=[3, 4, 6], group_size=16), GPTQModifier()]
+        recipe += [TuningModifier(block_epochs=1, whole_epochs=1)] * tuned
+        oneshot(model=model, recipe=recipe, dataset=calibration, moe_calibrate_all_experts=False)
+        found.append(model)
+    for name, parameter in found[1].named_parameters():
+        assert parameter.isfinite().all(), name
 
 
 REFUSED = {
@@ -190,6 +269,10 @@ REFUSED = {
     "before the quantizer": (
         [TuningModifier(), TrellisModifier(bits=2)],
         "then quantizers, then TuningModifier",
+    ),
+    "rounding of corrected weights": (
+        [chosen(), GPTQModifier(correction=0.5), TuningModifier(rounding=True)],
+        "TuningModifier.rounding starts from the model's own weights",
     ),
     "before a stock quantizer": (
         [chosen(), TuningModifier(), GPTQModifier()],
