@@ -91,7 +91,7 @@ def test_nearer_to_the_dense_model_at_equal_bytes(name, load_tiny, calibration, 
     dense, found, sizes = load_tiny(), {}, []
     for tuned in (False, True):
         model, out = load_tiny(), tmp_path / str(tuned)
-        recipe = RECIPES[name]() + [TuningModifier(learning_rate=5e-3)] * tuned
+        recipe = RECIPES[name]() + [TuningModifier(block_epochs=4, learning_rate=5e-3)] * tuned
         compress(model, recipe, calibration, out)
         reloaded = AutoModelForCausalLM.from_pretrained(out)
         torch.testing.assert_close(
@@ -221,7 +221,10 @@ def test_targets_are_those_of_their_batch(load_tiny, monkeypatch):
 
 
 def test_two_layers_calibrated_together_are_both_tuned(load_tiny, calibration):
-    model, recipe = load_tiny(), [stock(GPTQModifier), TuningModifier(whole_epochs=0)]
+    model, recipe = (
+        load_tiny(),
+        [stock(GPTQModifier), TuningModifier(block_epochs=1, whole_epochs=0)],
+    )
     oneshot(model=model, recipe=recipe, dataset=calibration, sequential_targets_per_subgraph=2)
     assert [p.module for p in model.casp_plan.tuned] == ["model.layers.0", "model.layers.1"]
 
