@@ -168,7 +168,6 @@ class CaspModifier(Modifier):
         :raises ValueError: if it misses one
         """
 
-    @abstractmethod
     def note(
         self,
         model: nn.Module,
@@ -177,7 +176,7 @@ class CaspModifier(Modifier):
         offers: Offers,
         context: RecipeContext,
     ) -> None:
-        """Write into the layer notes what will be needed of the layers in hand.
+        """Write into the layer notes what will be needed of the layers in hand; nothing, here.
 
         :param statistics: of these layers; gone afterwards
         :param notes: of these layers, written to

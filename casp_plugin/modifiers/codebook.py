@@ -33,7 +33,7 @@ from casp_plugin.plan.plan import Candidate, CompressionPlan, UnitPlan
 from casp_plugin.pricing.candidates import stored_shapes
 from casp_plugin.pricing.other_bytes import other_bytes
 from casp_plugin.statistics.layer_notes import LayerNotes
-from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.statistics.statistics import Request
 
 __all__ = ["AQLMModifier", "CodebookModifier", "QuIPSharpModifier", "TrellisModifier"]
 
@@ -121,16 +121,6 @@ class CodebookModifier(OneshotModifier):
                 names |= frozenset(modifier.chosen_linears(model, context))
         widest = max((model.get_submodule(name).out_features for name in names), default=0)
         return Request(gradient_moments=names, gradient_tokens=TOKENS_BY_OUTPUT * widest)
-
-    def note(
-        self,
-        model: nn.Module,
-        statistics: Statistics,
-        notes: LayerNotes,
-        offers: Offers,
-        context: RecipeContext,
-    ) -> None:
-        """Need nothing: the modifier before it has priced the widths."""
 
     def prepare(
         self,

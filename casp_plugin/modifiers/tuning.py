@@ -48,7 +48,7 @@ from casp_plugin.statistics.derivatives import (
 )
 from casp_plugin.statistics.hooks import image_mask, on_device, token_mask
 from casp_plugin.statistics.layer_notes import LayerNotes
-from casp_plugin.statistics.statistics import Request, Statistics
+from casp_plugin.statistics.statistics import Request
 from casp_plugin.system.distributed import (
     gathered,
     is_source_process,
@@ -134,16 +134,6 @@ class TuningModifier(OneshotModifier):
 
     def note_facts(self, model: nn.Module, context: RecipeContext) -> dict[str, Any]:
         return {}
-
-    def note(
-        self,
-        model: nn.Module,
-        statistics: Statistics,
-        notes: LayerNotes,
-        offers: Offers,
-        context: RecipeContext,
-    ) -> None:
-        """Need nothing: it starts from what the quantizer has made."""
 
     def prepare(
         self,
