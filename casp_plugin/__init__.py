@@ -23,9 +23,9 @@ _ANYWHERE = {
     "LowRankLinear": "casp_plugin.model.low_rank_linear",
 }
 _WITH_LLM_COMPRESSOR = {
-    "GPTQModifier": _MODIFIERS,
     "AutoRoundModifier": _MODIFIERS,
     "BitAllocationModifier": _MODIFIERS,
+    "GPTQModifier": _MODIFIERS,
     "LowRankQKModifier": _MODIFIERS,
     "AQLMModifier": _MODIFIERS,
     "QuIPSharpModifier": _MODIFIERS,

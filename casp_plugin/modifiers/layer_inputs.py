@@ -253,9 +253,9 @@ class LayerInputs:
                 else:  # arguments are for the attention that calibration runs
                     with use_eager_attention(self._dense_model):
                         output = _run(layer, args, kwargs, hidden)
-            if self._dense_model is not None:
-                call |= {"output": _hidden(output), "batch": batch}
-        if self._changes and x is not None:
+        if self._dense_model is not None:
+            call |= {"output": _hidden(output), "batch": batch}
+        elif self._changes and x is not None:
             call["dense"] = x if dense is None else dense  # only the layer itself will change
         if self._changes:
             self._outputs.setdefault(name, {})[batch] = _hidden(output).to("cpu")
@@ -355,8 +355,7 @@ class LayerCalls:
         """Return what a layer puts out now, and what the dense one has, shape (B, T, C) both."""
         call = self._calls.fetch(place)
         with self._inputs.aside():
-            output = _run(layer, call["args"], call["kwargs"], None)
-        found = output if torch.is_tensor(output) else output[0]
+            found = _first(_run(layer, call["args"], call["kwargs"], None))
         return found, call["output"].to(found.device)
 
     def batch(self, place: int) -> int:
@@ -391,9 +390,14 @@ def _run(layer: nn.Module, args: tuple, kwargs: dict[str, Any], hidden: torch.Te
     return layer(**kwargs | {"hidden_states": hidden})
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def _first(output: Any) -> torch.Tensor:
     """Return the hidden state that a decoder layer puts out, shape (B, T, C)."""
-    return (output if torch.is_tensor(output) else output[0]).detach()
+    return output if torch.is_tensor(output) else output[0]
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the same without its graph."""
+    return _first(output).detach()
 
 
 def _equal(passed_on: torch.Tensor, x: torch.Tensor | None) -> bool:

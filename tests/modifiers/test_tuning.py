@@ -15,6 +15,7 @@ from casp_plugin import (
     AutoRoundModifier,
     BitAllocationModifier,
     CompressionPlan,
+    GPTQModifier,
     LowRankQKModifier,
     TrellisModifier,
     TuningModifier,
@@ -22,7 +23,6 @@ from casp_plugin import (
 )
 from casp_plugin.maths.descent import descend
 from casp_plugin.modifiers import tuning
-from casp_plugin.modifiers.gptq import GPTQModifier
 from casp_plugin.modifiers.layer_inputs import LayerCalls
 
 W2 = {"num_bits": 2, "group_size": 32, "strategy": "group", "symmetric": False}
